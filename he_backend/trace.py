@@ -1,0 +1,324 @@
+"""From a circuit to primitives: one graph that cost, keys, scales and execution all read.
+
+`trace(circuit)` interprets the kernels with a tracer that inserts what CKKS needs and no kernel says: rescales and
+relinearisations as late as possible (sums of products are relinearised and rescaled once), level drops as early as
+possible (work is cheapest at low levels), and hoisting (one digit decomposition for all rotations of a value; inner sums
+of linear maps in the extended basis, eprint 2020/1203 section 4). Equal subexpressions are one node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import LevelError, ScaleError
+from .circuit import Circuit
+from .kernels import Row, apply
+
+# Relative difference of two scales that may still be added: rescaling primes are within about 2^-18 of the scale.
+SCALE_TOLERANCE = 2.0**-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """One primitive; `op` is the name of the `Evaluator` method that runs it (or "input").
+
+    level     of the result, counting limbs: a pending rescale has not yet taken its level
+    degree    1, or 2 while a rescale is pending
+    elements  2, or 3 while a relinearisation is pending
+    extended  the result lives modulo P·Q
+    k         rotation amount
+    plains    plaintext operands, numbers or `Row`s: one, or one an argument for weighted_sum
+    source    id of the circuit op that it works for
+    """
+
+    id: int
+    op: str
+    args: tuple[int, ...]
+    level: int
+    degree: int = 1
+    elements: int = 2
+    extended: bool = False
+    k: int = 0
+    plains: tuple[float | Row, ...] = ()
+    source: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A circuit as primitives, in an order in which they can run.
+
+    inputs   node ids of the circuit's input ops, by (name, part); outputs likewise
+    keys     rotation -> highest level at which it is used; relin_level is -1 without products
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: dict[tuple[str, int], int]
+    outputs: dict[tuple[str, int], int]
+    keys: dict[int, int]
+    relin_level: int
+
+    def counts(self) -> Counter[tuple[str, int]]:
+        """How often each (primitive, level of its first argument) occurs; weighted_sum counts its terms."""
+        total: Counter[tuple[str, int]] = Counter()
+        for node in self.nodes:
+            at = self.nodes[node.args[0]].level if node.args else node.level
+            total[node.op, at] += len(node.args) if node.op == "weighted_sum" else 1
+        return total
+
+
+@dataclass
+class Tracer:
+    """SlotOps on node ids."""
+
+    slots: int
+    double_hoisting: bool = True
+    hoisting: bool = True
+    nodes: list[Node] = field(default_factory=list)
+    source: int = -1
+    _seen: dict[Any, int] = field(default_factory=dict)
+
+    def emit(self, op: str, args: tuple[int, ...], **fields: Any) -> int:
+        """The node, made once: an equal one that exists is returned."""
+        key = (op, args, fields["level"], fields.get("k", 0), fields.get("plains", ()))
+        if op == "input" or key not in self._seen:
+            self._seen[key] = len(self.nodes)
+            self.nodes.append(Node(id=len(self.nodes), op=op, args=args, source=self.source, **fields))
+        return self._seen[key]
+
+    def settle(self, a: int) -> int:
+        """Two elements, degree one: pending relinearisation first, then the pending rescale."""
+        n = self.nodes[a]
+        if n.elements == 3:
+            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree)
+            n = self.nodes[a]
+        if n.degree == 2:
+            if n.level < 1:
+                raise LevelError(f"op {self.source} needs a rescale at level 0: the circuit has too few levels")
+            a = self.emit("rescale", (a,), level=n.level - 1)
+        return a
+
+    def at(self, a: int, level: int) -> int:
+        """`a`, settled, at exactly `level`."""
+        a = self.settle(a)
+        n = self.nodes[a]
+        if n.level < level:
+            raise LevelError(f"op {self.source} wants level {level}, its operand has {n.level} left")
+        return a if n.level == level else self.emit("drop", (a,), level=level)
+
+    def net(self, a: int) -> int:
+        """Level after the pending rescale."""
+        n = self.nodes[a]
+        return n.level - (n.degree - 1)
+
+    def _pair(self, a: int, b: int) -> tuple[int, int]:
+        na, nb = self.nodes[a], self.nodes[b]
+        if (na.level, na.degree) == (nb.level, nb.degree):
+            return a, b
+        level = min(self.net(a), self.net(b))
+        return self.at(a, level), self.at(b, level)
+
+    def _sum(self, op: str, a: int, b: Any) -> int:
+        if not isinstance(b, int):
+            n = self.nodes[a]
+            plain = b if op == "add" else -b
+            kind = "add_scalar" if isinstance(b, float) else "add_plain"
+            return self.emit(kind, (a,), level=n.level, degree=n.degree, elements=n.elements, plains=(plain,))
+        a, b = self._pair(a, b)
+        na, nb = self.nodes[a], self.nodes[b]
+        return self.emit(op, (a, b), level=na.level, degree=na.degree, elements=max(na.elements, nb.elements))
+
+    def add(self, a: int, b: Any) -> int:
+        return self._sum("add", a, b)
+
+    def sub(self, a: int, b: Any) -> int:
+        return self._sum("sub", a, b)
+
+    def mul(self, a: int, b: Any) -> int:
+        if not isinstance(b, int):
+            a = self.settle(a)
+            kind = "mul_scalar" if isinstance(b, float) else "mul_plain"
+            return self.emit(kind, (a,), level=self.nodes[a].level, degree=2, plains=(b,))
+        a, b = self.settle(a), self.settle(b)
+        level = min(self.nodes[a].level, self.nodes[b].level)
+        a, b = self.at(a, level), self.at(b, level)
+        if a == b:
+            return self.emit("square", (a,), level=level, degree=2, elements=3)
+        return self.emit("mul", (min(a, b), max(a, b)), level=level, degree=2, elements=3)
+
+    def rotate(self, a: int, k: int) -> int:
+        a = self.settle(a)
+        k %= self.slots
+        return self.emit("rotate", (a,), level=self.nodes[a].level, k=k) if k else a
+
+    def weighted_rotations(self, a: int, groups: Sequence[tuple[int, Sequence[tuple[int, Any]]]]) -> int:
+        a = self.settle(a)
+        level = self.nodes[a].level
+        groups = [(g % self.slots, [(b % self.slots, p) for b, p in terms]) for g, terms in groups if terms]
+        if {g for g, _ in groups} == {0} and {b for _, terms in groups for b, _ in terms} == {0}:
+            return self.mul(a, groups[0][1][0][1])
+        return self._extended_sum(a, groups, level) if self.double_hoisting else self._hoisted_sum(a, groups, level)
+
+    def _extended_sum(self, a: int, groups: Any, level: int) -> int:
+        """Baby steps and inner sums modulo P·Q; one mod-down a giant step and one at the end."""
+        digits = self.emit("hoist", (a,), level=level)
+
+        def baby(k: int) -> int:
+            if k == 0:
+                return self.emit("extend", (a,), level=level, extended=True)
+            return self.emit("rotate_extended", (a, digits), level=level, extended=True, k=k)
+
+        total = -1
+        for giant, terms in groups:
+            args, plains = tuple(baby(b) for b, _ in terms), tuple(p for _, p in terms)
+            part = self.emit("weighted_sum", args, level=level, degree=2, extended=True, plains=plains)
+            if giant:
+                part = self.emit("mod_down", (part,), level=level, degree=2)
+                again = self.emit("hoist", (part,), level=level, degree=2)
+                part = self.emit("rotate_extended", (part, again), level=level, degree=2, extended=True, k=giant)
+            total = part if total < 0 else self.emit("add", (total, part), level=level, degree=2, extended=True)
+        return self.emit("mod_down", (total,), level=level, degree=2)
+
+    def _hoisted_sum(self, a: int, groups: Any, level: int) -> int:
+        """The same in the ordinary basis, for libraries without the extended one."""
+        digits = self.emit("hoist", (a,), level=level) if self.hoisting else -1
+
+        def baby(k: int) -> int:
+            if k == 0:
+                return a
+            if not self.hoisting:
+                return self.emit("rotate", (a,), level=level, k=k)
+            return self.emit("rotate_hoisted", (a, digits), level=level, k=k)
+
+        total = -1
+        for giant, terms in groups:
+            args, plains = tuple(baby(b) for b, _ in terms), tuple(p for _, p in terms)
+            part = self.emit("weighted_sum", args, level=level, degree=2, plains=plains)
+            if giant:
+                part = self.emit("rotate", (part,), level=level, degree=2, k=giant)
+            total = part if total < 0 else self.emit("add", (total, part), level=level, degree=2)
+        return total
+
+
+def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisting", "double_hoisting"})) -> Trace:
+    """Interpret a circuit as primitives.
+
+    Each op first drops its operands to the level that the circuit gives its result, plus the levels that it costs.
+
+    Raises:
+        LevelError: an operand has fewer levels than the circuit says.
+    """
+    from .kernels import depth
+
+    slots = circuit.params.slots
+    t = Tracer(slots, double_hoisting="double_hoisting" in capabilities, hoisting="hoisting" in capabilities)
+    values: list[int] = []
+    inputs: dict[tuple[str, int], int] = {}
+    outputs: dict[tuple[str, int], int] = {}
+    for op in circuit.ops:
+        t.source = op.id
+        if op.kind == "input":
+            values.append(t.emit("input", (), level=op.level, plains=(float(op.id),)))
+            inputs[op.attrs["name"], op.attrs["part"]] = values[-1]
+            continue
+        if op.kind == "output":
+            values.append(t.at(values[op.args[0]], op.level))
+            outputs[op.attrs["name"], op.attrs["part"]] = values[-1]
+            continue
+        start = op.level + depth(op, circuit.arrays, slots)
+        args = [values[a] if t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
+        values.append(apply(t, op, args, circuit.arrays))
+        if t.net(values[-1]) != op.level:
+            raise LevelError(f"op {op} comes out at level {t.net(values[-1])}")
+    nodes = _live(t.nodes, set(outputs.values()) | set(inputs.values()))
+    renumber = {n.id: i for i, n in enumerate(nodes)}
+    keys: dict[int, int] = {}
+    relin = -1
+    final = []
+    for n in nodes:
+        args = tuple(renumber[a] for a in n.args)
+        final.append(Node(**{**{f: getattr(n, f) for f in Node.__slots__}, "id": renumber[n.id], "args": args}))
+        if n.k:
+            keys[n.k] = max(keys.get(n.k, 0), n.level)
+        if n.op == "relinearize":
+            relin = max(relin, n.level)
+    return Trace(
+        nodes=tuple(final),
+        inputs={k: renumber[v] for k, v in inputs.items()},
+        outputs={k: renumber[v] for k, v in outputs.items()},
+        keys=dict(sorted(keys.items())),
+        relin_level=relin,
+    )
+
+
+def _live(nodes: list[Node], roots: set[int]) -> list[Node]:
+    """Nodes that some root needs, in their order."""
+    alive, stack = set(roots), list(roots)
+    while stack:
+        for a in nodes[stack.pop()].args:
+            if a not in alive:
+                alive.add(a)
+                stack.append(a)
+    return [n for n in nodes if n.id in alive]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Exact scales: of every node's result, of every plaintext operand; and the largest relative mismatch of a sum."""
+
+    result: tuple[float, ...]
+    plain: tuple[float, ...]
+    mismatch: float
+
+
+def assign_scales(trace: Trace, moduli: Sequence[int], scale: float) -> Scales:
+    """Follow exact scales through a trace.
+
+    A plaintext factor is encoded at the scale that brings the product to exactly `scale` after its rescale; the primes
+    of the chain are near the scale, not equal to it, and this is where the difference goes.
+
+    Args:
+        moduli: moduli[i] is the prime that a rescale at level i divides by.
+
+    Raises:
+        ScaleError: a sum of values whose scales differ by more than rounding.
+    """
+    result: list[float] = []
+    plain: list[float] = []
+    worst = 0.0
+    for n in trace.nodes:
+        s = [result[a] for a in n.args]
+        p = 0.0
+        match n.op:
+            case "input":
+                out = scale
+            case "add" | "sub":
+                gap = abs(s[0] / s[1] - 1.0)
+                worst = max(worst, gap)
+                if gap > SCALE_TOLERANCE:
+                    raise ScaleError(f"node {n.id} adds scales 2^{_log2(s[0]):.4f} and 2^{_log2(s[1]):.4f} (op {n.source})")
+                out = s[0]
+            case "mul":
+                out = s[0] * s[1]
+            case "square":
+                out = s[0] * s[0]
+            case "mul_plain" | "mul_scalar" | "weighted_sum":
+                out = scale * moduli[n.level]
+                p = out / s[0]
+            case "rescale":
+                out = s[0] / moduli[n.level + 1]
+            case "add_plain" | "add_scalar":
+                out = p = s[0]
+            case _:
+                out = s[0]
+        result.append(out)
+        plain.append(p)
+    return Scales(result=tuple(result), plain=tuple(plain), mismatch=worst)
+
+
+def _log2(x: float) -> float:
+    from math import log2
+
+    return log2(x)

@@ -228,7 +228,8 @@ def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisti
             outputs[op.attrs["name"], op.attrs["part"]] = values[-1]
             continue
         start = op.level + depth(op, circuit.arrays, slots)
-        args = [values[a] if t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
+        lazy = op.kind in ("add", "sub", "add_plain")  # sums may keep a pending rescale; the rest would repeat it
+        args = [values[a] if lazy and t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
         values.append(apply(t, op, args, circuit.arrays))
         if t.net(values[-1]) != op.level:
             raise LevelError(f"op {op} comes out at level {t.net(values[-1])}")

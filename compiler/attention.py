@@ -61,7 +61,7 @@ def lower_scores(low: Lowering, node: Node, q: Placed, k: Placed, heads: Heads) 
         product = low.emit("mul", (*q.ops, key), node.source, factor=factor)
         ops.append(low.emit("rotate_sum", (product,), node.source, factor=factor, steps=heads.channel_steps))
     layout = np.stack([heads.score_layout(part) for part in range(heads.ciphertexts)])
-    return replace(q, ops=tuple(ops), layout=layout, factor=factor, clean=True)
+    return replace(q, ops=tuple(ops), layout=layout, factor=factor, clean=True, scores=True)
 
 
 def lower_values(low: Lowering, node: Node, p: Placed, v: Placed, heads: Heads) -> Placed:

@@ -29,7 +29,7 @@ Range = tuple[float, float]
 class Placed:
     """Where a tensor is: one op id a ciphertext, layout [ciphertexts, slots], factor; `clean` if unused slots hold 0.
 
-    heads is set for tensors in attention's layout; scores [1, H, T, T] are the ones of several ciphertexts.
+    heads is set for tensors in attention's layout; `scores` tells those of [1, H, T, T] from queries, keys and values.
     """
 
     ops: tuple[int, ...]
@@ -37,6 +37,7 @@ class Placed:
     factor: float
     clean: bool = True
     heads: Heads | None = None
+    scores: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +331,7 @@ def _reduce_sum(low: Lowering, node: Node) -> Placed:
     shape = low.graph.shape(node.inputs[0])
     rows = broadcast_index(node.shape, shape)
     total = x.ops[0]
-    if x.heads is not None and len(shape) == 4 and shape[-1] == x.heads.tokens and len(x.ops) == x.heads.ciphertexts:
+    if x.heads is not None and x.scores:
         for op in x.ops[1:]:
             total = low.emit("add", (total, op), node.source, factor=x.factor)
         steps = x.heads.copy_steps
@@ -366,9 +367,7 @@ def _matmul(low: Lowering, node: Node) -> Placed:
     a, b = (low.placed[name] for name in node.inputs)
     if a.heads is None or a.heads != b.heads:
         raise UnsupportedOpError(f"{node}: products of two encrypted matrices are compiled for attention heads of equal shape")
-    if len(a.ops) == a.heads.ciphertexts and node.shape[-1] == a.heads.channels and low.graph.shape(node.inputs[0])[-1] == a.heads.tokens:
-        return lower_values(low, node, a, b, a.heads)
-    return lower_scores(low, node, a, b, a.heads)
+    return (lower_values if a.scores else lower_scores)(low, node, a, b, a.heads)
 
 
 HANDLERS: dict[str, Callable[[Lowering, Node], Placed]] = {

@@ -32,6 +32,9 @@ class PolynomialLayer(nn.Module):
 
     Built by shape alone (degree and basis) so that a checkpoint can be loaded into it, then filled with `set`. With `trainable=True` the
     coefficients are parameters (an activation may be tuned); otherwise they are buffers and keep their error contract.
+
+    In training mode inputs are clamped to the interval, so that one early excursion does not blow up all layers behind it; the range losses
+    look at the values before the clamp and bring them in. In evaluation mode, as in the ONNX file and under encryption, nothing is clamped.
     """
 
     coefficients: Tensor
@@ -73,4 +76,6 @@ class PolynomialLayer(nn.Module):
         return Polynomial(coefficients=tuple(self.coefficients.tolist()), interval=(lo, hi), basis=self.basis, a=a, b=b)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x.clamp(self.interval[0], self.interval[1])
         return evaluate(x, self.coefficients.unbind(), self.map[0], self.map[1], self.basis)

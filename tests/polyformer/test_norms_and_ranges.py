@@ -61,7 +61,7 @@ def test_norm_depth(kind, depth):
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_fitted_activation_is_as_close_as_it_says(kind, degree):
     p = fit_activation(kind, degree, (-3.0, 3.0))
-    layer = Activation("polynomial", degree=degree)
+    layer = Activation("polynomial", degree=degree).eval()
     layer.polynomial.set(p)
     x = torch.linspace(-3, 3, 997)
     assert (layer(x) - Activation(kind)(x)).abs().max() <= p.error * 1.001 + 1e-6
@@ -70,7 +70,7 @@ def test_fitted_activation_is_as_close_as_it_says(kind, degree):
 
 def test_polynomial_layer_round_trips_and_refuses_another_degree():
     p = inverse_sqrt(3, (0.2, 2.0))
-    layer = PolynomialLayer(3).double().set(p)
+    layer = PolynomialLayer(3).double().set(p).eval()
     assert layer.polynomial().coefficients == pytest.approx(p.coefficients)
     x = torch.tensor([0.5, 1.5], dtype=torch.float64)
     before = layer(x)
@@ -78,6 +78,13 @@ def test_polynomial_layer_round_trips_and_refuses_another_degree():
     torch.testing.assert_close(layer(4 * x), before)
     with pytest.raises(ValueError, match="degree 3"):
         PolynomialLayer(2).set(p)
+
+
+def test_inputs_are_clamped_in_training_alone():
+    p = inverse_sqrt(3, (0.2, 2.0))
+    layer, x = PolynomialLayer(3).double().set(p), torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64)
+    torch.testing.assert_close(layer.train()(x), p(x.clamp(0.2, 2.0)))
+    torch.testing.assert_close(layer.eval()(x), p(x))
 
 
 def test_taps_are_named_by_their_layers():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,14 +115,19 @@ class Evaluator(_Party):
 
     # ---- keys
 
-    def load_key(self, kind: str, k: int, level: int, residues: Residues) -> None:
-        """One evaluation key, "relin" or "rotation" by k, as residues [2 · digits · limbs, N] for `level`.
+    def load_key(self, kind: str, k: int, level: int, body: Any) -> None:
+        """One evaluation key, "relin" or "rotation" by k, from the bytes (any buffer) that `Client.make_key` gave.
 
         Raises:
             WireError: it is malformed; keys loaded before stay as they were.
         """
         if kind not in ("relin", "rotation") or not 0 <= level <= self.params.levels:
             raise WireError(f"a {kind!r} key at level {level}: known are relin and rotation, levels 0 to {self.params.levels}")
+        raw = memoryview(body).cast("B")
+        rows = len(self._ring.key_primes(level))
+        if raw.nbytes != rows * 16 * self.slots:
+            raise WireError(f"{kind} key for level {level} has {raw.nbytes} bytes, expected {rows * 16 * self.slots}")
+        residues = np.frombuffer(raw, dtype="<u8").reshape(rows, 2 * self.slots)
         self._ring.insert_key(kind, k, level, residues, self._tag)
         if kind == "relin":
             self.relin_level = level
@@ -198,10 +203,11 @@ class Evaluator(_Party):
         self._settled(a, "product by a number")
         return replace(a, handle=self._cc.EvalMult(a.handle, float(value * (scale / self.scale))), degree=2)
 
-    def weighted_sum(self, terms: Sequence[tuple[Ciphertext, Plaintext]]) -> Ciphertext:
-        """Sum of products, accumulated in place: one fresh ciphertext a term instead of two."""
-        total = self.mul_plain(*terms[0])
-        for a, plain in terms[1:]:
+    def weighted_sum(self, terms: Iterable[tuple[Ciphertext, Plaintext]]) -> Ciphertext:
+        """Sum of products, accumulated in place: one fresh ciphertext a term instead of two. Terms are read one at a time."""
+        rest = iter(terms)
+        total = self.mul_plain(*next(rest))
+        for a, plain in rest:
             term = self.mul_plain(a, plain)
             self._same(total, term, "sum")
             self._cc.EvalAddInPlace(total.handle, term.handle)  # `total` is ours: nobody else has seen it yet
@@ -325,6 +331,3 @@ class Client(_Party):
     def make_key(self, kind: str, k: int, level: int) -> Residues:
         """One evaluation key for `level`: residues [2 · digits · limbs, N], in the form that `Evaluator.load_key` takes."""
         return self._ring.key_residues(self._ring.make_key(kind, k, self._secret), level)
-
-    def key_shape(self, level: int) -> tuple[int, int]:
-        return len(self._ring.key_primes(level)), 2 * self.slots

@@ -1,0 +1,54 @@
+"""Activations: GELU, SiLU, ReLU and the square, and the fitted polynomial that replaces them on a trained interval.
+
+Every activation is an `Activation`: a `Tap`, then the function. The polynomial one holds scalar coefficients (never one set a channel),
+so that a compiled circuit evaluates it once on packed slots. Degrees against error: methods.md 1.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyformer.approx import Polynomial, fit
+from polyformer.layers import PolynomialLayer, Tap
+
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "square": lambda x: x * x}
+ACTIVATIONS = (*EXACT, "polynomial")
+
+
+class Activation(nn.Module):
+    """Elementwise function by name: gelu, silu, relu, square, or polynomial (of `degree`, coefficients in the state dict)."""
+
+    def __init__(self, kind: str, *, degree: int = 2, trainable: bool = True) -> None:
+        super().__init__()
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {kind!r}; known: {', '.join(ACTIVATIONS)}")
+        self.kind = kind
+        self.tap = Tap("activation")
+        self.polynomial = PolynomialLayer(degree, trainable=trainable) if kind == "polynomial" else None
+
+    @property
+    def depth(self) -> int:
+        if self.kind == "square":
+            return 1
+        if self.polynomial is None:
+            raise ValueError(f"activation {self.kind!r} is not polynomial; use 'square' or 'polynomial'")
+        return self.polynomial.polynomial().depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tap(x)
+        return EXACT[self.kind](x) if self.polynomial is None else self.polynomial(x)
+
+
+def fit_activation(kind: str, degree: int, interval: tuple[float, float]) -> Polynomial:
+    """Fit gelu, silu or relu by a minimax polynomial in absolute error on an interval."""
+    return fit(lambda x: _numpy(kind, x), degree, interval)
+
+
+def _numpy(kind: str, x: np.ndarray) -> np.ndarray:
+    import torch
+
+    return EXACT[kind](torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64))).numpy()

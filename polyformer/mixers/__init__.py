@@ -1,0 +1,27 @@
+"""Sequence mixers, y = A(x) x: one mixer, one class, one file. `load("power_softmax")` imports the file when asked for.
+
+The interface is `Mixer`: `forward`, a slow `reference`, `matrix`, and the certificate `degree`/`depth`. The registry is the folder
+itself: file `power_softmax.py` holds class `PowerSoftmax`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from polyformer.mixers.base import Mixer
+
+__all__ = ["Mixer", "load", "names"]
+
+
+def names() -> list[str]:
+    """Return the names of all mixers, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+
+
+def load(name: str) -> type[Mixer]:
+    """Return the mixer class of a name; an unknown name lists the known ones."""
+    if name not in names():
+        raise ValueError(f"unknown mixer {name!r}; known: {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return getattr(module, "".join(part.capitalize() for part in name.split("_")))

@@ -1,0 +1,69 @@
+"""The interface of a sequence mixer and the projections that attention mixers share.
+
+Shapes: B batch, T positions, D width, H heads, K = D/H head size. x_BTD in, y_BTD out; A_BHTT[b, h, i, j] is the weight that output
+position i of head h gives to value j.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from polyformer.model import ModelConfig
+
+
+class Mixer(nn.Module, ABC):
+    """y = A(x) x, one input-dependent matrix a head."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return y_BTD, fast."""
+
+    @abstractmethod
+    def reference(self, x_BTD: Tensor) -> Tensor:
+        """Return y_BTD by loops over rows, written from the definition: the oracle of `forward`."""
+
+    @abstractmethod
+    def matrix(self, x_BTD: Tensor) -> Tensor:
+        """Return A_BHTT, the implicit attention matrix."""
+
+    @property
+    @abstractmethod
+    def degree(self) -> int:
+        """Polynomial degree of y in x; raises ValueError where the mixer is not polynomial."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Multiplicative levels from x to y, plaintext products included; raises ValueError where it is not polynomial."""
+
+
+class Attention(Mixer):
+    """Projections q, k, v, o of causal multi-head attention; the parameters are the same for every score non-linearity."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.head_size, self.length = config.heads, d // config.heads, config.length
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.register_buffer("mask_TT", torch.ones(config.length, config.length).tril(), persistent=False)
+
+    mask_TT: Tensor
+
+    def split(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, H, T, K]"""
+        b, t, _ = x_BTD.shape
+        return x_BTD.view(b, t, self.heads, self.head_size).transpose(1, 2)
+
+    def merge(self, y_BHTK: Tensor) -> Tensor:
+        """[B, H, T, K] -> [B, T, D]"""
+        b, _, t, _ = y_BHTK.shape
+        return y_BHTK.transpose(1, 2).reshape(b, t, -1)
+
+    def qkv(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v, each [B, H, T, K]."""
+        return self.split(self.q(x_BTD)), self.split(self.k(x_BTD)), self.split(self.v(x_BTD))

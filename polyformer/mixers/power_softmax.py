@@ -1,0 +1,152 @@
+"""PowerSoftmax attention: w_ij = s_ij^p / (eps + sum_l s_il^p), even p, one public eps on the sum.
+
+*PowerSoftmax: Towards Secure LLM Inference over Encrypted Data*, arXiv 2410.09457, sections on the score function, the stable form and the
+length-agnostic form; the consistent eps and the row factors are ours (methods.md 1.2). Four forms of one map, f_i a factor of row i:
+
+    exact       w_ij = M_ij s_ij^p / (eps + sum_l M_il s_il^p)                     f_i = 1
+    stable      u = f_i s,  w_ij = u_ij^p / (eps f_i^p + sum_l u_il^p)             f_i = 1/max(||s_i||_inf, eps^(1/p)), detached: training
+    mean        the same with f_i = n_i^(-1/p), n_i = i + 1 visible keys           denominators are eps/n_i + mean of powers
+    rows        the same with public trained f_i (buffer `row_T`)                  all rows share ONE narrow interval of denominators
+
+Dividing a row by a positive number changes nothing as long as eps is rescaled with it; eps left unscaled changes weights by up to 0.29.
+The division is a `Tap` and then one of: exact, `goldschmidt` steps on an interval, or a polynomial (the `reciprocal`). Row sums are
+S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies: a masked score is 0 and 0^p = 0, never -inf.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from polyformer.approx import depth_of_degree, goldschmidt_reciprocal
+from polyformer.layers import PolynomialLayer, Tap
+from polyformer.mixers.base import Attention
+
+if TYPE_CHECKING:
+    from polyformer.model import ModelConfig
+
+FORMS = ("exact", "stable", "mean", "rows")
+
+
+class PowerSoftmax(Attention):
+    """Causal PowerSoftmax attention in one of the forms above; `config.reciprocal` says how 1/x is computed."""
+
+    row_T: Tensor
+    goldschmidt_start_T: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.power % 2 or not 2 <= config.power <= 12:
+            raise ValueError(f"power is {config.power}; it must be even, from 2 to 12")
+        if config.form not in FORMS:
+            raise ValueError(f"unknown form {config.form!r}; known: {', '.join(FORMS)}")
+        if config.eps <= 0:
+            raise ValueError(f"eps is {config.eps}; it must be positive, it bounds the division")
+        self.power, self.eps, self.form, self.reciprocal_kind = config.power, config.eps, config.form, config.reciprocal
+        self.tap = Tap("denominator")
+        self.steps = config.reciprocal_degree if config.reciprocal == "goldschmidt" else 0
+        self.reciprocal = PolynomialLayer(config.reciprocal_degree) if config.reciprocal == "polynomial" else None
+        n_T = torch.arange(1, config.length + 1, dtype=torch.float64)
+        if self.form == "rows":
+            self.register_buffer("row_T", (n_T ** (-1 / self.power)).float())
+        if self.steps:
+            self.register_buffer("goldschmidt_start_T", torch.ones(config.length))
+        elif config.reciprocal not in ("exact", "polynomial"):
+            raise ValueError(f"unknown reciprocal {config.reciprocal!r}; known: exact, polynomial, goldschmidt (with degree = steps >= 1)")
+
+    def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
+        """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
+        t = q_BHTK.shape[2]
+        return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.mask_TT[:t, :t] / math.sqrt(self.head_size))
+
+    def row_factor(self, t: int, s_BHTT: Tensor | None = None) -> Tensor:
+        """Return f, broadcastable to [B, H, T, 1]; only the stable form looks at the scores."""
+        if self.form == "stable":
+            assert s_BHTT is not None
+            return 1.0 / s_BHTT.detach().abs().amax(-1, keepdim=True).clamp_min(self.eps ** (1 / self.power))
+        if self.form == "rows":
+            return self.row_T[:t, None].to(self.mask_TT.dtype)
+        if self.form == "mean":
+            return torch.arange(1, t + 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)[:, None] ** (-1 / self.power)
+        return torch.ones(1, 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)
+
+    def powers(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u^p [B, H, T, T] and the denominators eps f^p + sum u^p [B, H, T, 1]."""
+        s_BHTT = self.scores(q_BHTK, k_BHTK)
+        f = self.row_factor(s_BHTT.shape[2], s_BHTT)
+        u_BHTT = integer_power(s_BHTT * f, self.power)
+        return u_BHTT, self.tap(u_BHTT.sum(-1, keepdim=True) + self.eps * integer_power(f, self.power))
+
+    def invert(self, d_BHT1: Tensor) -> Tensor:
+        """Return 1/d: exact, by Goldschmidt from the public start of each row, or by the polynomial."""
+        if self.reciprocal is not None:
+            return self.reciprocal(d_BHT1)
+        if self.steps:
+            return goldschmidt_reciprocal(d_BHT1, self.goldschmidt_start_T[: d_BHT1.shape[2], None].to(d_BHT1.dtype), self.steps)
+        return 1.0 / d_BHT1
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BTD)
+        u_BHTT, d_BHT1 = self.powers(q, k)
+        return self.o(self.merge((u_BHTT @ v) * self.invert(d_BHT1)))
+
+    def matrix(self, x_BTD: Tensor) -> Tensor:
+        q, k, _ = self.qkv(x_BTD)
+        u_BHTT, d_BHT1 = self.powers(q, k)
+        return u_BHTT * self.invert(d_BHT1)
+
+    def reference(self, x_BTD: Tensor) -> Tensor:
+        """Row by row, from the definition in the exact form; the polynomial reciprocal is applied to the scaled denominator."""
+        q, k, v = self.qkv(x_BTD)
+        rows = []
+        for i in range(x_BTD.shape[1]):
+            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(self.head_size)
+            sums_BH = (s_BHj**self.power).sum(-1) + self.eps
+            if self.reciprocal_kind == "exact":
+                inverse_BH = 1.0 / sums_BH
+            else:
+                f = float(self.row_factor(i + 1)[-1]) ** self.power
+                scaled = (sums_BH * f)[:, :, None, None]
+                start = self.goldschmidt_start_T[i].to(scaled.dtype) if self.steps else None
+                inverse_BH = f * (self.reciprocal(scaled) if self.reciprocal is not None
+                                  else goldschmidt_reciprocal(scaled, start, self.steps))[:, :, 0, 0]
+            w_BHj = s_BHj**self.power * inverse_BH[..., None]
+            rows.append(sum(w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)))
+        return self.o(self.merge(torch.stack(rows, 2)))
+
+    @property
+    def reciprocal_degree(self) -> int:
+        """Degree of the polynomial that stands for 1/x."""
+        if self.reciprocal is not None:
+            return self.reciprocal.degree
+        if self.steps:
+            return 2**self.steps - 1
+        raise ValueError("the division is exact, not polynomial; set reciprocal to 'polynomial' or 'goldschmidt'")
+
+    @property
+    def degree(self) -> int:
+        """Scores have degree 2, powers 2p, times values 2p + 1, times R of degree n in a denominator of degree 2p."""
+        return 2 * self.power * (1 + self.reciprocal_degree) + 1
+
+    @property
+    def depth(self) -> int:
+        """q/k/v 1, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n (values run beside it), product 1, output 1."""
+        reciprocal = self.steps + 1 if self.steps else depth_of_degree(self.reciprocal_degree)
+        return 1 + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
+
+
+def integer_power(x: Tensor, p: int) -> Tensor:
+    """x^p for even p by products alone, p/2 = 2^a or a small product: exact zeros stay zero and gradients stay finite."""
+    square = x * x
+    result, base, k = None, square, p // 2
+    while k:
+        if k & 1:
+            result = base if result is None else result * base
+        k >>= 1
+        if k:
+            base = base * base
+    assert result is not None
+    return result

@@ -1,0 +1,67 @@
+"""Normalisations: exact LayerNorm and RMSNorm, the same with a polynomial inverse square root, and a foldable affine map.
+
+Every norm is y = gamma * (x - [mean]) * q(S) (+ beta), S = mean((x - [mean])^2) the value that the `Tap` sees:
+
+    affine      q = 1, no mean: folds into the next linear, costs no level
+    rms         q = (S + eps)^(-1/2)
+    layer       the same after subtracting the mean (exact also under encryption: a plaintext average)
+    rms_poly    q a polynomial in S; `newton` steps refine it (2 levels each)
+    layer_poly  likewise, with the mean
+
+Levels before the product with x: 1 for the square, then those of q. Since q(S) is a scalar per position it commutes with the linear that
+follows, so W (x q) = (W x) q costs max(square + q, linear) + 1. Spec: methods.md 1.3 and 1.6; polynomial inverse square root after
+Panda 2022 (seed in relative error, then Newton).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from polyformer.approx import depth_of_degree, newton_inverse_sqrt
+from polyformer.layers import PolynomialLayer, Tap
+
+NORMS = ("affine", "rms", "layer", "rms_poly", "layer_poly")
+
+
+class Norm(nn.Module):
+    """A normalisation over the last axis, of one of the kinds above.
+
+    Args: `width` D; `kind`; `degree` of the polynomial seed and `newton` steps, for the polynomial kinds; `eps` is added to S by the
+    exact kinds alone (a polynomial needs no guard: its interval is the guard).
+    """
+
+    def __init__(self, width: int, kind: str, *, degree: int = 2, newton: int = 0, eps: float = 1e-5) -> None:
+        super().__init__()
+        if kind not in NORMS:
+            raise ValueError(f"unknown norm {kind!r}; known: {', '.join(NORMS)}")
+        self.kind, self.eps, self.newton = kind, eps, newton
+        self.centre = kind.startswith("layer")
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width)) if kind == "affine" or self.centre else None
+        self.tap = None if kind == "affine" else Tap("variance")
+        self.inverse_sqrt = PolynomialLayer(degree) if kind.endswith("_poly") else None
+
+    @property
+    def depth(self) -> int:
+        """Levels of the norm and the product with x, when the linear after it is taken first; 0 for affine."""
+        if self.tap is None:
+            return 0
+        if self.inverse_sqrt is None:
+            raise ValueError(f"norm {self.kind!r} is not polynomial; use 'affine', 'rms_poly' or 'layer_poly'")
+        return 1 + depth_of_degree(self.inverse_sqrt.degree) + 2 * self.newton + 1
+
+    def inverse_root(self, s_BT1: Tensor) -> Tensor:
+        """Return q(S), exact or polynomial."""
+        if self.inverse_sqrt is None:
+            return torch.rsqrt(s_BT1 + self.eps)
+        return newton_inverse_sqrt(s_BT1, self.inverse_sqrt(s_BT1), self.newton)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.tap is not None:
+            if self.centre:
+                x_BTD = x_BTD - x_BTD.mean(-1, keepdim=True)
+            s_BT1 = self.tap((x_BTD * x_BTD).mean(-1, keepdim=True))
+            x_BTD = x_BTD * self.inverse_root(s_BT1)
+        y_BTD = x_BTD * self.gamma
+        return y_BTD if self.beta is None else y_BTD + self.beta

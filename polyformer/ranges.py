@@ -1,0 +1,117 @@
+"""Ranges of what will be approximated: collect them, push them into targets, report them.
+
+Three kinds of values matter (methods.md 1.3): inputs of activations, variances at norms, denominators of PowerSoftmax. Each flows through a
+`Tap`; a `Collector` hooks all taps of a model for the length of a `with` block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from polyformer.layers import Tap, TapKind
+
+# The wanted or fitted interval of each tap, by the tap's path.
+Targets = Mapping[str, tuple[float, float]]
+
+
+def taps(model: nn.Module) -> dict[str, Tap]:
+    """Return all taps by the path of the layer that owns them, e.g. `blocks.0.mlp.act`."""
+    return {name.removesuffix(".tap"): m for name, m in model.named_modules() if isinstance(m, Tap)}
+
+
+class Collector:
+    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]` with its gradient.
+
+    Each forward replaces the values of the one before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.taps = taps(model)
+        self.values: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Collector:
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            return lambda module, args, output: self.values.__setitem__(name, output)
+
+        self._handles = [tap.register_forward_hook(keep(name)) for name, tap in self.taps.items()]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def kind(self, name: str) -> TapKind:
+        return self.taps[name].kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """What one tap saw: extremes, and the share of values outside an interval (0 if none was given)."""
+
+    low: float
+    high: float
+    outside: float
+    count: int
+
+    def join(self, other: Range) -> Range:
+        n = self.count + other.count
+        return Range(low=min(self.low, other.low), high=max(self.high, other.high), count=n,
+                     outside=(self.outside * self.count + other.outside * other.count) / n)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, tokens_NT: Tensor, *, intervals: Targets | None = None, batch: int = 256) -> dict[str, Range]:
+    """Run a model over token windows and return the range of every tap and the share of values outside `intervals`."""
+    found: dict[str, Range] = {}
+    with Collector(model) as collector:
+        for rows in tokens_NT.split(batch):
+            model(rows)
+            for name, value in collector.values.items():
+                lo, hi = (intervals or {}).get(name, (-torch.inf, torch.inf))
+                r = Range(low=float(value.min()), high=float(value.max()), count=value.numel(),
+                          outside=float(((value < lo) | (value > hi)).double().mean()))
+                found[name] = found[name].join(r) if name in found else r
+    return found
+
+
+def range_loss(collector: Collector, targets: Targets, *, activation: float, variance: float, denominator: float) -> Tensor:
+    """Return the range losses of methods.md 1.3 on the values last collected, weighted by kind.
+
+    Activations: relu(max|x| - R)/R with R = min(|lo|, hi). Variances and denominators: relu(log(max/hi)) + relu(log(lo/min)). The extremes are
+    taken over the batch, for each position and head (each channel of an activation), and averaged: many small subgradients instead of one.
+    """
+    weights = {"activation": activation, "variance": variance, "denominator": denominator}
+    total = torch.zeros(())
+    for name, value in collector.values.items():
+        if name not in targets or not weights[collector.kind(name)]:
+            continue
+        lo, hi = targets[name]
+        if collector.kind(name) == "activation":
+            bound = min(-lo, hi)
+            loss = torch.relu(value.abs().flatten(0, -2).amax(0) - bound) / bound
+        else:
+            floor = torch.finfo(value.dtype).tiny
+            loss = torch.relu(torch.log(value.amax(0).clamp_min(floor) / hi)) + torch.relu(torch.log(lo / value.amin(0).clamp_min(floor)))
+        total = total + weights[collector.kind(name)] * loss.mean()
+    return total
+
+
+@torch.no_grad()
+def log_mean_rows(model: nn.Module, tokens_NT: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
+    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and windows."""
+    sums: dict[str, Tensor] = {}
+    with Collector(model) as collector:
+        for rows in tokens_NT.split(batch):
+            model(rows)
+            for name, value in collector.values.items():
+                if collector.kind(name) == "denominator":
+                    part = value.double().log().mean(1)[..., 0].sum(0) / len(tokens_NT)
+                    sums[name] = sums[name] + part if name in sums else part
+    return sums

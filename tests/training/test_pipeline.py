@@ -1,0 +1,151 @@
+"""Checkpoints resume bit for bit, interrupted runs end where uninterrupted ones do, substitution does what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from polyformer.export import export_onnx
+from polyformer.ranges import measure
+from training import Recipe, calibration_tokens, convert, heldout_tokens, load_model, load_tokenizer, train
+from training.convert import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
+
+RECIPE = Recipe.quick().with_(threads=1)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_at(stage: str, step: int):
+    def progress(name: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if (name, done) == (stage, step):
+            raise Interrupted
+    return progress
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    train(out, RECIPE)
+    convert(out)
+    return out
+
+
+@pytest.mark.parametrize(("stage", "step"), [("softmax", 20), ("power", 20), ("ranges", 20), ("tune", 20)])
+def test_interrupted_run_ends_bit_for_bit_where_the_other_did(run, tmp_path, stage, step):
+    with pytest.raises(Interrupted):
+        train(tmp_path, RECIPE, progress=stop_at(stage, step))
+        convert(tmp_path, progress=stop_at(stage, step))
+    torch.manual_seed(12345)    # whatever the process did in between must not matter
+    train(tmp_path, RECIPE)
+    convert(tmp_path)
+    for name in ("softmax", "power", "polynomial"):
+        expected, found = load_file(run / f"{name}.safetensors"), load_file(tmp_path / f"{name}.safetensors")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert (tmp_path / "train.jsonl").read_text() == (run / "train.jsonl").read_text()
+
+
+def test_training_lowers_the_loss_and_everything_is_written(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    uniform = np.log(RECIPE.vocab)
+    for name in ("softmax", "power", "polynomial"):
+        assert metrics[f"heldout_loss_{name}"] < uniform - 0.8
+    assert set(metrics["quality"]) == {"ranges", "substitute division", "substitute activation", "substitute norm", "substitute all", "tune"}
+    assert {"ranges_heldout", "outside_heldout", "outside_stress", "largest_logit_heldout", "levels", "intervals"} <= set(metrics)
+    stages = [json.loads(line)["stage"] for line in (run / "train.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(stages)) == ["softmax", "power", "ranges", "tune"]
+    assert not list((run / "checkpoints").iterdir())
+
+
+def test_reported_ranges_are_those_of_the_heldout_text(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    model = load_model(run, "polynomial")
+    found = measure(model, torch.from_numpy(heldout_tokens(run)), intervals=fitted_intervals(model))
+    for name, r in found.items():
+        assert metrics["ranges_heldout"][name]["high"] == pytest.approx(r.high, rel=1e-4)
+        assert metrics["outside_heldout"][name] == pytest.approx(r.outside, abs=1e-6)
+
+
+def test_tokens_are_windows_of_the_right_documents(run):
+    tokenizer, heldout = load_tokenizer(run), heldout_tokens(run)
+    calibration = np.load(run / "calibration.npz")["tokens"]
+    assert heldout.dtype == calibration.dtype == np.int64
+    assert heldout.shape[1] == calibration.shape[1] == RECIPE.length
+    assert np.array_equal(calibration, calibration_tokens(run))
+    assert tokenizer.decode(heldout[0].tolist()).startswith("Mr. President, Mr.")
+
+
+def test_row_factors_change_the_form_and_not_the_function(run):
+    power, tokens = load_model(run, "power").double(), torch.from_numpy(heldout_tokens(run)[:8])
+    rows = with_rows(load_model(run, "power"), RECIPE, tokens).double()
+    torch.testing.assert_close(rows(tokens), power(tokens), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(rows.blocks[0].mixer.row_T, torch.ones(()).double())
+
+
+KINDS = ["division", "activation", "norm"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nothing"])
+def test_substitution_replaces_one_kind_within_its_error(run, kind):
+    """With high degrees on intervals that hold all values, the substituted model is the model."""
+    tokens = torch.from_numpy(heldout_tokens(run)[:16])
+    recipe = RECIPE.with_(activation_degree=24, norm_degree=12, reciprocal_degree=12, margin=1.05)
+    ranged = with_rows(load_model(run, "power"), recipe, tokens)
+    seen = measure(ranged, tokens)
+    targets = {name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()}
+    model = substitute(ranged, recipe, targets, **{k: k == kind for k in KINDS})
+    replaced = {"division": ["blocks.0.mixer"], "activation": ["blocks.0.mlp.act"], "norm": ["blocks.0.norm2", "norm"], "nothing": []}[kind]
+    assert sorted(fitted_intervals(model)) == replaced
+    for name in replaced:
+        assert fitted_intervals(model)[name] == pytest.approx(fitted_interval(targets[name], recipe.margin), rel=1e-5)
+    difference = (model(tokens) - ranged(tokens)).abs().max()
+    assert difference < 0.02
+    assert (difference == 0) == (kind == "nothing")
+
+
+def test_targets_follow_the_recipe(run):
+    tokens = torch.from_numpy(heldout_tokens(run)[:16])
+    targets = choose_targets(with_rows(load_model(run, "power"), RECIPE, tokens), RECIPE, tokens)
+    assert targets["blocks.0.mlp.act"] == (-RECIPE.activation_bound, RECIPE.activation_bound)
+    for name, ratio in (("blocks.0.mixer", RECIPE.denominator_ratio), ("norm", RECIPE.variance_ratio)):
+        assert targets[name][1] / targets[name][0] == pytest.approx(ratio)
+
+
+def test_exported_polynomial_model_equals_torch(run, tmp_path):
+    model, tokens = load_model(run, "polynomial"), heldout_tokens(run)[:1]
+    export_onnx(model, tmp_path / "model.onnx")
+    logits = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"tokens": tokens})[0]
+    np.testing.assert_allclose(logits, model(torch.from_numpy(tokens)).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_another_recipe_is_refused(run):
+    with pytest.raises(FileExistsError, match="another recipe"):
+        train(run, RECIPE.with_(seed=1))
+
+
+def test_missing_and_unknown_models_name_the_next_step(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        convert(tmp_path)
+    with pytest.raises(ValueError, match="polynomial"):
+        load_model(run, "poly")
+
+
+def test_recipe_round_trips_through_json():
+    for recipe in (Recipe.demo(), Recipe.quick(), replace(Recipe.quick(), exact_norms=("layer",) * 3)):
+        assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_text_of_ones_own(tmp_path):
+    (tmp_path / "mine.txt").write_text("All work and no play makes Jack a dull boy. " * 400)
+    recipe = RECIPE.with_(vocab=270, softmax_steps=2, power_steps=2, range_steps=2, tune_steps=2)
+    metrics = train(tmp_path / "out", recipe, text=tmp_path / "mine.txt")
+    assert metrics["text"].endswith("mine.txt") and heldout_tokens(tmp_path / "out").shape[1] == recipe.length

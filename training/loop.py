@@ -1,0 +1,121 @@
+"""One training loop: AdamW, cosine schedule with warm-up, clipped gradients, checkpoints that resume bit for bit, a JSON-lines log."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.data import IGNORE, Sampler
+from training.recipe import Progress
+
+ExtraLoss = Callable[[], Tensor]  # called after the forward pass, e.g. the range losses on what a Collector holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate lr after `warmup` linear steps, then a cosine down to a tenth of it at `steps`."""
+
+    steps: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    clip: float
+    checkpoint_every: int
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross entropy in nats a token over targets that are not -100."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
+
+
+def run_stage(model: nn.Module, sampler: Sampler, *, stage: str, schedule: Schedule, folder: Path, log: Path,
+              extra: ExtraLoss | None = None, progress: Progress | None = None) -> None:
+    """Train `model` in place for one stage. If `folder/stage.safetensors` exists, go on from there; delete it at the end.
+
+    The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators.
+    """
+    optimiser = _optimiser(model, schedule)
+    checkpoint = folder / f"{stage}.safetensors"
+    first = load_checkpoint(checkpoint, model, optimiser, sampler) if checkpoint.exists() else 0
+    _trim_log(log, stage, first)
+    model.train()
+    with log.open("a", encoding="utf-8") as lines:
+        for step in range(first, schedule.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.rate(step)
+            tokens_BT, targets_BT = sampler.batch()
+            task = token_loss(model(tokens_BT), targets_BT)
+            ranges = extra() if extra is not None else torch.zeros(())
+            optimiser.zero_grad(set_to_none=True)
+            (task + ranges).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+            if torch.isfinite(norm):
+                optimiser.step()
+            done = step + 1
+            if done % 10 == 0 or done == schedule.steps:
+                figures = {"loss": float(task.detach()), "ranges": float(ranges.detach()), "gradient": float(norm)}
+                lines.write(json.dumps({"stage": stage, "step": done, **figures}) + "\n")
+                lines.flush()
+                if progress is not None:
+                    progress(stage, done, schedule.steps, figures)
+            if done % schedule.checkpoint_every == 0 and done < schedule.steps:
+                save_checkpoint(checkpoint, model, optimiser, sampler, done)
+    model.eval()
+    checkpoint.unlink(missing_ok=True)
+
+
+def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+    """Weight decay on matrices alone; vectors, embeddings and polynomial coefficients go without."""
+    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("token", "position"))]
+    kept = {id(p) for p in decayed}
+    others = [p for p in model.parameters() if id(p) not in kept]
+    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98), fused=True)
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler, step: int) -> None:
+    """Write everything that the next step depends on, atomically."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, state in optimiser.state_dict()["state"].items():
+        tensors.update({f"optimiser.{i}.{k}": v for k, v in state.items()})
+    tensors.update(step=torch.tensor(step), sampler=sampler.generator.get_state(), torch=torch.get_rng_state())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary)
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler) -> int:
+    """Restore a checkpoint into its four owners and return the number of steps done."""
+    tensors = load_file(path)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    sampler.generator.set_state(tensors["sampler"])
+    torch.set_rng_state(tensors["torch"])
+    return int(tensors["step"])
+
+
+def _trim_log(log: Path, stage: str, first: int) -> None:
+    """Drop lines of this stage beyond the checkpoint, so that a resumed log reads like an uninterrupted one."""
+    if log.exists():
+        lines = [(json.loads(t), t) for t in log.read_text(encoding="utf-8").splitlines()]
+        log.write_text("".join(t + "\n" for d, t in lines if d["stage"] != stage or d["step"] <= first), encoding="utf-8")

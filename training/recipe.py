@@ -1,0 +1,121 @@
+"""The recipe of a model as one frozen value, with two presets: `demo` (minutes, shown to people) and `quick` (seconds, for tests)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from polyformer.model import ModelConfig
+from training.data import Mix
+
+Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, total, figures (e.g. loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All numbers of a run. Steps are optimiser steps; a stage of 0 steps is skipped.
+
+    Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of `variance_ratio`, centred on
+    what the model has; denominators of all rows within `denominator_ratio` around 1. Fitted intervals are the targets, widened by
+    `margin` on each side (a factor for ratios).
+    """
+
+    seed: int = 0
+    threads: int = 2
+    # data
+    vocab: int = 1024
+    length: int = 32
+    holdout: int = 9                  # every k-th document
+    # model
+    width: int = 128
+    heads: int = 4
+    hidden: int = 512
+    blocks: int = 2
+    parallel: bool = False
+    power: int = 2
+    eps: float = 1.0
+    activation: str = "gelu"
+    exact_norms: tuple[str, ...] = ("affine", "rms", "rms", "rms", "rms")
+    # polynomial form
+    activation_degree: int = 2
+    norm_degree: int = 2
+    norm_newton: int = 0
+    reciprocal_degree: int = 4
+    # optimiser
+    batch: int = 64
+    padded: int = 4
+    noise: int = 4                    # windows of arbitrary tokens a batch, conversion only
+    lr: float = 3e-3
+    tune_lr: float = 1.5e-3
+    warmup: int = 60
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    softmax_steps: int = 1200
+    power_steps: int = 1200
+    range_steps: int = 500
+    tune_steps: int = 800
+    checkpoint_every: int = 200
+    # ranges
+    activation_bound: float = 4.0
+    variance_ratio: float = 4.0
+    denominator_ratio: float = 4.0
+    margin: float = 1.5
+    activation_weight: float = 0.3
+    variance_weight: float = 0.3
+    denominator_weight: float = 0.3
+
+    @classmethod
+    def demo(cls) -> Recipe:
+        """The model of the demonstration: 2 blocks, width 128, 32 tokens; about four minutes on 2 cores."""
+        return cls()
+
+    @classmethod
+    def quick(cls) -> Recipe:
+        """The same shape of pipeline in seconds: 1 block, width 32, 16 tokens. Its loss means nothing."""
+        return cls(vocab=300, length=16, width=32, heads=2, hidden=64, blocks=1, exact_norms=("affine", "rms", "rms"), batch=16, padded=1,
+                   noise=1, softmax_steps=30, power_steps=30, range_steps=20, tune_steps=30, warmup=5, checkpoint_every=10)
+
+    def with_(self, **changes: object) -> Recipe:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def softmax_config(self) -> ModelConfig:
+        """The twin: same sizes and parameters, softmax, exact functions."""
+        return self._config(mixer="softmax")
+
+    def power_config(self) -> ModelConfig:
+        return self._config(mixer="power_softmax", form="stable")
+
+    def range_config(self) -> ModelConfig:
+        """The power model in the form whose denominators share one interval; functions still exact."""
+        return self._config(mixer="power_softmax", form="rows")
+
+    def polynomial_config(self, *, division: bool = True, activation: bool = True, norm: bool = True) -> ModelConfig:
+        """The polynomial form; the switches replace one kind alone, to see what each substitution costs."""
+        config = self.range_config()
+        if division:
+            config = replace(config, reciprocal="polynomial", reciprocal_degree=self.reciprocal_degree)
+        if activation:
+            config = replace(config, activation="polynomial", activation_degree=self.activation_degree)
+        if norm:
+            config = replace(config, norms=tuple(n if n == "affine" else f"{n}_poly" for n in self.exact_norms),
+                             norm_degree=self.norm_degree, norm_newton=self.norm_newton)
+        return config
+
+    def _config(self, *, mixer: str, form: str = "stable") -> ModelConfig:
+        return ModelConfig(vocab=self.vocab, length=self.length, width=self.width, heads=self.heads, hidden=self.hidden, blocks=self.blocks,
+                           parallel=self.parallel, norms=self.exact_norms, activation=self.activation, power=self.power, eps=self.eps,
+                           mixer=mixer, form=form)
+
+    def mix(self, *, noise: bool) -> Mix:
+        return Mix(batch=self.batch, padded=self.padded, noise=self.noise if noise else 0)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        values = json.loads(text)
+        values["exact_norms"] = tuple(values["exact_norms"])
+        return cls(**values)

@@ -1,0 +1,199 @@
+"""The living definition of every op: a circuit run on plain slot vectors, and the same with CKKS noise added.
+
+`simulate` executes the compiled circuit op by op, straight from the table in `circuit.py` and without the kernels: it is what
+the other interpretations are compared with. `simulate_noise` runs the *primitives* and adds to each the error that the scheme
+adds, so that amplification along the circuit is followed on real values; from it the compiler predicts the error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .base import Array, LevelError, UnsupportedOpError
+from .circuit import Circuit, Op, pack, unpack
+from .params import SPECIAL_PRIME_BITS, Params
+from .trace import Trace, assign_scales, trace
+
+ERROR_STD = 3.19  # standard deviation of the error distribution in every library used here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """Outputs as tensors by name, and every op's slot vector [slots] by op id."""
+
+    outputs: dict[str, Array]
+    values: list[Array]
+
+
+def input_slots(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> dict[tuple[str, int], Array]:
+    """Pack input tensors into slot vectors by (name, part)."""
+    packed = {}
+    for signature in circuit.inputs:
+        slots = pack(tensors[signature.name], signature, circuit.client_arrays[signature.layout])
+        packed.update({(signature.name, part): row for part, row in enumerate(slots)})
+    return packed
+
+
+def output_tensors(circuit: Circuit, slots: Mapping[tuple[str, int], Array]) -> dict[str, Array]:
+    """Unpack slot vectors by (name, part) into output tensors."""
+    tensors = {}
+    for signature in circuit.outputs:
+        layout = circuit.client_arrays[signature.layout]
+        rows = np.stack([slots[signature.name, part] for part in range(layout.shape[0])])
+        tensors[signature.name] = unpack(rows, signature, layout)
+    return tensors
+
+
+def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
+    """Run a circuit in float64.
+
+    Args:
+        tensors: input tensors by name, shapes as in circuit.inputs.
+
+    Raises:
+        LevelError: an op uses more levels than the circuit gives it.
+    """
+    packed = input_slots(circuit, tensors)
+    values: list[Array] = []
+    out: dict[tuple[str, int], Array] = {}
+    for op in circuit.ops:
+        args = [values[a] for a in op.args]
+        for a in op.args:
+            if op.kind != "refresh" and circuit.ops[a].level < op.level:
+                raise LevelError(f"{op} takes %{a} of level {circuit.ops[a].level}")
+        if op.kind == "input":
+            values.append(packed[op.attrs["name"], op.attrs["part"]])
+            continue
+        values.append(_run(op, args, circuit))
+        if op.kind == "output":
+            out[op.attrs["name"], op.attrs["part"]] = values[-1]
+    return Simulation(outputs=output_tensors(circuit, out), values=values)
+
+
+def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
+    slots, arrays, a = circuit.params.slots, circuit.arrays, op.attrs
+
+    def expand(array: np.ndarray) -> Array:
+        return np.repeat(array.astype(np.float64), slots // array.size)
+
+    match op.kind:
+        case "add":
+            return args[0] + args[1]
+        case "sub":
+            return args[0] - args[1]
+        case "mul":
+            return args[0] * args[1]
+        case "add_plain":
+            return args[0] + expand(arrays[a["array"]])
+        case "linear":
+            y = np.zeros(slots)
+            for giant, terms in a["plan"]:
+                for baby, row in terms:
+                    y += expand(arrays[a["weights"]][row]) * np.roll(args[0], -(giant + baby))
+            return y if a.get("bias") is None else y + expand(arrays[a["bias"]])
+        case "rotate":
+            return np.roll(args[0], -a["k"])
+        case "rotate_sum":
+            y = args[0]
+            for k in a["steps"]:
+                y = y + np.roll(y, -k)
+            return y
+        case "polynomial" if "factors" in a:
+            y = np.ones(slots)
+            for alpha, beta in a["factors"]:
+                y = y * (args[0] + alpha if beta is None else (args[0] + alpha) ** 2 + beta)
+            return y
+        case "polynomial":
+            return np.polynomial.chebyshev.chebval(a["domain"][0] * args[0] + a["domain"][1], a["chebyshev"])
+        case "refresh" | "output":
+            return args[0]
+    raise UnsupportedOpError(f"the simulator knows no op kind {op.kind!r}")
+
+
+def coefficient_noise(op: str, params: Params, level: int) -> float:
+    """Standard deviation of the error that a primitive adds to each coefficient, before division by the scale.
+
+    Average-case CKKS noise (Costache et al., eprint 2022/162, in spirit): a uniform ternary secret has 2N/3 non-zero entries.
+    """
+    n = 1 << params.log_n
+    weight = 192 if params.secret == "sparse192" else 2 * n / 3
+    rounding = math.sqrt((1 + weight) / 12)
+    match op:
+        case "input":
+            return ERROR_STD * math.sqrt(4 * n / 3 + 1)
+        case "rescale" | "mod_down":
+            return rounding
+        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended":
+            digits = math.ceil((level + 1) / params.digit_limbs)
+            width = params.first_bits + (params.digit_limbs - 1) * params.scale_bits
+            ratio = 2.0 ** (width - SPECIAL_PRIME_BITS * params.special_limbs)
+            switch = ERROR_STD * math.sqrt(digits * n / 12) * ratio
+            return switch if op == "rotate_extended" else math.hypot(switch, rounding)
+    return 0.0
+
+
+def simulate_noise(
+    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, seed: int = 0, traced: Trace | None = None
+) -> dict[str, Array]:
+    """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's."""
+    params = circuit.params
+    t = traced if traced is not None else trace(circuit)
+    rng = np.random.default_rng(seed)
+    scale = 2.0**params.scale_bits
+    scales = assign_scales(t, [1 << params.first_bits, *[1 << params.scale_bits] * params.levels], scale)
+    packed = input_slots(circuit, tensors)
+    names = {node: key for key, node in t.inputs.items()}
+    spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
+    values: dict[int, Array] = {}
+    uses = np.zeros(len(t.nodes), dtype=int)
+    for node in t.nodes:
+        uses[list(set(node.args))] += 1
+    uses[list(t.outputs.values())] += 1
+    for node in t.nodes:
+        args = [values[a] for a in node.args]
+        if node.op == "input":
+            y = packed[names[node.id]]
+        else:
+            y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
+        std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
+        values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
+        for a in set(node.args):
+            uses[a] -= 1
+            if not uses[a]:
+                del values[a]
+    return output_tensors(circuit, {key: values[node] for key, node in t.outputs.items()})
+
+
+def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
+    """A plaintext operand with the rounding error of its encoding."""
+    if isinstance(plain, float):
+        return round(plain * scale) / scale
+    values: Array = plain.slots()  # type: ignore[attr-defined]
+    return values + rng.normal(0.0, spread / math.sqrt(12) / scale, values.shape)
+
+
+def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) -> Array:
+    match op:
+        case "add":
+            return args[0] + args[1]
+        case "sub":
+            return args[0] - args[1]
+        case "mul":
+            return args[0] * args[1]
+        case "square":
+            return args[0] * args[0]
+        case "add_plain" | "add_scalar":
+            return args[0] + plains[0]
+        case "mul_plain" | "mul_scalar":
+            return args[0] * plains[0]
+        case "weighted_sum":
+            return np.sum([a * p for a, p in zip(args, plains, strict=True)], axis=0)
+        case "rotate" | "rotate_hoisted" | "rotate_extended":
+            return np.roll(args[0], -k)
+        case "rescale" | "relinearize" | "drop" | "hoist" | "extend" | "mod_down":
+            return args[0]
+    raise UnsupportedOpError(f"no noise model for primitive {op!r}")

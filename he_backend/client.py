@@ -1,0 +1,229 @@
+"""The client's side of the network: manifest, key upload, evaluation. Encryption and decryption are in `owner.py`.
+
+Nothing here holds a secret or a decrypted value, so nothing here can send one. What a server says is as hostile as what a
+client says: answers are capped in length, never followed elsewhere, and errors are rebuilt from a closed list of classes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from . import base, wire
+from .base import HEError, ManifestError, WireError
+from .circuit import ClientSpec
+from .wire import KeyIndex
+
+MAX_JSON = 4 << 20
+CHUNK = 1 << 20
+ERRORS: dict[str, type[HEError]] = {
+    name: kind for name, kind in vars(base).items() if isinstance(kind, type) and issubclass(kind, HEError)
+}
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+class ConnectError(HEError):
+    """The server cannot be reached, or went away."""
+
+
+class LostJobError(HEError):
+    """The server does not know the job (any more): it was started again since."""
+
+
+class Client:
+    """A connection to one server; a context manager."""
+
+    def __init__(self, url: str, *, timeout: float = 60.0, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, transport=transport, trust_env=False)
+        self._http.headers["accept-encoding"] = "identity"  # an answer that unpacks itself could pass every cap
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._http.close()
+
+    def manifest(self) -> dict[str, Any]:
+        """What the server serves."""
+        return self._json("GET", "/manifest")
+
+    def status(self) -> dict[str, Any]:
+        """Progress of weights and keys, peak memory."""
+        return self._json("GET", "/status")
+
+    def agree(self, spec: ClientSpec, moduli: tuple[int, ...] | None = None) -> None:
+        """Hold the server's manifest against our specification.
+
+        Raises:
+            ManifestError: every field on which they differ.
+        """
+        compare_manifest(spec, self.manifest(), moduli)
+
+    def upload(self, index: KeyIndex, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """Send the key files that the server does not have yet; calling it again goes on where it stopped.
+
+        Args:
+            folder: where the files of `index` lie.
+            progress: called with bytes there and bytes in all.
+        """
+        state = self._json("PUT", "/keys", content=json.dumps(index.to_json()).encode())
+        missing = set(state.get("missing", ()))
+        total = sum(f.bytes for f in index.files)
+        done = sum(f.bytes for f in index.files if f.name not in missing)
+        for file in index.files:
+            if file.name not in missing:
+                continue
+
+            def chunks(path: Path = folder / file.name, done: int = done) -> Iterator[bytes]:
+                with path.open("rb") as stream:
+                    while chunk := stream.read(CHUNK):
+                        done += len(chunk)
+                        yield chunk
+                        if progress is not None:
+                            progress(done, total)
+
+            headers = {"content-length": str(file.bytes)}
+            self._json("PUT", f"/keys/{index.key_id}/{file.name}", content=chunks(), headers=headers, timeout=600.0)
+            done += file.bytes
+
+    def forget_keys(self, key_id: str) -> None:
+        """Have the server delete the bundle."""
+        self._json("DELETE", f"/keys/{key_id}")
+
+    def wait_ready(self, progress: Report | None = None, *, every: float = 0.5) -> dict[str, Any]:
+        """Until weights and keys are loaded.
+
+        Raises:
+            HEError: either failed; the message is the server's.
+        """
+        while True:
+            status = self.status()
+            stages = {name: status[name] for name in ("weights", "keys")}
+            if progress is not None:
+                progress(status)
+            for name, stage in stages.items():
+                if stage["state"] == "failed":
+                    raise HEError(f"the server could not load its {name}: {stage['error']}")
+            if stages["keys"]["state"] == "waiting":
+                raise ManifestError("the server has no complete key bundle: upload the keys first")
+            if all(stage["state"] == "ready" for stage in stages.values()):
+                return status
+            time.sleep(every)
+
+    def evaluate(
+        self,
+        request: bytes,
+        *,
+        max_reply: int,
+        progress: Report | None = None,
+        every: float = 0.25,
+        retries: int = 1,
+        patience: float = 60.0,
+    ) -> tuple[bytes, dict[str, Any]]:
+        """Send a request frame, wait, and return the reply frame and the server's timing.
+
+        The same ciphertext is sent again if the server was restarted under the job; that reveals nothing new.
+
+        Args:
+            max_reply: cap on the reply's length, `Expected.max_bytes`.
+            progress: called with the job's state (done, total, current, seconds).
+            retries: how often a lost server may be met.
+            patience: seconds to wait for it to come back each time.
+        """
+        for attempt in range(retries + 1):
+            try:
+                return self._evaluate_once(request, max_reply, progress, every)
+            except (ConnectError, LostJobError):
+                if attempt == retries:
+                    raise
+                self._wait_alive(patience)
+        raise AssertionError("unreachable")
+
+    def _evaluate_once(self, request: bytes, max_reply: int, progress: Report | None, every: float) -> tuple[bytes, dict[str, Any]]:
+        job = self._json("POST", "/evaluate", content=request, timeout=600.0)
+        path = f"/jobs/{job['job']}"
+        while job["state"] in ("queued", "running"):
+            time.sleep(every)
+            job = self._json("GET", path)
+            if progress is not None:
+                progress(job)
+        if job["state"] != "done":
+            raise _error(job.get("error") or {"message": f"the job is {job['state']}"})
+        reply = self._request("GET", f"{path}/result", max_bytes=max_reply)
+        return reply, self._json("GET", f"{path}/timing")
+
+    def _wait_alive(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.wait_ready()
+                return
+            except ConnectError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        data = self._request(method, path, max_bytes=MAX_JSON, **options)
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"the server's answer to {method} {path.split('/')[1]} is not JSON") from error
+        if not isinstance(value, dict):
+            raise WireError("the server's answer is not an object")
+        return value
+
+    def _request(self, method: str, path: str, *, max_bytes: int, **options: Any) -> bytes:
+        """One exchange, its answer read up to a cap."""
+        try:
+            with self._http.stream(method, path, **options) as response:
+                data = bytearray()
+                for chunk in response.iter_raw():
+                    data += chunk
+                    wire.check_length(len(data), max_bytes)
+                status = response.status_code
+        except httpx.HTTPError as error:
+            raise ConnectError(f"no answer from {self.url}: {type(error).__name__}; is `polyformer serve` running?") from error
+        if status == 404 and path.startswith("/jobs/"):
+            raise LostJobError("the server does not know this job; it was started again since")
+        if status >= 400:
+            try:
+                raise _error(json.loads(bytes(data)))
+            except ValueError as error:
+                raise WireError(f"the server answered {status} without saying why") from error
+        return bytes(data)
+
+
+def compare_manifest(spec: ClientSpec, manifest: Mapping[str, Any], moduli: tuple[int, ...] | None = None) -> None:
+    """ManifestError with every field on which a server's manifest differs from our specification."""
+    ours: dict[str, Any] = {"format": "manifest", "version": wire.VERSION, "circuit_sha256": spec.circuit_sha256}
+    theirs: dict[str, Any] = {name: manifest.get(name) for name in ours}
+    params = manifest.get("params")
+    for name, value in spec.params.to_json().items():
+        ours[f"params.{name}"] = value
+        theirs[f"params.{name}"] = params.get(name) if isinstance(params, Mapping) else None
+    ours["keys"] = {str(k): level for k, level in spec.keys.items()}
+    ours["relin_level"] = spec.relin_level
+    for side, signatures in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+        ours[side] = [{**vars(s), "shape": list(s.shape)} for s in signatures]
+    if moduli is not None:
+        ours["moduli"] = list(moduli)
+    for name in ("keys", "relin_level", "inputs", "outputs", "moduli"):
+        theirs[name] = manifest.get(name)
+    wire.compare(ours, theirs, "client and server disagree")
+
+
+def _error(data: Any) -> HEError:
+    """A server's error, rebuilt here; unknown classes become HEError, long texts are cut."""
+    if not isinstance(data, dict):
+        return HEError("the server refused without saying why")
+    kind = ERRORS.get(str(data.get("error")), HEError)
+    return kind(f"server: {str(data.get('message', ''))[:2000]}")

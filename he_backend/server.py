@@ -1,0 +1,311 @@
+"""The server: evaluates one circuit on ciphertexts, over HTTP, without a secret key.
+
+    GET    /manifest                what is served: circuit hash, parameters, primes, signatures, keys wanted
+    GET    /status                  progress of weights and keys, peak memory
+    PUT    /keys                    index of a bundle (`wire.KeyIndex`); starts an upload or goes on with one
+    GET    /keys/{key_id}           which files have arrived
+    PUT    /keys/{key_id}/{name}    one key file; checked by length, hash, and a parser in a process that may die
+    DELETE /keys/{key_id}           forget the bundle
+    POST   /evaluate                a request frame -> {"job": id}
+    GET    /jobs/{id}               state, operators done, current ONNX node, seconds
+    GET    /jobs/{id}/result        the reply frame
+    GET    /jobs/{id}/timing        seconds by operator and primitive, peak memory
+    DELETE /jobs/{id}               cancel
+
+Errors are JSON: {"error": class, "message": text, "differences": {field: [ours, theirs]}}. Nothing that arrives is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from . import wire
+from .base import HEError, ManifestError, ParamsError, WireError
+from .circuit import Circuit
+from .jobs import BusyError, Engine, Job, Worker
+from .keystore import KeyLimits, KeyStore
+
+log = logging.getLogger("polyformer.server")
+
+# One thread inside each primitive (the executor runs primitives side by side), and an allocator that keeps the megabytes
+# of a dropped ciphertext instead of returning them to the kernel. The C library reads these when a process starts.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "4",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
+
+Checker = Callable[[Path], None]  # raises WireError when a key file does not parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a client may ask for."""
+
+    keys: KeyLimits = field(default_factory=KeyLimits)
+    max_queue: int = 4
+    max_replies: int = 8
+    max_json_bytes: int = 1 << 20
+
+
+def ensure_environment() -> None:
+    """Start this process again with `ENVIRONMENT` if it runs without; values that the user set are kept."""
+    if any(name not in os.environ for name in ENVIRONMENT):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**ENVIRONMENT, **os.environ})
+
+
+def refuse_secrets(folder: Path) -> None:
+    """A server that could decrypt must not start.
+
+    Raises:
+        ParamsError: a secret key lies in the folder, at any depth.
+    """
+    from . import keys
+
+    found = keys.find_secret(folder)
+    if found is not None:
+        raise ParamsError(
+            f"{found} is a secret key: a server must never hold one. Move it to the client's machine, or give the server "
+            "a folder of its own with --folder"
+        )
+
+
+class Server:
+    """The state behind the endpoints: circuit, key store, worker."""
+
+    def __init__(self, circuit: Circuit, engine: Engine, folder: Path, *, check: Checker, limits: Limits) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_secrets(folder)
+        self.circuit = circuit
+        self.sha256 = circuit.sha256
+        self.engine = engine
+        self.limits = limits
+        self.store = KeyStore(folder, self.sha256, limits.keys)
+        self.worker = Worker(engine, max_queue=limits.max_queue, max_replies=limits.max_replies)
+        self.check = check
+        self.key_lock = asyncio.Lock()
+
+    def start(self) -> None:
+        self.worker.start()
+        if self.store.complete:
+            self.worker.load_keys(self.store.folder)
+
+    def manifest(self) -> dict[str, Any]:
+        """What both sides must agree on; see `client.compare_manifest`."""
+        c = self.circuit
+        return {
+            "format": "manifest",
+            "version": wire.VERSION,
+            "circuit_sha256": self.sha256,
+            "params": c.params.to_json(),
+            "moduli": list(self.engine.moduli),
+            "inputs": [{**vars(s), "shape": list(s.shape)} for s in c.inputs],
+            "outputs": [{**vars(s), "shape": list(s.shape)} for s in c.outputs],
+            "keys": {str(k): level for k, level in c.keys.items()},
+            "relin_level": c.relin_level,
+            "insecure": c.params.insecure,
+            "max_request_bytes": self.expected("request", "").max_bytes,
+        }
+
+    def expected(self, kind: str, key_id: str) -> wire.Expected:
+        """What a request, or our reply, must be."""
+        signatures = self.circuit.inputs if kind == "request" else self.circuit.outputs
+        return wire.Expected(
+            format=kind,
+            circuit_sha256=self.sha256,
+            key_id=key_id,
+            log_n=self.circuit.params.log_n,
+            moduli=self.engine.moduli,
+            parts=wire.parts(signatures, self.circuit.client_arrays),
+        )
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "weights": self.worker.weights.to_json(),
+            "keys": self.worker.keys.to_json(),
+            "peak_rss_bytes": peak_rss(),
+            "pid": os.getpid(),
+        }
+
+    def key_state(self) -> dict[str, Any]:
+        """For whoever knows the key id."""
+        index = self.store.index
+        assert index is not None
+        missing = self.store.missing()
+        return {**index.to_json(), "missing": missing, "complete": not missing, "stage": self.worker.keys.to_json()}
+
+    async def put_key(self, key_id: str, name: str, body: AsyncIterator[bytes]) -> dict[str, Any]:
+        """Receive, check and keep one key file; the last one starts the loading."""
+        file = self.store.entry(key_id, name)
+        async with self.key_lock:
+            if name in self.store.missing():
+                part = await self.store.receive(file, body)
+                try:
+                    await run_in_threadpool(self.check, part)
+                except HEError:
+                    self.store.reject(file)
+                    raise
+                self.store.accept(file)
+                if self.store.complete:
+                    self.worker.load_keys(self.store.folder)
+        return self.key_state()
+
+    def evaluate(self, data: bytes) -> Job:
+        """Check a request frame and queue it."""
+        if not self.store.complete or self.store.index is None:
+            raise ManifestError("the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())})
+        key_id = self.store.index.key_id
+        inputs = wire.loads(data, self.expected("request", key_id))
+        return self.worker.submit(inputs, self.expected("reply", key_id))
+
+
+def create_app(server: Server) -> FastAPI:
+    """The endpoints over a server's state."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.start()
+        yield
+
+    app = FastAPI(title="polyformer", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(HEError)
+    async def refused(request: Request, error: HEError) -> JSONResponse:
+        log.info("refused %s: %s", request.url.path, type(error).__name__)
+        return JSONResponse(error_json(error), status_code=STATUS.get(type(error), 422))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return JSONResponse({"error": "WireError", "message": "the client went away"}, status_code=400)
+
+    @app.get("/manifest")
+    async def manifest() -> dict[str, Any]:
+        return server.manifest()
+
+    @app.get("/status")
+    async def status() -> dict[str, Any]:
+        return server.status()
+
+    @app.put("/keys")
+    async def put_index(request: Request) -> dict[str, Any]:
+        server.store.offer(parse_json(await read_body(request, server.limits.max_json_bytes)))
+        return server.key_state()
+
+    @app.get("/keys/{key_id}")
+    async def get_keys(key_id: str) -> dict[str, Any]:
+        server.store.named(key_id)
+        return server.key_state()
+
+    @app.put("/keys/{key_id}/{name}")
+    async def put_key(key_id: str, name: str, request: Request) -> dict[str, Any]:
+        return await server.put_key(key_id, name, request.stream())
+
+    @app.delete("/keys/{key_id}")
+    async def delete_keys(key_id: str) -> dict[str, Any]:
+        if not server.worker.idle:
+            raise BusyError("keys cannot be removed while they are loaded or used")
+        server.store.remove(key_id)
+        server.worker.forget_keys()
+        return {}
+
+    @app.post("/evaluate", status_code=202)
+    async def evaluate(request: Request) -> dict[str, Any]:
+        data = await read_body(request, server.expected("request", "").max_bytes)
+        job = await run_in_threadpool(server.evaluate, data)
+        return job.to_json()
+
+    @app.get("/jobs/{job_id}")
+    async def get_job(job_id: str) -> dict[str, Any]:
+        return find(job_id).to_json()
+
+    @app.get("/jobs/{job_id}/result")
+    async def get_result(job_id: str) -> Response:
+        job = find(job_id)
+        if job.state != "done":
+            raise ManifestError(f"job {job.id} is {job.state}, it has no result")
+        return Response(job.reply, media_type="application/octet-stream")
+
+    @app.get("/jobs/{job_id}/timing")
+    async def get_timing(job_id: str) -> dict[str, Any]:
+        return {**find(job_id).timing, "peak_rss_bytes": peak_rss()}
+
+    @app.delete("/jobs/{job_id}")
+    async def cancel(job_id: str) -> dict[str, Any]:
+        job = find(job_id)
+        job.cancel.set()
+        return job.to_json()
+
+    def find(job_id: str) -> Job:
+        job = server.worker.job(job_id)
+        if job is None:
+            raise UnknownJobError("no such job: it is too old, or the server was started again since; send the request anew")
+        return job
+
+    return app
+
+
+class UnknownJobError(ManifestError):
+    """A job that this process never had."""
+
+
+STATUS[UnknownJobError] = 404
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """A body of at most `most` bytes: first what it says of itself, then what it is.
+
+    Raises:
+        WireError: it is longer.
+    """
+    stated = request.headers.get("content-length", "0")
+    wire.check_length(int(stated) if stated.isdecimal() and len(stated) < 20 else most + 1, most)
+    data = bytearray()
+    async for chunk in request.stream():
+        wire.check_length(len(data) + len(chunk), most)
+        data += chunk
+    return bytes(data)
+
+
+def parse_json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise WireError("the body is not JSON") from error
+
+
+def error_json(error: HEError) -> dict[str, Any]:
+    differences: Mapping[str, Any] = getattr(error, "differences", {})
+    return {"error": type(error).__name__, "message": str(error), "differences": {k: list(v) for k, v in differences.items()}}
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes (of this program only, not of what ran before an exec)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def serve(server: Server, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Run until a signal comes."""
+    import uvicorn
+
+    uvicorn.run(create_app(server), host=host, port=port, log_level="warning", access_log=False, server_header=False)

@@ -1,0 +1,309 @@
+"""What crosses the network: frames of ciphertexts and the index of a key bundle, checked before a crypto library sees them.
+
+A frame is a container (`container.py`) with the header
+
+    format          "request" or "reply"
+    version         1
+    circuit_sha256  of the circuit that both sides mean
+    key_id          of the keys that the ciphertexts are under
+    log_n           ring dimension N = 2^log_n
+    ciphertexts     [{name, part, level, elements}, ...]
+
+and one uint8 array "c<i>" for each ciphertext: element by element, limb by limb, N residues of ceil(bits(q) / 8) bytes
+each, little-endian. A 40-bit prime so costs 5 bytes a residue and not the 8 of a machine word.
+
+Whoever reads a frame says what it must be (`Expected`), and `loads` holds the bytes against that in an order in which
+nothing large is made of anything unchecked: total length, length of the header, fields, array lengths, residues below
+their prime, and an `a` part that is not zero in any limb (a "ciphertext" without one shows its plaintext, and decrypting
+it for someone gives the key away).
+
+Malformed bytes raise WireError; well-formed bytes that mean another circuit, key or ring raise ManifestError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import container
+from .base import ManifestError, WireError
+from .circuit import Signature
+
+VERSION = 1
+ELEMENTS = 2
+MAX_HEADER = 64 << 10
+KEY_ID = re.compile(r"[0-9a-zA-Z_-]{8,64}")
+FILE_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z_.-]{0,99}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Residues = NDArray[np.uint64]  # [elements, limbs, N]
+Part = tuple[str, int]  # tensor name, number of the ciphertext within it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a frame must be: the reader's own view of circuit, keys and ring.
+
+    parts   the ciphertexts that must be there, each with its level
+    moduli  primes of the chain; a ciphertext at level l has residues modulo moduli[0..l]
+    """
+
+    format: str
+    circuit_sha256: str
+    key_id: str
+    log_n: int
+    moduli: tuple[int, ...]
+    parts: Mapping[Part, int]
+
+    @property
+    def max_bytes(self) -> int:
+        """No honest frame is longer."""
+        bodies = sum(_padded(ciphertext_bytes(self.moduli, level, self.log_n)) for level in self.parts.values())
+        return 16 + MAX_HEADER + bodies
+
+
+def parts(signatures: Iterable[Signature], layouts: Mapping[str, NDArray[Any]]) -> dict[Part, int]:
+    """Every ciphertext of some tensors -> its level."""
+    return {(s.name, i): s.level for s in signatures for i in range(len(layouts[s.layout]))}
+
+
+def ciphertext_bytes(moduli: Sequence[int], level: int, log_n: int) -> int:
+    """Bytes of one packed ciphertext, without its share of the header."""
+    return ELEMENTS * sum(_width(q) for q in moduli[: level + 1]) << log_n
+
+
+def dumps(expected: Expected, ciphertexts: Mapping[Part, Residues]) -> bytes:
+    """A frame of exactly the ciphertexts that `expected` names.
+
+    Args:
+        ciphertexts: (name, part) -> residues, uint64 [2, level + 1, N].
+
+    Raises:
+        WireError: a ciphertext is missing, too many, or of another shape; a fault of the caller, found before sending.
+    """
+    rows, arrays = [], {}
+    if set(ciphertexts) != set(expected.parts):
+        raise WireError(f"frame needs the ciphertexts {sorted(expected.parts)}, got {sorted(ciphertexts)}")
+    for i, ((name, part), level) in enumerate(sorted(expected.parts.items())):
+        residues = ciphertexts[name, part]
+        shape = (ELEMENTS, level + 1, 1 << expected.log_n)
+        if residues.shape != shape:
+            raise WireError(f"ciphertext {name!r} part {part} has residues {residues.shape}; level {level} has {shape}")
+        rows.append({"name": name, "part": part, "level": level, "elements": ELEMENTS})
+        arrays[f"c{i}"] = _pack(residues, expected.moduli)
+    header = {
+        "format": expected.format,
+        "version": VERSION,
+        "circuit_sha256": expected.circuit_sha256,
+        "key_id": expected.key_id,
+        "log_n": expected.log_n,
+        "ciphertexts": rows,
+    }
+    return container.dumps(header, arrays)
+
+
+def loads(data: bytes, expected: Expected) -> dict[Part, Residues]:
+    """The ciphertexts of a frame, checked; see the module's first lines for what is checked in which order.
+
+    Raises:
+        WireError: the bytes are malformed.
+        ManifestError: they are a frame for another circuit, key or ring.
+    """
+    check_length(len(data), expected.max_bytes)
+    header, arrays = _container(data)
+    if header.get("format") != expected.format or header.get("version") != VERSION:
+        raise WireError(
+            f"holds a {header.get('format')!r} of version {header.get('version')!r}; "
+            f"expected a {expected.format!r} of version {VERSION}"
+        )
+    compare(
+        {"circuit_sha256": expected.circuit_sha256, "key_id": expected.key_id, "log_n": expected.log_n},
+        header,
+        f"this {expected.format} is for something else",
+    )
+    rows = header.get("ciphertexts")
+    if not isinstance(rows, list) or len(rows) != len(expected.parts) or len(arrays) != len(rows):
+        raise WireError(f"frame must hold {len(expected.parts)} ciphertexts")
+    result: dict[Part, Residues] = {}
+    for i, row in enumerate(rows):
+        part, level = _row(row, expected)
+        if part in result:
+            raise WireError(f"ciphertext {part} comes twice")
+        if f"c{i}" not in arrays:
+            raise WireError(f"array 'c{i}' is missing")
+        result[part] = _unpack(arrays[f"c{i}"], expected.moduli[: level + 1], expected.log_n, part)
+    return result
+
+
+def check_length(length: int, most: int) -> None:
+    """Refuse a length before its bytes are read or parsed."""
+    if not 0 <= length <= most:
+        raise WireError(f"{length} bytes; at most {most} are allowed here")
+
+
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], message: str) -> None:
+    """ManifestError that lists every field of `ours` on which `theirs` disagrees."""
+    different = {name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value}
+    if different:
+        raise ManifestError(message, different)
+
+
+def _container(data: bytes) -> tuple[dict[str, Any], container.Arrays]:
+    """A container with a short header; every way of being malformed is a WireError."""
+    if len(data) >= 16 and data[:8] == container.MAGIC:
+        check_length(struct.unpack_from("<Q", data, 8)[0], MAX_HEADER)
+    try:
+        header, arrays = container.loads(data)
+    except (ArithmeticError, MemoryError) as error:  # sizes beyond what an array can have
+        raise WireError(f"header is not what a container needs: {error!r}") from error
+    if not isinstance(header, dict):
+        raise WireError("the header is not an object")
+    return header, arrays
+
+
+def _row(row: Any, expected: Expected) -> tuple[Part, int]:
+    """One entry of `ciphertexts`, equal to what is expected of that part."""
+    if not isinstance(row, dict) or set(row) != {"name", "part", "level", "elements"}:
+        raise WireError(f"a ciphertext's entry has the fields name, part, level, elements; got {_short(row)}")
+    name, part, level, elements = row["name"], row["part"], row["level"], row["elements"]
+    if not isinstance(name, str) or any(type(n) is not int for n in (part, level, elements)):
+        raise WireError(f"a ciphertext's entry has wrong types: {_short(row)}")
+    if (name, part) not in expected.parts:
+        raise WireError(f"there is no ciphertext {_short(name)} part {_short(part)} here")
+    if level != expected.parts[name, part] or elements != ELEMENTS:
+        raise WireError(
+            f"ciphertext {name!r} part {part} has {elements} elements at level {level}; "
+            f"expected {ELEMENTS} at level {expected.parts[name, part]}"
+        )
+    return (name, part), level
+
+
+def _pack(residues: Residues, moduli: Sequence[int]) -> NDArray[np.uint8]:
+    """[elements, limbs, N] -> bytes."""
+    pieces = []
+    for element in residues:
+        for limb, q in zip(element, moduli, strict=False):
+            octets = np.ascontiguousarray(limb, dtype="<u8").view(np.uint8).reshape(-1, 8)
+            pieces.append(octets[:, : _width(q)].reshape(-1))
+    return np.concatenate(pieces)
+
+
+def _unpack(raw: NDArray[Any], moduli: Sequence[int], log_n: int, part: Part) -> Residues:
+    """Bytes -> [elements, limbs, N], every residue below its prime, no limb of the `a` part zero."""
+    n = 1 << log_n
+    size = ciphertext_bytes(moduli, len(moduli) - 1, log_n)
+    if raw.dtype != np.uint8 or raw.shape != (size,):
+        raise WireError(f"ciphertext {part} has {raw.dtype} {raw.shape}; expected {size} bytes")
+    octets = np.zeros((ELEMENTS, len(moduli), n, 8), dtype=np.uint8)
+    at = 0
+    for element in range(ELEMENTS):
+        for limb, q in enumerate(moduli):
+            width = _width(q)
+            octets[element, limb, :, :width] = raw[at : at + n * width].reshape(n, width)
+            at += n * width
+    residues: Residues = octets.view("<u8")[..., 0].astype(np.uint64, copy=False)
+    primes = np.array(moduli, dtype=np.uint64)[None, :, None]
+    if bool((residues >= primes).any()):
+        raise WireError(f"ciphertext {part} holds a residue that is not below its modulus")
+    if not bool((residues[1] != 0).any(axis=-1).all()):
+        raise WireError(f"ciphertext {part} has a zero `a` part: it would not be encrypted")
+    return residues
+
+
+def _width(q: int) -> int:
+    return (q.bit_length() + 7) // 8
+
+
+def _padded(size: int) -> int:
+    return -(-size // container.ALIGN) * container.ALIGN
+
+
+def _short(value: Any) -> str:
+    """A foreign value for an error message: its first characters only."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- Key bundles ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyFile:
+    """One evaluation key of a bundle, as a file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyIndex:
+    """What a bundle of evaluation keys consists of; sent before the keys themselves."""
+
+    circuit_sha256: str
+    key_id: str
+    files: tuple[KeyFile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "key-index",
+            "version": VERSION,
+            "circuit_sha256": self.circuit_sha256,
+            "key_id": self.key_id,
+            "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, *, max_files: int, max_file_bytes: int, max_total_bytes: int) -> KeyIndex:
+        """Parse an index from outside; names cannot leave their folder, lengths are capped.
+
+        Raises:
+            WireError: it is malformed or asks for more than is allowed.
+        """
+        if not isinstance(data, dict) or data.get("format") != "key-index" or data.get("version") != VERSION:
+            raise WireError(f"expected a key-index of version {VERSION}, got {_short(data)}")
+        circuit, key_id, rows = data.get("circuit_sha256"), data.get("key_id"), data.get("files")
+        if not (isinstance(circuit, str) and SHA256.fullmatch(circuit)):
+            raise WireError(f"circuit_sha256 is not a hash: {_short(circuit)}")
+        if not (isinstance(key_id, str) and KEY_ID.fullmatch(key_id)):
+            raise WireError(f"key_id is not 8 to 64 letters and digits: {_short(key_id)}")
+        if not isinstance(rows, list) or not 0 < len(rows) <= max_files:
+            raise WireError(f"a bundle has 1 to {max_files} files")
+        files = tuple(_key_file(row, max_file_bytes) for row in rows)
+        if len({f.name for f in files}) != len(files):
+            raise WireError("a file name comes twice")
+        check_length(sum(f.bytes for f in files), max_total_bytes)
+        return cls(circuit_sha256=circuit, key_id=key_id, files=files)
+
+
+def _key_file(row: Any, max_bytes: int) -> KeyFile:
+    if not isinstance(row, dict) or set(row) != {"name", "bytes", "sha256"}:
+        raise WireError(f"a key file's entry has the fields name, bytes, sha256; got {_short(row)}")
+    name, size, digest = row["name"], row["bytes"], row["sha256"]
+    if not (isinstance(name, str) and FILE_NAME.fullmatch(name) and ".." not in name):
+        raise WireError(f"not a plain file name: {_short(name)}")
+    if type(size) is not int or not (isinstance(digest, str) and SHA256.fullmatch(digest)):
+        raise WireError(f"size or hash of {name} is malformed")
+    check_length(size, max_bytes)
+    return KeyFile(name=name, bytes=size, sha256=digest)
+
+
+def index_files(folder: Path, names: Iterable[str], *, circuit_sha256: str, key_id: str) -> KeyIndex:
+    """The index of key files that lie in `folder`."""
+    files = []
+    for name in sorted(names):
+        path = folder / name
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        files.append(KeyFile(name=name, bytes=path.stat().st_size, sha256=digest.hexdigest()))
+    return KeyIndex(circuit_sha256=circuit_sha256, key_id=key_id, files=tuple(files))

@@ -1,0 +1,85 @@
+"""The `polyformer` command. Each command works on files, so that client and server can be two machines:
+
+    data owner                                         server
+    ----------                                         ------
+    train -> convert -> export -> compile  ── model.circuit ─▶  serve model.circuit
+    keygen model.client                    ── evaluation keys ─▶  (evaluate --keys uploads them)
+    encrypt ─▶ request.bin
+    evaluate request.bin --url ...         ── ciphertexts ──▶  evaluates
+    decrypt reply.bin                      ◀─ ciphertexts ──
+
+`infer` is encrypt, evaluate and decrypt in one; `demo` is all of it on this machine. This file only lists the commands
+and turns what goes wrong into a paragraph and an exit code: 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from polyformer.commands import bench, compiling, demo, infer, inspecting, keys, models, reporting, serving
+from polyformer.commands.console import Failure, error_paragraph
+
+app = typer.Typer(
+    name="polyformer",
+    help="Inference on encrypted data: train, export, compile, and let a server evaluate what it cannot read.",
+    epilog="Any command takes --debug: a full traceback instead of a sentence. Start with: polyformer demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+models.register(app)
+compiling.register(app)
+keys.register(app)
+serving.register(app)
+infer.register(app)
+reporting.register(app)
+inspecting.register(app)
+bench.register(app)
+demo.register(app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit code."""
+    debug = "--debug" in arguments or bool(os.environ.get("POLYFORMER_DEBUG"))
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        result = app(args=arguments, standalone_mode=False, prog_name="polyformer")
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        error_paragraph("Interrupted.")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        error_paragraph(*explain(error))
+        return 1
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """What went wrong, and what to do next."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, Failure):
+        return text, ""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed, and this command needs it.", "Install everything with: pip install 'polyformer[all]'"
+    from he_backend.base import HEError
+
+    if isinstance(error, (HEError, OSError, ValueError)):
+        return f"{type(error).__name__}: {text}", ""
+    return f"{type(error).__name__}: {text}", "This was not foreseen; run the command again with --debug and report what it shows."
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

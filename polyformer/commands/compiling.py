@@ -1,0 +1,111 @@
+"""compile: from ONNX to a circuit for the server and a specification for the client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polyformer.commands.console import bar, emit, must_exist, out, say, size, warn_insecure
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "compile",
+        rich_help_panel="Model",
+        epilog="Example: polyformer compile runs/mine/model.onnx --calibration runs/mine/calibration.npz",
+    )(compile_)
+
+
+def compile_(
+    model: Annotated[Path, typer.Argument(help="ONNX file, from `polyformer export`.")],
+    calibration: Annotated[Path | None, typer.Option(help=".npz with `tokens` [n, T]; default: beside the model.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Circuit file; default: beside the model.")] = None,
+    backend: Annotated[str, typer.Option(help="openfhe or tenseal.")] = "openfhe",
+    max_memory_gb: Annotated[float | None, typer.Option(help="RAM cap; default: 80 % of this machine's.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the server.")] = 2,
+    insecure_log_n: Annotated[int | None, typer.Option(help="Ring 2^k of any size, INSECURE, for tests.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+) -> None:
+    """Choose layouts, levels, parameters and keys; write model.circuit (server) and model.client (client)."""
+    result = compile_files(
+        model,
+        calibration or model.with_name("calibration.npz"),
+        to or model.with_suffix(".circuit"),
+        backend=backend,
+        max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+        threads=threads,
+        insecure_log_n=insecure_log_n,
+    )
+    if result["insecure"]:
+        warn_insecure(result["name"])
+    if json:
+        emit(result)
+        return
+    out.print(result["certificate"], markup=False)
+    out.print(result["plan"], markup=False)
+    for name in ("circuit", "client"):
+        say(f"{result[name]}: {size(Path(result[name]).stat().st_size)}")
+
+
+def compile_files(
+    model: Path,
+    calibration: Path,
+    to: Path,
+    *,
+    backend: str,
+    max_memory_gb: float,
+    threads: int,
+    insecure_log_n: int | None,
+) -> dict[str, Any]:
+    """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it."""
+    import json
+
+    import numpy as np
+
+    from compiler import Target, compile_onnx
+
+    must_exist(model, "polyformer export")
+    with np.load(must_exist(calibration, "polyformer export"), allow_pickle=False) as file:
+        tokens = file["tokens"]
+    target = Target(backend=backend, max_memory_gb=max_memory_gb, insecure_log_n=insecure_log_n, threads=threads)
+    with bar("compile") as advance:
+        compiled = compile_onnx(model, tokens, target=target, progress=lambda *a: advance(*pass_progress(a)))
+    circuit = compiled.circuit
+    sha256 = circuit.save(to)
+    circuit.spec().save(to.with_suffix(".client"))
+    result = {
+        "name": circuit.params.name,
+        "insecure": circuit.params.insecure,
+        "circuit": str(to),
+        "client": str(to.with_suffix(".client")),
+        "sha256": sha256,
+        "params": circuit.params.to_json(),
+        "predicted": dict(circuit.predicted),
+        "error_bound": circuit.error_bound,
+        "certificate": str(compiled.certificate),
+        "plan": str(compiled.plan),
+        "op_seconds": {str(k): v for k, v in compiled.op_seconds.items()},
+        "ops": [{"id": op.id, "kind": op.kind, "level": op.level, "source": op.source} for op in circuit.ops],
+    }
+    to.with_suffix(".plan.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def pass_progress(arguments: tuple[Any, ...]) -> tuple[int, int, str]:
+    """(done, total, what) from whatever order the compiler names them in."""
+    numbers = [a for a in arguments if isinstance(a, int)]
+    text = " ".join(a for a in arguments if isinstance(a, str))
+    done, total = numbers[:2] if len(numbers) >= 2 else (0, 1)
+    return done, total, text
+
+
+def machine_memory_gb() -> float:
+    """RAM of this machine, or of its container if that has less, in GB (1e9 bytes)."""
+    import os
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cap = Path("/sys/fs/cgroup/memory.max")
+    text = cap.read_text().strip() if cap.exists() else "max"
+    return min(total, int(text) if text.isdecimal() else total) / 1e9

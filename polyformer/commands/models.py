@@ -1,0 +1,107 @@
+"""train, convert, export: from text to an ONNX file that holds nothing but polynomials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polyformer.commands.console import Failure, bar, emit, must_exist, say
+
+Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+ONNX_TOLERANCE = 1e-4
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Model", epilog="Example: polyformer train runs/mine --text essays.txt")(train)
+    app.command(rich_help_panel="Model", epilog="Example: polyformer convert runs/mine")(convert)
+    app.command(rich_help_panel="Model", epilog="Example: polyformer export runs/mine")(export)
+
+
+def train(
+    out: Out,
+    text: Annotated[Path | None, typer.Option(help="Text file or folder of .txt files; default: speeches in this package.")] = None,
+    quick: Annotated[bool, typer.Option(help="A tiny model in seconds, for tests.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a PowerSoftmax model and its softmax twin on text."""
+    from training import Recipe
+    from training import train as run
+
+    with training_bar() as progress:
+        metrics = run(out, Recipe.quick() if quick else Recipe.demo(), text=text, progress=progress)
+    finish(metrics, out, json)
+
+
+def convert(out: Out, json: Json = False) -> None:
+    """Turn the trained model into polynomials, in stages."""
+    from training import convert as run
+
+    with training_bar() as progress:
+        metrics = run(out, progress=progress)
+    finish(metrics, out, json)
+
+
+def export(
+    out: Out,
+    model: Annotated[str, typer.Option(help="Which model: polynomial, power or softmax.")] = "polynomial",
+    json: Json = False,
+) -> None:
+    """Write model.onnx, check it in onnxruntime, and write calibration.npz for the compiler."""
+    result = export_checked(out, model)
+    if json:
+        emit(result)
+    say(f"{result['path']}: onnxruntime and torch differ by at most {result['max_difference']:.2g} on {result['windows']} windows")
+
+
+def export_checked(out: Path, model: str = "polynomial") -> dict[str, Any]:
+    """Export, and hold onnxruntime against torch on held-out text.
+
+    Raises:
+        Failure: the logits differ by more than 1e-4.
+    """
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from polyformer.export import export_onnx
+    from training import calibration_tokens, heldout_tokens, load_model
+
+    must_exist(out / "config.json", f"polyformer train {out}")
+    network = load_model(out, model)
+    path = out / "model.onnx"
+    export_onnx(network, path)
+    heldout = heldout_tokens(out)
+    np.savez_compressed(out / "calibration.npz", tokens=calibration_tokens(out), heldout=heldout[:256])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    windows = heldout[:16]
+    with torch.no_grad():
+        ours = network(torch.from_numpy(windows)).double().numpy()
+    theirs = np.concatenate([session.run(None, {name: w[None]})[0] for w in windows])
+    difference = float(np.abs(ours - theirs).max())
+    if not difference <= ONNX_TOLERANCE:
+        raise Failure(f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model")
+    return {"path": str(path), "max_difference": difference, "windows": len(windows), "bytes": path.stat().st_size}
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+    """A progress bar that takes training's progress calls; one line a stage."""
+    with bar("training") as advance:
+
+        def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+            numbers = " ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)))
+            advance(done, total, f"{stage} {numbers}")
+
+        yield progress
+
+
+def finish(metrics: dict[str, Any], out: Path, json: bool) -> None:
+    if json:
+        emit(metrics)
+    say(f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import openfhe_bytes, security
+from . import openfhe_bytes, openfhe_rounding, security
 from .base import CapabilityError, HEError, ParamsError
 from .openfhe_bytes import Residues, Template
 from .params import Params
@@ -252,6 +252,11 @@ class Ring:
         handle = o.DeserializeCiphertextString(template.fill(list(rows)), o.BINARY)
         handle.SetKeyTag(tag)
         return handle
+
+    @functools.cached_property
+    def mod_down_bias(self) -> Residues:
+        """Residues [limbs, N] that undo the bias of a key switch, see `openfhe_rounding`."""
+        return openfhe_rounding.correction(self._q, self.n, len(self.special))
 
     # ---- key-switching keys
 

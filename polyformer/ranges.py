@@ -1,7 +1,7 @@
 """Ranges of what will be approximated: collect them, push them into targets, report them.
 
-Three kinds of values matter (methods.md 1.3): inputs of activations, variances at norms, denominators of PowerSoftmax. Each flows through a
-`Tap`; a `Collector` hooks all taps of a model for the length of a `with` block.
+Three kinds of values matter (methods.md 1.3): inputs of activations, variances at norms, denominators of PowerSoftmax.
+Each flows through a `Tap`; a `Collector` hooks all taps of a model for the length of a `with` block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def taps(model: nn.Module) -> dict[str, Tap]:
 
 
 class Collector:
-    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]` with its gradient.
+    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]` with its
+    gradient.
 
     Each forward replaces the values of the one before.
     """
@@ -98,8 +99,9 @@ def range_loss(
 ) -> Tensor:
     """Return the range losses of methods.md 1.3 on the values last collected, weighted by kind.
 
-    Activations: relu(max|x| - R)/R with R = min(|lo|, hi). Variances and denominators: relu(log(max/hi)) + relu(log(lo/min)). The extremes are
-    taken over the batch, for each position and head (each channel of an activation), and averaged: many small subgradients instead of one.
+    Activations: relu(max|x| - R)/R with R = min(|lo|, hi). Variances and denominators: relu(log(max/hi)) +
+    relu(log(lo/min)). The extremes are taken over the batch, for each position and head (each channel of an
+    activation), and averaged: many small subgradients instead of one.
     """
     weights = {"activation": activation, "variance": variance, "denominator": denominator}
     total = torch.zeros(())
@@ -121,7 +123,9 @@ def range_loss(
 
 @torch.no_grad()
 def log_mean_rows(model: nn.Module, tokens_NT: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
-    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and windows."""
+    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and
+    windows.
+    """
     sums: dict[str, Tensor] = {}
     with Collector(model) as collector:
         for rows in tokens_NT.split(batch):

@@ -1,4 +1,6 @@
-"""The recipe of a model as one frozen value, with two presets: `demo` (minutes, shown to people) and `quick` (seconds, for tests)."""
+"""The recipe of a model as one frozen value, with two presets: `demo` (minutes, shown to people) and `quick` (seconds,
+for tests).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, tot
 class Recipe:
     """All numbers of a run. Steps are optimiser steps; a stage of 0 steps is skipped.
 
-    Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of `variance_ratio`, centred on
-    what the model has; denominators of all rows within `denominator_ratio` around 1. Fitted intervals are the targets, widened by
-    `margin` on each side (a factor for ratios).
+    Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of
+    `variance_ratio`, centred on what the model has; denominators of all rows within `denominator_ratio` around 1.
+    Fitted intervals are the targets, widened by `margin` on each side (a factor for ratios).
     """
 
     seed: int = 0
@@ -34,9 +36,9 @@ class Recipe:
     blocks: int = 2
     parallel: bool = False
     power: int = 2
-    eps: float = 1.0
+    eps: float = 0.25
     activation: str = "gelu"
-    exact_norms: tuple[str, ...] = ("affine", "rms", "rms", "rms", "rms")
+    exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
     activation_degree: int = 2
     norm_degree: int = 2
@@ -80,14 +82,18 @@ class Recipe:
             heads=2,
             hidden=64,
             blocks=1,
-            exact_norms=("affine", "rms", "rms"),
+            exact_norms=("affine",) * 3,
+            threads=1,
+            eps=2.0,
+            denominator_ratio=6.0,
+            denominator_weight=1.0,
             batch=16,
             padded=1,
             noise=1,
             softmax_steps=30,
             power_steps=30,
-            range_steps=20,
-            tune_steps=30,
+            range_steps=60,
+            tune_steps=40,
             warmup=5,
             checkpoint_every=10,
         )

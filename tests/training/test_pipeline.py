@@ -18,6 +18,7 @@ from training import Recipe, calibration_tokens, convert, heldout_tokens, load_m
 from training.convert import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
 
 RECIPE = Recipe.quick().with_(threads=1)
+NORMED = RECIPE.with_(exact_norms=("affine", "rms", "rms"))
 
 
 class Interrupted(Exception):
@@ -37,6 +38,14 @@ def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
     train(out, RECIPE)
     convert(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def normed_run(tmp_path_factory) -> Path:
+    """Trained and not converted, with RMS norms, which the quick recipe lacks."""
+    out = tmp_path_factory.mktemp("normed")
+    train(out, NORMED)
     return out
 
 
@@ -110,11 +119,11 @@ KINDS = ["division", "activation", "norm"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nothing"])
-def test_substitution_replaces_one_kind_within_its_error(run, kind):
+def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
     """With high degrees on intervals that hold all values, the substituted model is the model."""
-    tokens = torch.from_numpy(heldout_tokens(run)[:16])
-    recipe = RECIPE.with_(activation_degree=24, norm_degree=12, reciprocal_degree=12, margin=1.05)
-    ranged = with_rows(load_model(run, "power"), recipe, tokens)
+    tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
+    recipe = NORMED.with_(activation_degree=24, norm_degree=12, reciprocal_degree=24, margin=1.05)
+    ranged = with_rows(load_model(normed_run, "power"), recipe, tokens)
     seen = measure(ranged, tokens)
     targets = {
         name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()
@@ -134,11 +143,11 @@ def test_substitution_replaces_one_kind_within_its_error(run, kind):
     assert (difference == 0) == (kind == "nothing")
 
 
-def test_targets_follow_the_recipe(run):
-    tokens = torch.from_numpy(heldout_tokens(run)[:16])
-    targets = choose_targets(with_rows(load_model(run, "power"), RECIPE, tokens), RECIPE, tokens)
-    assert targets["blocks.0.mlp.act"] == (-RECIPE.activation_bound, RECIPE.activation_bound)
-    for name, ratio in (("blocks.0.mixer", RECIPE.denominator_ratio), ("norm", RECIPE.variance_ratio)):
+def test_targets_follow_the_recipe(normed_run):
+    tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
+    targets = choose_targets(with_rows(load_model(normed_run, "power"), NORMED, tokens), NORMED, tokens)
+    assert targets["blocks.0.mlp.act"] == (-NORMED.activation_bound, NORMED.activation_bound)
+    for name, ratio in (("blocks.0.mixer", NORMED.denominator_ratio), ("norm", NORMED.variance_ratio)):
         assert targets[name][1] / targets[name][0] == pytest.approx(ratio)
 
 

@@ -56,11 +56,12 @@ class Collector:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """What one tap saw: extremes, and the share of values outside an interval (0 if none was given)."""
+    """What one tap saw: extremes, and the shares of values below and above an interval (0 if none was given)."""
 
     low: float
     high: float
-    outside: float
+    below: float
+    above: float
     count: int
 
     def join(self, other: Range) -> Range:
@@ -69,7 +70,8 @@ class Range:
             low=min(self.low, other.low),
             high=max(self.high, other.high),
             count=n,
-            outside=(self.outside * self.count + other.outside * other.count) / n,
+            below=(self.below * self.count + other.below * other.count) / n,
+            above=(self.above * self.count + other.above * other.count) / n,
         )
 
 
@@ -88,7 +90,8 @@ def measure(
                     low=float(value.min()),
                     high=float(value.max()),
                     count=value.numel(),
-                    outside=float(((value < lo) | (value > hi)).double().mean()),
+                    below=float((value < lo).double().mean()),
+                    above=float((value > hi).double().mean()),
                 )
                 found[name] = found[name].join(r) if name in found else r
     return found

@@ -84,17 +84,19 @@ def choose_targets(model: Transformer, recipe: Recipe, calibration: Tensor) -> d
             if collector.kind(name) == "activation":
                 targets[name] = (-recipe.activation_bound, recipe.activation_bound)
             elif collector.kind(name) == "denominator":
-                targets[name] = (recipe.denominator_ratio**-0.5, recipe.denominator_ratio**0.5)
+                targets[name] = recipe.denominator_target
             else:
                 centre = math.exp(float(value.log().mean()))
                 targets[name] = (centre * recipe.variance_ratio**-0.5, centre * recipe.variance_ratio**0.5)
     return targets
 
 
-def fitted_interval(target: tuple[float, float], margin: float) -> tuple[float, float]:
-    """Widen a target by a margin: symmetric ones by a factor, positive ones by a factor at both ends."""
+def fitted_interval(target: tuple[float, float], recipe: Recipe, *, denominator: bool) -> tuple[float, float]:
+    """Return the interval of a polynomial: the recipe's for denominators, else the target widened by the margin."""
+    if denominator:
+        return recipe.denominator_interval
     lo, hi = target
-    return (lo * margin, hi * margin) if lo < 0 else (lo / margin, hi * margin)
+    return (lo * recipe.margin, hi * recipe.margin) if lo < 0 else (lo / recipe.margin, hi * recipe.margin)
 
 
 def substitute(
@@ -112,7 +114,8 @@ def substitute(
     model = Transformer(recipe.polynomial_config(division=division, activation=activation, norm=norm))
     model.load_state_dict(ranged.state_dict(), strict=False)
     for name in taps(model):
-        layer, interval = model.get_submodule(name), fitted_interval(targets[name], recipe.margin)
+        layer = model.get_submodule(name)
+        interval = fitted_interval(targets[name], recipe, denominator=isinstance(layer, PowerSoftmax))
         if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
             layer.reciprocal.set(reciprocal(layer.reciprocal.degree, interval))
         elif isinstance(layer, Activation) and layer.polynomial is not None:
@@ -141,7 +144,7 @@ def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any
     for name, tokens in (("heldout", heldout[:, :-1]), ("stress", stress)):
         ranges = measure(model, tokens, intervals=intervals)
         figures[f"ranges_{name}"] = {k: asdict(r) for k, r in ranges.items()}
-        figures[f"outside_{name}"] = {k: r.outside for k, r in ranges.items()}
+        figures[f"outside_{name}"] = {k: {"below": r.below, "above": r.above} for k, r in ranges.items()}
         with torch.no_grad():
             figures[f"largest_logit_{name}"] = max(float(model(rows).abs().max()) for rows in tokens.split(256))
     return figures

@@ -19,8 +19,10 @@ class Recipe:
     """All numbers of a run. Steps are optimiser steps; a stage of 0 steps is skipped.
 
     Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of
-    `variance_ratio`, centred on what the model has; denominators of all rows within `denominator_ratio` around 1.
-    Fitted intervals are the targets, widened by `margin` on each side (a factor for ratios).
+    `variance_ratio`, centred on what the model has. Their fitted intervals are the targets widened by the factor `margin`
+    at both ends. Denominators have a target and a fitted interval of their own, because their ends differ: a denominator
+    above the interval makes the reciprocal polynomial explode; one below it is harmless (the numerator is smaller still,
+    and the polynomial is finite at 0), so the lower target lies below the lower end of the fit.
     """
 
     seed: int = 0
@@ -36,7 +38,7 @@ class Recipe:
     blocks: int = 2
     parallel: bool = False
     power: int = 2
-    eps: float = 0.25
+    eps: float = 4.0
     activation: str = "gelu"
     exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
@@ -61,8 +63,9 @@ class Recipe:
     # ranges
     activation_bound: float = 4.0
     variance_ratio: float = 4.0
-    denominator_ratio: float = 4.0
     margin: float = 1.5
+    denominator_target: tuple[float, float] = (0.05, 3.0)  # the row factors centre log denominators on 0
+    denominator_interval: tuple[float, float] = (0.15, 6.0)
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
@@ -85,7 +88,6 @@ class Recipe:
             exact_norms=("affine",) * 3,
             threads=1,
             eps=2.0,
-            denominator_ratio=6.0,
             denominator_weight=1.0,
             batch=16,
             padded=1,
@@ -155,5 +157,6 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         values = json.loads(text)
-        values["exact_norms"] = tuple(values["exact_norms"])
+        for name in ("exact_norms", "denominator_target", "denominator_interval"):
+            values[name] = tuple(values[name])
         return cls(**values)

@@ -1,0 +1,132 @@
+"""128-bit limits on the modulus, weight-aware, and the chance that a circuit decrypts to nonsense.
+
+The limits are on log2(Q·P), the largest modulus under which anything is published (evaluation keys are):
+
+    ring      uniform ternary    ternary, Hamming weight 192
+    2^12            109          -
+    2^13            218          -
+    2^14            438          -
+    2^15            881          768
+    2^16           1747          1550
+    2^17           3523          -
+
+Uniform: the homomorphic encryption standard (Albrecht et al., eprint 2019/939; Bossuat et al., eprint 2024/463),
+classical attacks. Weight 192: lattice estimator, sigma = 3.19, uSVP and dual attacks give 144.8 bits at (2^16, 1550) and
+145.0 at (2^15, 768); the hybrid and meet-in-the-middle attacks that profit from sparseness were not run, and until they
+are the margin stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .base import ParamsError
+from .params import Params
+
+LIMITS: dict[str, dict[int, int]] = {
+    "uniform": {12: 109, 13: 218, 14: 438, 15: 881, 16: 1747, 17: 3523},
+    "sparse192": {15: 768, 16: 1550},
+}
+WEIGHT = {"sparse192": 192}
+ERROR_STD = 3.19  # of the discrete Gaussian in every fresh ciphertext and key
+
+
+def limit(params: Params) -> int:
+    """The largest log2(Q·P) with 128-bit classical security, in bits.
+
+    Raises:
+        ParamsError: no limit is known for this ring and secret.
+    """
+    table = LIMITS.get(params.secret)
+    if table is None:
+        raise ParamsError(f"secret {params.secret!r} has no security table; known are {', '.join(sorted(LIMITS))}")
+    if params.log_n not in table:
+        raise ParamsError(
+            f"no 128-bit limit is known for N=2^{params.log_n} with a {params.secret} secret; "
+            f"known rings: {', '.join(f'2^{n}' for n in sorted(table))}"
+        )
+    return table[params.log_n]
+
+
+def check(params: Params, *, allow_insecure: bool = False, moduli: Sequence[int] | None = None) -> float:
+    """Refuse parameters below 128 bits; returns log2(Q·P).
+
+    Args:
+        allow_insecure: accept `params.insecure` rings, which are for tests and protect nothing.
+        moduli: the actual primes of Q and P, once a library has chosen them; without them the sizes asked for count.
+
+    Raises:
+        ParamsError: above the limit, or an insecure ring that nobody asked for.
+    """
+    log_qp = math.log2(math.prod(moduli)) if moduli else float(params.log_qp)
+    if params.insecure:
+        if not allow_insecure:
+            raise ParamsError(
+                f"{params.name} is a test-size ring that protects nothing; allow it explicitly (allow_insecure=True, "
+                "`--insecure` on the command line) or compile for 128 bits"
+            )
+        return log_qp
+    most = limit(params)
+    if log_qp > most:
+        over = math.ceil((log_qp - most) / params.scale_bits)
+        raise ParamsError(
+            f"{params.name} has log2(QP) = {log_qp:.1f} bits; 128-bit security at N=2^{params.log_n} with a "
+            f"{params.secret} secret allows {most}: use about {over} level(s) fewer, more digits (now {params.digits}), "
+            "or a larger ring"
+        )
+    return log_qp
+
+
+def status(params: Params, moduli: Sequence[int] | None = None) -> str:
+    """One line for reports: what protects this circuit."""
+    log_qp = check(params, allow_insecure=True, moduli=moduli)
+    if params.insecure:
+        return f"INSECURE test ring N=2^{params.log_n}, log2(QP)={log_qp:.0f}: protects nothing"
+    return f"128-bit classical: N=2^{params.log_n}, log2(QP)={log_qp:.0f} of {limit(params)} allowed, {params.secret} secret"
+
+
+def secret_norm(params: Params) -> float:
+    """Euclidean norm of the secret: sqrt(2N/3) for uniform ternary, sqrt(h) for weight h."""
+    return math.sqrt(WEIGHT.get(params.secret, (2 << params.log_n) / 3))
+
+
+def decryption_failure(params: Params, *, bound: float, scale: float | None = None, noise_bits: float = 20.0) -> float:
+    """log2 of a bound on the probability that message plus noise wraps around the first modulus at an output.
+
+    Decryption is right when every coefficient of scale * message + noise is below q_0 / 2 in magnitude. The message's
+    coefficients are at most scale * bound, because the canonical embedding's infinity norm bounds the coefficients'. The
+    noise's coefficients are sums of many independent terms, taken as sub-Gaussian with standard deviation at most
+    2^noise_bits (20 is generous: a rescale leaves sqrt(N / 12) * |s| / sqrt(N), about 2^6 to 2^8, and key switching
+    adds less than that again). A union bound over N coefficients with P(|X| > t) <= 2 exp(-t^2 / 2 sigma^2) gives the result.
+
+    Args:
+        bound: largest |slot| of the output, with the compiler's margin.
+        noise_bits: log2 of the noise's standard deviation per coefficient at the output.
+
+    Returns:
+        log2(probability), at most 0; 0 where the message alone does not fit.
+    """
+    room = 2.0 ** (params.first_bits - 1) - (scale or 2.0**params.scale_bits) * bound
+    if room <= 0:
+        return 0.0
+    ratio = room / 2.0**noise_bits
+    if ratio > 1e6:
+        return -math.inf if ratio > 1e150 else min(0.0, params.log_n + 1 - ratio * ratio / (2 * math.log(2)))
+    return min(0.0, params.log_n + 1 - ratio * ratio / 2 / math.log(2))
+
+
+def circuit_failure(params: Params, output_bounds: Sequence[float], *, refresh_log2: float = 0.0, refreshes: int = 0) -> float:
+    """log2 of a union bound on the failure probability of one request.
+
+    Args:
+        output_bounds: largest |slot| of each output ciphertext.
+        refresh_log2: log2 of one refresh's failure probability (parameters' K and secret; 0 refreshes: unused).
+    """
+    logs = [decryption_failure(params, bound=b) for b in output_bounds]
+    if refreshes:
+        logs.append(refresh_log2 + math.log2(refreshes))
+    top = max(logs, default=-math.inf)
+    if top == -math.inf:
+        return top
+    return min(0.0, top + math.log2(sum(2.0 ** max(x - top, -1000.0) for x in logs)))

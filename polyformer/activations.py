@@ -15,7 +15,12 @@ from torch.nn import functional as F
 from polyformer.approx import Polynomial, fit
 from polyformer.layers import PolynomialLayer, Tap
 
-EXACT: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "square": lambda x: x * x}
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "square": lambda x: x * x,
+}
 ACTIVATIONS = (*EXACT, "polynomial")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.polynomial import chebyshev, polynomial
+from numpy.polynomial import chebyshev
 
 Basis = Literal["power", "chebyshev"]
 Kind = Literal["absolute", "relative"]
@@ -68,8 +68,15 @@ class Polynomial:
         """Return the same polynomial in the power basis of the same u (exact in real arithmetic; ill-conditioned above degree 20)."""
         if self.basis == "power":
             return self
-        return Polynomial(coefficients=tuple(chebyshev.cheb2poly(np.asarray(self.coefficients)).tolist()), interval=self.interval,
-                          basis="power", a=self.a, b=self.b, error=self.error, kind=self.kind)
+        return Polynomial(
+            coefficients=tuple(chebyshev.cheb2poly(np.asarray(self.coefficients)).tolist()),
+            interval=self.interval,
+            basis="power",
+            a=self.a,
+            b=self.b,
+            error=self.error,
+            kind=self.kind,
+        )
 
 
 def evaluate(x: Any, coefficients: Sequence[Any], a: Any, b: Any, basis: str) -> Any:
@@ -100,11 +107,26 @@ def _measured(f: Callable[[np.ndarray], np.ndarray], p: Polynomial) -> Polynomia
     err = np.abs(p(x) - y)
     if p.kind == "relative":
         err = err / np.abs(y)
-    return Polynomial(coefficients=p.coefficients, interval=p.interval, basis=p.basis, a=p.a, b=p.b, error=float(err.max()), kind=p.kind)
+    return Polynomial(
+        coefficients=p.coefficients,
+        interval=p.interval,
+        basis=p.basis,
+        a=p.a,
+        b=p.b,
+        error=float(err.max()),
+        kind=p.kind,
+    )
 
 
-def fit(f: Callable[[np.ndarray], np.ndarray], degree: int, interval: tuple[float, float], *, kind: Kind = "absolute",
-        basis: Basis = "chebyshev", iterations: int = 300) -> Polynomial:
+def fit(
+    f: Callable[[np.ndarray], np.ndarray],
+    degree: int,
+    interval: tuple[float, float],
+    *,
+    kind: Kind = "absolute",
+    basis: Basis = "chebyshev",
+    iterations: int = 300,
+) -> Polynomial:
     """Fit the (near) minimax polynomial of f on an interval, in absolute or relative error.
 
     Lawson's iteration: least squares in the Chebyshev basis on Chebyshev-spaced points, each point reweighted by its own error, until the

@@ -53,10 +53,16 @@ def build(model: Transformer) -> onnx.ModelProto:
         x = _block(g, block, f"blocks.{i}", x)
     logits = linear(g, model.head, "head", norm(g, model.norm, "norm", x), output="logits")
     graph = helper.make_graph(
-        g.nodes, "polyformer", [helper.make_tensor_value_info("tokens", TensorProto.INT64, [1, t])],
-        [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, t, v])], initializer=g.initializers)
+        g.nodes,
+        "polyformer",
+        [helper.make_tensor_value_info("tokens", TensorProto.INT64, [1, t])],
+        [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, t, v])],
+        initializer=g.initializers,
+    )
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, functions=list(g.functions.values()), opset_imports=imports, producer_name="polyformer", ir_version=8)
+    return helper.make_model(
+        graph, functions=list(g.functions.values()), opset_imports=imports, producer_name="polyformer", ir_version=8
+    )
 
 
 class Graph:
@@ -67,11 +73,19 @@ class Graph:
         self.initializers: list[onnx.TensorProto] = []
         self.functions: dict[str, onnx.FunctionProto] = {}
 
-    def node(self, op: str, inputs: list[str], name: str, *, output: str | None = None, domain: str = "",
-             **attributes: int | list[int]) -> str:
+    def node(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        *,
+        output: str | None = None,
+        domain: str = "",
+        **attributes: int | list[int],
+    ) -> str:
         """Append a node called `name`, whose value has the same name unless `output` says otherwise; return the value's name."""
         output = output or name
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(op, inputs, [output], name=name, domain=domain, **attributes))  # type: ignore[arg-type]
         return output
 
     def constant(self, name: str, value: Tensor | np.ndarray | float) -> str:
@@ -89,7 +103,7 @@ class Graph:
             self.functions[function] = polynomial_function(layer.basis, layer.degree)
         a, b = layer.map.tolist()
         scalars = {"a": a, "b": b, **{f"c{k}": c for k, c in enumerate(layer.coefficients.tolist())}}
-        inputs = [x, *(self.constant(f"{name}.{k}", np.float32(value)) for k, value in scalars.items())]
+        inputs = [x, *(self.constant(f"{name}.{k}", value) for k, value in scalars.items())]
         return self.node(function, inputs, name, domain=DOMAIN)
 
 
@@ -117,8 +131,9 @@ def polynomial_function(basis: str, degree: int) -> onnx.FunctionProto:
             b0 = op("Sub", b0, b2, f"b{k}") if b2 else b0
             b1, b2 = b0, b1
         op("Sub", op("Add", op("Mul", u, b1, "p0"), c[0], "s0"), b2, "y")
-    return helper.make_function(DOMAIN, f"Polynomial_{basis}_{degree}", ["x", "a", "b", *c], ["y"], nodes,
-                                [helper.make_opsetid("", OPSET)])
+    return helper.make_function(
+        DOMAIN, f"Polynomial_{basis}_{degree}", ["x", "a", "b", *c], ["y"], nodes, [helper.make_opsetid("", OPSET)]
+    )
 
 
 def linear(g: Graph, layer: nn.Linear, name: str, x: str, *, output: str | None = None) -> str:
@@ -142,14 +157,22 @@ def norm(g: Graph, layer: Norm, name: str, x: str) -> str:
 
 def _inverse_root(g: Graph, layer: Norm, name: str, s: str) -> str:
     if layer.inverse_sqrt is None:
-        root = g.node("Sqrt", [g.node("Add", [s, g.constant(f"{name}.eps", layer.eps)], f"{name}.guarded")], f"{name}.root")
+        root = g.node(
+            "Sqrt", [g.node("Add", [s, g.constant(f"{name}.eps", layer.eps)], f"{name}.guarded")], f"{name}.root"
+        )
         return g.node("Div", [g.constant(f"{name}.one", 1.0), root], f"{name}.inverse")
     y = g.polynomial(layer.inverse_sqrt, f"{name}.inverse_sqrt", s)
-    for i in range(layer.newton):      # y <- 1.5 y - 0.5 (S y)(y y)
+    for i in range(layer.newton):  # y <- 1.5 y - 0.5 (S y)(y y)
         n = f"{name}.newton.{i}"
         cube = g.node("Mul", [g.node("Mul", [s, y], f"{n}.sy"), g.node("Mul", [y, y], f"{n}.yy")], f"{n}.cube")
-        y = g.node("Sub", [g.node("Mul", [y, g.constant(f"{n}.c1", 1.5)], f"{n}.long"),
-                           g.node("Mul", [cube, g.constant(f"{n}.c3", 0.5)], f"{n}.short")], n)
+        y = g.node(
+            "Sub",
+            [
+                g.node("Mul", [y, g.constant(f"{n}.c1", 1.5)], f"{n}.long"),
+                g.node("Mul", [cube, g.constant(f"{n}.c3", 0.5)], f"{n}.short"),
+            ],
+            n,
+        )
     return y
 
 
@@ -163,9 +186,14 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
         return g.node("Relu", [x], name)
     if layer.kind == "silu":
         return g.node("Mul", [x, g.node("Sigmoid", [x], f"{name}.sigmoid")], name)
-    erf = g.node("Erf", [g.node("Mul", [x, g.constant(f"{name}.scale", math.sqrt(0.5))], f"{name}.scaled")], f"{name}.erf")
-    gate = g.node("Mul", [g.node("Add", [erf, g.constant(f"{name}.one", 1.0)], f"{name}.shifted"), g.constant(f"{name}.half", 0.5)],
-                  f"{name}.gate")
+    erf = g.node(
+        "Erf", [g.node("Mul", [x, g.constant(f"{name}.scale", math.sqrt(0.5))], f"{name}.scaled")], f"{name}.erf"
+    )
+    gate = g.node(
+        "Mul",
+        [g.node("Add", [erf, g.constant(f"{name}.one", 1.0)], f"{name}.shifted"), g.constant(f"{name}.half", 0.5)],
+        f"{name}.gate",
+    )
     return g.node("Mul", [x, gate], name)
 
 
@@ -177,7 +205,9 @@ def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
 
     def heads(part: str, order: list[int]) -> str:
         y = linear(g, getattr(layer, part), f"{name}.{part}", x)
-        return g.node("Transpose", [g.node("Reshape", [y, split], f"{name}.{part}.split")], f"{name}.{part}.heads", perm=order)
+        return g.node(
+            "Transpose", [g.node("Reshape", [y, split], f"{name}.{part}.split")], f"{name}.{part}.heads", perm=order
+        )
 
     q, key, v = heads("q", [0, 2, 1, 3]), heads("k", [0, 2, 3, 1]), heads("v", [0, 2, 1, 3])
     scores = g.node("MatMul", [q, key], f"{name}.scores")
@@ -186,8 +216,12 @@ def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
     elif isinstance(layer, Softmax):
         y = _softmax(g, layer, name, scores, v)
     else:
-        raise TypeError(f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax")
-    y = g.node("Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged")
+        raise TypeError(
+            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax"
+        )
+    y = g.node(
+        "Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged"
+    )
     return linear(g, layer.o, f"{name}.o", y)
 
 
@@ -199,7 +233,9 @@ def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str
     u = g.node("Mul", [scores, g.constant(f"{name}.mask", mask[None, None])], f"{name}.masked")
     powers = _power(g, name, u, layer.power)
     eps = g.constant(f"{name}.eps", (layer.eps * f_T1**layer.power)[None, None])
-    total = g.node("ReduceSum", [powers, g.constant(f"{name}.axis", np.array([-1], dtype=np.int64))], f"{name}.sum", keepdims=1)
+    total = g.node(
+        "ReduceSum", [powers, g.constant(f"{name}.axis", np.array([-1], dtype=np.int64))], f"{name}.sum", keepdims=1
+    )
     d = g.node("Add", [total, eps], f"{name}.denominator")
     numerator = g.node("MatMul", [powers, v], f"{name}.numerator")
     if layer.reciprocal is not None:
@@ -250,7 +286,12 @@ def _goldschmidt(g: Graph, layer: PowerSoftmax, name: str, d: str) -> str:
 def _softmax(g: Graph, layer: Softmax, name: str, scores: str, v: str) -> str:
     scaled = g.node("Mul", [scores, g.constant(f"{name}.scale", 1 / math.sqrt(layer.head_size))], f"{name}.scaled")
     hidden = torch.where(layer.mask_TT == 0, -1e9, 0.0)[None, None]
-    weights = g.node("Softmax", [g.node("Add", [scaled, g.constant(f"{name}.hidden", hidden)], f"{name}.masked")], f"{name}.weights", axis=-1)
+    weights = g.node(
+        "Softmax",
+        [g.node("Add", [scaled, g.constant(f"{name}.hidden", hidden)], f"{name}.masked")],
+        f"{name}.weights",
+        axis=-1,
+    )
     return g.node("MatMul", [weights, v], f"{name}.out")
 
 
@@ -260,7 +301,7 @@ def mlp(g: Graph, layer: MLP, name: str, x: str) -> str:
 
 
 def _block(g: Graph, block: nn.Module, name: str, x: str) -> str:
-    h = norm(g, block.norm1, f"{name}.norm1", x)                                        # type: ignore[arg-type]
+    h = norm(g, block.norm1, f"{name}.norm1", x)  # type: ignore[arg-type]
     mixed = g.node("Add", [x, mixer(g, block.mixer, f"{name}.mixer", h)], f"{name}.mixer.residual")  # type: ignore[arg-type]
-    h = h if block.norm2 is None else norm(g, block.norm2, f"{name}.norm2", mixed)       # type: ignore[arg-type]
+    h = h if block.norm2 is None else norm(g, block.norm2, f"{name}.norm2", mixed)  # type: ignore[arg-type]
     return g.node("Add", [mixed, mlp(g, block.mlp, f"{name}.mlp", h)], f"{name}.mlp.residual")  # type: ignore[arg-type]

@@ -56,7 +56,9 @@ class PolynomialLayer(nn.Module):
     def set(self, p: Polynomial) -> PolynomialLayer:
         """Fill in a polynomial of the same degree and basis; returns self."""
         if (p.degree, p.basis) != (self.degree, self.basis):
-            raise ValueError(f"polynomial is {p.basis} of degree {p.degree}, the layer {self.basis} of degree {self.degree}")
+            raise ValueError(
+                f"polynomial is {p.basis} of degree {p.degree}, the layer {self.basis} of degree {self.degree}"
+            )
         self.coefficients.copy_(torch.tensor(p.coefficients))
         self.map.copy_(torch.tensor([p.a, p.b]))
         self.interval.copy_(torch.tensor(p.interval))

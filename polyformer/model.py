@@ -28,24 +28,26 @@ class ModelConfig:
     heads: int = 4
     hidden: int = 512
     blocks: int = 2
-    parallel: bool = False           # x + mixer(n(x)) + mlp(n(x)) with one norm a block: fewer levels, same work
+    parallel: bool = False  # x + mixer(n(x)) + mlp(n(x)) with one norm a block: fewer levels, same work
     mixer: str = "power_softmax"
-    norms: tuple[str, ...] = ()      # one a site, in order (2 a block, 1 if parallel, then the final one)
+    norms: tuple[str, ...] = ()  # one a site, in order (2 a block, 1 if parallel, then the final one)
     activation: str = "gelu"
-    power: int = 4                   # p, even
-    eps: float = 1.0                 # on the sum of powers
-    form: str = "stable"             # of PowerSoftmax: exact, stable, mean, rows
-    reciprocal: str = "exact"        # exact, polynomial, goldschmidt
-    reciprocal_degree: int = 4       # degree, or Goldschmidt steps
+    power: int = 4  # p, even
+    eps: float = 1.0  # on the sum of powers
+    form: str = "stable"  # of PowerSoftmax: exact, stable, mean, rows
+    reciprocal: str = "exact"  # exact, polynomial, goldschmidt
+    reciprocal_degree: int = 4  # degree, or Goldschmidt steps
     activation_degree: int = 2
-    norm_degree: int = 2             # of the inverse square root's seed
+    norm_degree: int = 2  # of the inverse square root's seed
     norm_newton: int = 0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if len(self.norms) != self.sites:
-            raise ValueError(f"{len(self.norms)} norms given, {self.sites} sites to fill ({self.blocks} blocks, parallel={self.parallel})")
+            raise ValueError(
+                f"{len(self.norms)} norms given, {self.sites} sites to fill ({self.blocks} blocks, parallel={self.parallel})"
+            )
 
     @property
     def sites(self) -> int:
@@ -112,7 +114,9 @@ class Transformer(nn.Module):
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Parameter(torch.zeros(config.length, config.width))
         per_block = 1 if config.parallel else 2
-        self.blocks = nn.ModuleList(Block(config, config.norms[i * per_block:(i + 1) * per_block]) for i in range(config.blocks))
+        self.blocks = nn.ModuleList(
+            Block(config, config.norms[i * per_block : (i + 1) * per_block]) for i in range(config.blocks)
+        )
         self.norm = _norm(config, config.norms[-1])
         self.head = nn.Linear(config.width, config.vocab)
         self.reset()
@@ -123,7 +127,13 @@ class Transformer(nn.Module):
         nn.init.normal_(self.position, std=0.2)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                gain = (2 * self.config.blocks) ** -0.5 if name.endswith((".o", ".down")) else 0.25 if name == "head" else 1.0
+                gain = (
+                    (2 * self.config.blocks) ** -0.5
+                    if name.endswith((".o", ".down"))
+                    else 0.25
+                    if name == "head"
+                    else 1.0
+                )
                 nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
 

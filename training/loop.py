@@ -42,8 +42,17 @@ def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
 
 
-def run_stage(model: nn.Module, sampler: Sampler, *, stage: str, schedule: Schedule, folder: Path, log: Path,
-              extra: ExtraLoss | None = None, progress: Progress | None = None) -> None:
+def run_stage(
+    model: nn.Module,
+    sampler: Sampler,
+    *,
+    stage: str,
+    schedule: Schedule,
+    folder: Path,
+    log: Path,
+    extra: ExtraLoss | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Train `model` in place for one stage. If `folder/stage.safetensors` exists, go on from there; delete it at the end.
 
     The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators.
@@ -87,7 +96,9 @@ def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98), fused=True)
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler, step: int) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler, step: int
+) -> None:
     """Write everything that the next step depends on, atomically."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for i, state in optimiser.state_dict()["state"].items():
@@ -118,4 +129,6 @@ def _trim_log(log: Path, stage: str, first: int) -> None:
     """Drop lines of this stage beyond the checkpoint, so that a resumed log reads like an uninterrupted one."""
     if log.exists():
         lines = [(json.loads(t), t) for t in log.read_text(encoding="utf-8").splitlines()]
-        log.write_text("".join(t + "\n" for d, t in lines if d["stage"] != stage or d["step"] <= first), encoding="utf-8")
+        log.write_text(
+            "".join(t + "\n" for d, t in lines if d["stage"] != stage or d["step"] <= first), encoding="utf-8"
+        )

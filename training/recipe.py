@@ -26,7 +26,7 @@ class Recipe:
     # data
     vocab: int = 1024
     length: int = 32
-    holdout: int = 9                  # every k-th document
+    holdout: int = 9  # every k-th document
     # model
     width: int = 128
     heads: int = 4
@@ -45,7 +45,7 @@ class Recipe:
     # optimiser
     batch: int = 64
     padded: int = 4
-    noise: int = 4                    # windows of arbitrary tokens a batch, conversion only
+    noise: int = 4  # windows of arbitrary tokens a batch, conversion only
     lr: float = 3e-3
     tune_lr: float = 1.5e-3
     warmup: int = 60
@@ -73,8 +73,24 @@ class Recipe:
     @classmethod
     def quick(cls) -> Recipe:
         """The same shape of pipeline in seconds: 1 block, width 32, 16 tokens. Its loss means nothing."""
-        return cls(vocab=300, length=16, width=32, heads=2, hidden=64, blocks=1, exact_norms=("affine", "rms", "rms"), batch=16, padded=1,
-                   noise=1, softmax_steps=30, power_steps=30, range_steps=20, tune_steps=30, warmup=5, checkpoint_every=10)
+        return cls(
+            vocab=300,
+            length=16,
+            width=32,
+            heads=2,
+            hidden=64,
+            blocks=1,
+            exact_norms=("affine", "rms", "rms"),
+            batch=16,
+            padded=1,
+            noise=1,
+            softmax_steps=30,
+            power_steps=30,
+            range_steps=20,
+            tune_steps=30,
+            warmup=5,
+            checkpoint_every=10,
+        )
 
     def with_(self, **changes: object) -> Recipe:
         """Return a copy with some fields changed."""
@@ -99,14 +115,30 @@ class Recipe:
         if activation:
             config = replace(config, activation="polynomial", activation_degree=self.activation_degree)
         if norm:
-            config = replace(config, norms=tuple(n if n == "affine" else f"{n}_poly" for n in self.exact_norms),
-                             norm_degree=self.norm_degree, norm_newton=self.norm_newton)
+            config = replace(
+                config,
+                norms=tuple(n if n == "affine" else f"{n}_poly" for n in self.exact_norms),
+                norm_degree=self.norm_degree,
+                norm_newton=self.norm_newton,
+            )
         return config
 
     def _config(self, *, mixer: str, form: str = "stable") -> ModelConfig:
-        return ModelConfig(vocab=self.vocab, length=self.length, width=self.width, heads=self.heads, hidden=self.hidden, blocks=self.blocks,
-                           parallel=self.parallel, norms=self.exact_norms, activation=self.activation, power=self.power, eps=self.eps,
-                           mixer=mixer, form=form)
+        return ModelConfig(
+            vocab=self.vocab,
+            length=self.length,
+            width=self.width,
+            heads=self.heads,
+            hidden=self.hidden,
+            blocks=self.blocks,
+            parallel=self.parallel,
+            norms=self.exact_norms,
+            activation=self.activation,
+            power=self.power,
+            eps=self.eps,
+            mixer=mixer,
+            form=form,
+        )
 
     def mix(self, *, noise: bool) -> Mix:
         return Mix(batch=self.batch, padded=self.padded, noise=self.noise if noise else 0)

@@ -32,16 +32,31 @@ def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Prog
         if not folder.has(name):
             torch.manual_seed(recipe.seed)
             model = Transformer(config)
-            run_stage(model, folder.sampler(recipe, recipe.mix(noise=False), 0), stage=name, schedule=schedule(recipe, steps, recipe.lr),
-                      folder=folder.checkpoints, log=folder.log, progress=progress)
+            run_stage(
+                model,
+                folder.sampler(recipe, recipe.mix(noise=False), 0),
+                stage=name,
+                schedule=schedule(recipe, steps, recipe.lr),
+                folder=folder.checkpoints,
+                log=folder.log,
+                progress=progress,
+            )
             folder.save_model(name, model)
         folder.update_metrics(**{f"heldout_loss_{name}": heldout_loss(folder.load_model(name), heldout_windows(out))})
-    return folder.update_metrics(text="state of the union 1993-2019" if text is None else str(text), parameters=model_size(folder))
+    return folder.update_metrics(
+        text="state of the union 1993-2019" if text is None else str(text), parameters=model_size(folder)
+    )
 
 
 def schedule(recipe: Recipe, steps: int, lr: float) -> Schedule:
-    return Schedule(steps=steps, lr=lr, warmup=min(recipe.warmup, max(1, steps // 4)), weight_decay=recipe.weight_decay, clip=recipe.clip,
-                    checkpoint_every=recipe.checkpoint_every)
+    return Schedule(
+        steps=steps,
+        lr=lr,
+        warmup=min(recipe.warmup, max(1, steps // 4)),
+        weight_decay=recipe.weight_decay,
+        clip=recipe.clip,
+        checkpoint_every=recipe.checkpoint_every,
+    )
 
 
 def model_size(folder: Folder) -> int:

@@ -55,7 +55,9 @@ class PowerSoftmax(Attention):
         if self.steps:
             self.register_buffer("goldschmidt_start_T", torch.ones(config.length))
         elif config.reciprocal not in ("exact", "polynomial"):
-            raise ValueError(f"unknown reciprocal {config.reciprocal!r}; known: exact, polynomial, goldschmidt (with degree = steps >= 1)")
+            raise ValueError(
+                f"unknown reciprocal {config.reciprocal!r}; known: exact, polynomial, goldschmidt (with degree = steps >= 1)"
+            )
 
     def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
         """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
@@ -70,7 +72,9 @@ class PowerSoftmax(Attention):
         if self.form == "rows":
             return self.row_T[:t, None].to(self.mask_TT.dtype)
         if self.form == "mean":
-            return torch.arange(1, t + 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)[:, None] ** (-1 / self.power)
+            return torch.arange(1, t + 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)[:, None] ** (
+                -1 / self.power
+            )
         return torch.ones(1, 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)
 
     def powers(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +89,9 @@ class PowerSoftmax(Attention):
         if self.reciprocal is not None:
             return self.reciprocal(d_BHT1)
         if self.steps:
-            return goldschmidt_reciprocal(d_BHT1, self.goldschmidt_start_T[: d_BHT1.shape[2], None].to(d_BHT1.dtype), self.steps)
+            return goldschmidt_reciprocal(
+                d_BHT1, self.goldschmidt_start_T[: d_BHT1.shape[2], None].to(d_BHT1.dtype), self.steps
+            )
         return 1.0 / d_BHT1
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -103,7 +109,9 @@ class PowerSoftmax(Attention):
         q, k, v = self.qkv(x_BTD)
         rows = []
         for i in range(x_BTD.shape[1]):
-            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(self.head_size)
+            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(
+                self.head_size
+            )
             sums_BH = (s_BHj**self.power).sum(-1) + self.eps
             if self.reciprocal_kind == "exact":
                 inverse_BH = 1.0 / sums_BH
@@ -111,10 +119,16 @@ class PowerSoftmax(Attention):
                 f = float(self.row_factor(i + 1)[-1]) ** self.power
                 scaled = (sums_BH * f)[:, :, None, None]
                 start = self.goldschmidt_start_T[i].to(scaled.dtype) if self.steps else None
-                inverse_BH = f * (self.reciprocal(scaled) if self.reciprocal is not None
-                                  else goldschmidt_reciprocal(scaled, start, self.steps))[:, :, 0, 0]
+                inverse_BH = (
+                    f
+                    * (
+                        self.reciprocal(scaled)
+                        if self.reciprocal is not None
+                        else goldschmidt_reciprocal(scaled, start, self.steps)
+                    )[:, :, 0, 0]
+                )
             w_BHj = s_BHj**self.power * inverse_BH[..., None]
-            rows.append(sum(w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)))
+            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)]).sum(0))
         return self.o(self.merge(torch.stack(rows, 2)))
 
     @property

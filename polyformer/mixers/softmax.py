@@ -21,10 +21,12 @@ class Softmax(Attention):
         q, k, v = self.qkv(x_BTD)
         rows = []
         for i in range(x_BTD.shape[1]):
-            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(self.head_size)
+            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(
+                self.head_size
+            )
             e_BHj = torch.exp(s_BHj)
             w_BHj = e_BHj / e_BHj.sum(-1, keepdim=True)
-            rows.append(sum(w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)))
+            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)]).sum(0))
         return self.o(self.merge(torch.stack(rows, 2)))
 
     def matrix(self, x_BTD: Tensor) -> Tensor:

@@ -118,16 +118,32 @@ def test_torch_numpy_and_definition_agree(coefficients, x, basis):
     assert evaluate(x, coefficients, 0.5, 0.25, basis) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize(("degree", "levels"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4), (16, 4)])
+@pytest.mark.parametrize(
+    ("degree", "levels"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4), (16, 4)]
+)
 def test_depth(degree, levels):
     assert depth_of_degree(degree) == levels
 
 
-@pytest.mark.parametrize("make", [
-    lambda: reciprocal(3, (0.0, 1.0)), lambda: inverse_sqrt(3, (-1.0, 1.0)), lambda: goldschmidt_start(0.0, 1.0),
-    lambda: Polynomial(coefficients=(), interval=(0, 1)), lambda: Polynomial(coefficients=(1.0,), interval=(1, 1)),
-    lambda: fit(np.sin, 3, (-1.0, 1.0), kind="relative"),
-], ids=["reciprocal-at-0", "rsqrt-negative", "goldschmidt-at-0", "no-coefficients", "empty-interval", "relative-with-zero"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: reciprocal(3, (0.0, 1.0)),
+        lambda: inverse_sqrt(3, (-1.0, 1.0)),
+        lambda: goldschmidt_start(0.0, 1.0),
+        lambda: Polynomial(coefficients=(), interval=(0, 1)),
+        lambda: Polynomial(coefficients=(1.0,), interval=(1, 1)),
+        lambda: fit(np.sin, 3, (-1.0, 1.0), kind="relative"),
+    ],
+    ids=[
+        "reciprocal-at-0",
+        "rsqrt-negative",
+        "goldschmidt-at-0",
+        "no-coefficients",
+        "empty-interval",
+        "relative-with-zero",
+    ],
+)
 def test_impossible_requests_are_refused(make):
     with pytest.raises(ValueError, match=r"\w"):
         make()

@@ -19,9 +19,19 @@ from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig, Transformer
 from polyformer.norms import Norm
 
-BASE = ModelConfig(vocab=40, length=8, width=16, heads=2, hidden=24, blocks=2, norms=("affine", "rms", "rms", "rms", "rms"))
-POLYNOMIAL = replace(BASE, form="rows", reciprocal="polynomial", reciprocal_degree=3, activation="polynomial", activation_degree=2,
-                     norms=("affine", "rms_poly", "rms_poly", "rms_poly", "rms_poly"), power=2)
+BASE = ModelConfig(
+    vocab=40, length=8, width=16, heads=2, hidden=24, blocks=2, norms=("affine", "rms", "rms", "rms", "rms")
+)
+POLYNOMIAL = replace(
+    BASE,
+    form="rows",
+    reciprocal="polynomial",
+    reciprocal_degree=3,
+    activation="polynomial",
+    activation_degree=2,
+    norms=("affine", "rms_poly", "rms_poly", "rms_poly", "rms_poly"),
+    power=2,
+)
 OPS = {"Gather", "Add", "Sub", "Mul", "MatMul", "ReduceSum", "ReduceMean", "Reshape", "Transpose"}
 
 
@@ -53,11 +63,20 @@ CASES = [
     *[pytest.param({"form": f}, id=f"power-{f}") for f in ("exact", "stable", "mean", "rows")],
     *[pytest.param({"power": p, "form": "mean"}, id=f"power-p{p}") for p in (2, 6, 8, 10, 12)],
     *[pytest.param({"norms": (n,) * 5}, id=f"norm-{n}") for n in ("affine", "rms", "layer")],
-    *[pytest.param({"norms": (n,) * 5, "norm_degree": d, "norm_newton": t}, id=f"norm-{n}-d{d}-t{t}")
-      for n in ("rms_poly", "layer_poly") for d, t in ((1, 0), (2, 0), (3, 2))],
+    *[
+        pytest.param({"norms": (n,) * 5, "norm_degree": d, "norm_newton": t}, id=f"norm-{n}-d{d}-t{t}")
+        for n in ("rms_poly", "layer_poly")
+        for d, t in ((1, 0), (2, 0), (3, 2))
+    ],
     *[pytest.param({"activation": a}, id=f"activation-{a}") for a in ("gelu", "silu", "relu", "square")],
-    *[pytest.param({"activation": "polynomial", "activation_degree": n}, id=f"activation-degree{n}") for n in (1, 2, 4, 7)],
-    *[pytest.param({"form": "rows", "reciprocal": "polynomial", "reciprocal_degree": n}, id=f"reciprocal-degree{n}") for n in (1, 2, 8)],
+    *[
+        pytest.param({"activation": "polynomial", "activation_degree": n}, id=f"activation-degree{n}")
+        for n in (1, 2, 4, 7)
+    ],
+    *[
+        pytest.param({"form": "rows", "reciprocal": "polynomial", "reciprocal_degree": n}, id=f"reciprocal-degree{n}")
+        for n in (1, 2, 8)
+    ],
     pytest.param({"form": "mean", "reciprocal": "goldschmidt", "reciprocal_degree": 3}, id="reciprocal-goldschmidt3"),
     pytest.param({"parallel": True, "norms": ("affine", "rms", "rms")}, id="parallel"),
 ]
@@ -99,13 +118,21 @@ def test_names_are_layer_paths_and_unique(tmp_path):
     assert paths <= set(names)
     assert all(n.output[0] in (n.name, "logits") for n in proto.graph.node)
     metadata = {p.key: p.value for p in proto.metadata_props}
-    assert metadata["producer"] == "polyformer" and metadata["note"] == "mine" and json.loads(metadata["config"])["vocab"] == 40
+    assert (
+        metadata["producer"] == "polyformer"
+        and metadata["note"] == "mine"
+        and json.loads(metadata["config"])["vocab"] == 40
+    )
 
 
 def test_non_polynomial_parts_are_visible(tmp_path):
     export_onnx(make(replace(BASE, mixer="softmax", norms=("layer",) * 5)), tmp_path / "model.onnx")
     found = {n.op_type: n.name for n in onnx.load(tmp_path / "model.onnx").graph.node}
-    assert found["Softmax"] == "blocks.1.mixer.weights" and found["Erf"] == "blocks.1.mlp.act.erf" and found["Sqrt"] == "norm.root"
+    assert (
+        found["Softmax"] == "blocks.1.mixer.weights"
+        and found["Erf"] == "blocks.1.mlp.act.erf"
+        and found["Sqrt"] == "norm.root"
+    )
 
 
 def test_levels_add_up():

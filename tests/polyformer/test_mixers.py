@@ -44,7 +44,9 @@ VARIANTS = [
     pytest.param({"mixer": "softmax"}, id="softmax"),
     *[pytest.param({"form": f, "power": p}, id=f"{f}-p{p}") for f in FORMS for p in (2, 4, 6)],
     pytest.param({"form": "rows", "reciprocal": "polynomial", "reciprocal_degree": 3}, id="rows-polynomial3"),
-    pytest.param({"form": "mean", "power": 2, "reciprocal": "polynomial", "reciprocal_degree": 8}, id="mean-polynomial8"),
+    pytest.param(
+        {"form": "mean", "power": 2, "reciprocal": "polynomial", "reciprocal_degree": 8}, id="mean-polynomial8"
+    ),
     pytest.param({"form": "mean", "reciprocal": "goldschmidt", "reciprocal_degree": 4}, id="mean-goldschmidt4"),
 ]
 
@@ -147,7 +149,9 @@ def test_integer_power(power):
     torch.testing.assert_close(integer_power(x, power), x**power)
 
 
-@pytest.mark.parametrize(("power", "n", "degree", "depth"), [(2, 2, 13, 7), (2, 4, 21, 8), (4, 4, 41, 9), (8, 8, 145, 11)])
+@pytest.mark.parametrize(
+    ("power", "n", "degree", "depth"), [(2, 2, 13, 7), (2, 4, 21, 8), (4, 4, 41, 9), (8, 8, 145, 11)]
+)
 def test_certificate(power, n, degree, depth):
     mixer = make(power=power, form="rows", reciprocal="polynomial", reciprocal_degree=n)
     assert (mixer.degree, mixer.depth) == (degree, depth)
@@ -164,7 +168,7 @@ def test_degree_certificate_is_exact_along_a_line():
     basis = torch.stack([torch.cos(k * torch.acos(u.clamp(-1, 1))) for k in range(30)], 1)
     c = torch.linalg.lstsq(basis, y[:, None]).solution[:, 0].abs()
     assert c[n] > 1e-8 * c.max()
-    assert torch.all(c[n + 1:] < 1e-12 * c.max())
+    assert torch.all(c[n + 1 :] < 1e-12 * c.max())
 
 
 def test_exact_division_and_softmax_have_no_certificate():
@@ -179,8 +183,11 @@ def test_registry_lists_what_it_knows():
         mixers.load("powersoftmax")
 
 
-@pytest.mark.parametrize("changes", [{"power": 3}, {"power": 14}, {"eps": 0.0}, {"form": "other"}, {"reciprocal": "other"}],
-                         ids=["odd", "too-high", "no-eps", "form", "reciprocal"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"power": 3}, {"power": 14}, {"eps": 0.0}, {"form": "other"}, {"reciprocal": "other"}],
+    ids=["odd", "too-high", "no-eps", "form", "reciprocal"],
+)
 def test_bad_settings_are_refused(changes):
     with pytest.raises(ValueError, match=r"even|positive|known"):
         make(**changes)

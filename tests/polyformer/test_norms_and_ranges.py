@@ -13,7 +13,9 @@ from polyformer.model import ModelConfig, Transformer
 from polyformer.norms import Norm
 from polyformer.ranges import Collector, log_mean_rows, measure, range_loss, taps
 
-CONFIG = ModelConfig(vocab=30, length=8, width=16, heads=2, hidden=24, blocks=1, norms=("affine", "rms", "rms"), form="rows")
+CONFIG = ModelConfig(
+    vocab=30, length=8, width=16, heads=2, hidden=24, blocks=1, norms=("affine", "rms", "rms"), form="rows"
+)
 
 
 def x_btd() -> torch.Tensor:
@@ -89,7 +91,12 @@ def test_inputs_are_clamped_in_training_alone():
 
 def test_taps_are_named_by_their_layers():
     found = {name: tap.kind for name, tap in taps(Transformer(CONFIG)).items()}
-    assert found == {"blocks.0.mixer": "denominator", "blocks.0.norm2": "variance", "blocks.0.mlp.act": "activation", "norm": "variance"}
+    assert found == {
+        "blocks.0.mixer": "denominator",
+        "blocks.0.norm2": "variance",
+        "blocks.0.mlp.act": "activation",
+        "norm": "variance",
+    }
 
 
 def test_measure_finds_extremes_and_the_share_outside():
@@ -111,7 +118,11 @@ def test_range_loss_lowers_ranges(kind):
     with torch.no_grad():
         model.blocks[0].mixer.q.weight.mul_(8)
     tokens = torch.randint(0, 30, (16, 8), generator=torch.Generator().manual_seed(0))
-    targets = {"activation": {"blocks.0.mlp.act": (-0.5, 0.5)}, "variance": {"norm": (0.9, 1.1)}, "denominator": {"blocks.0.mixer": (0.05, 1.3)}}[kind]
+    targets = {
+        "activation": {"blocks.0.mlp.act": (-0.5, 0.5)},
+        "variance": {"norm": (0.9, 1.1)},
+        "denominator": {"blocks.0.mixer": (0.05, 1.3)},
+    }[kind]
     name, (lo, hi) = next(iter(targets.items()))
     weights = {k: float(k == kind) for k in ("activation", "variance", "denominator")}
 
@@ -152,9 +163,16 @@ def test_log_mean_rows_is_the_mean_over_windows_and_heads():
     torch.testing.assert_close(log_mean_rows(model, tokens, batch=3)["blocks.0.mixer"], expected)
 
 
-@pytest.mark.parametrize("make", [lambda: Norm(4, "batch"), lambda: Activation("tanh"),
-                                  lambda: ModelConfig(vocab=4, length=4, width=10, heads=4),
-                                  lambda: ModelConfig(vocab=4, length=4, norms=("rms",))], ids=["norm", "activation", "heads", "sites"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Norm(4, "batch"),
+        lambda: Activation("tanh"),
+        lambda: ModelConfig(vocab=4, length=4, width=10, heads=4),
+        lambda: ModelConfig(vocab=4, length=4, norms=("rms",)),
+    ],
+    ids=["norm", "activation", "heads", "sites"],
+)
 def test_bad_settings_are_refused(make):
     with pytest.raises(ValueError, match=r"known|multiple|sites"):
         make()

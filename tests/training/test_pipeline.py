@@ -28,6 +28,7 @@ def stop_at(stage: str, step: int):
     def progress(name: str, done: int, total: int, figures: dict[str, float]) -> None:
         if (name, done) == (stage, step):
             raise Interrupted
+
     return progress
 
 
@@ -44,7 +45,7 @@ def test_interrupted_run_ends_bit_for_bit_where_the_other_did(run, tmp_path, sta
     with pytest.raises(Interrupted):
         train(tmp_path, RECIPE, progress=stop_at(stage, step))
         convert(tmp_path, progress=stop_at(stage, step))
-    torch.manual_seed(12345)    # whatever the process did in between must not matter
+    torch.manual_seed(12345)  # whatever the process did in between must not matter
     train(tmp_path, RECIPE)
     convert(tmp_path)
     for name in ("softmax", "power", "polynomial"):
@@ -59,8 +60,22 @@ def test_training_lowers_the_loss_and_everything_is_written(run):
     uniform = np.log(RECIPE.vocab)
     for name in ("softmax", "power", "polynomial"):
         assert metrics[f"heldout_loss_{name}"] < uniform - 0.8
-    assert set(metrics["quality"]) == {"ranges", "substitute division", "substitute activation", "substitute norm", "substitute all", "tune"}
-    assert {"ranges_heldout", "outside_heldout", "outside_stress", "largest_logit_heldout", "levels", "intervals"} <= set(metrics)
+    assert set(metrics["quality"]) == {
+        "ranges",
+        "substitute division",
+        "substitute activation",
+        "substitute norm",
+        "substitute all",
+        "tune",
+    }
+    assert {
+        "ranges_heldout",
+        "outside_heldout",
+        "outside_stress",
+        "largest_logit_heldout",
+        "levels",
+        "intervals",
+    } <= set(metrics)
     stages = [json.loads(line)["stage"] for line in (run / "train.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(stages)) == ["softmax", "power", "ranges", "tune"]
     assert not list((run / "checkpoints").iterdir())
@@ -101,9 +116,16 @@ def test_substitution_replaces_one_kind_within_its_error(run, kind):
     recipe = RECIPE.with_(activation_degree=24, norm_degree=12, reciprocal_degree=12, margin=1.05)
     ranged = with_rows(load_model(run, "power"), recipe, tokens)
     seen = measure(ranged, tokens)
-    targets = {name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()}
+    targets = {
+        name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()
+    }
     model = substitute(ranged, recipe, targets, **{k: k == kind for k in KINDS})
-    replaced = {"division": ["blocks.0.mixer"], "activation": ["blocks.0.mlp.act"], "norm": ["blocks.0.norm2", "norm"], "nothing": []}[kind]
+    replaced = {
+        "division": ["blocks.0.mixer"],
+        "activation": ["blocks.0.mlp.act"],
+        "norm": ["blocks.0.norm2", "norm"],
+        "nothing": [],
+    }[kind]
     assert sorted(fitted_intervals(model)) == replaced
     for name in replaced:
         assert fitted_intervals(model)[name] == pytest.approx(fitted_interval(targets[name], recipe.margin), rel=1e-5)

@@ -1,0 +1,125 @@
+"""Predicted time and memory of primitives, from a table measured on a machine.
+
+`polyformer bench ops` writes the tables in `benchmarks/costs/`. A table holds milliseconds for one set of parameters; other rings,
+chains and digit counts are reached by the ratio of limb operations, which is how hybrid key switching scales (Han and Ki, eprint
+2019/688): with n limbs, K special limbs and B digits in use, a decomposition transforms n + B (n + K) limbs, a product with a key
+passes 2 B (n + K), a mod-down transforms 2 (n + K).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from he_backend.base import HEError
+from he_backend.params import Params
+from he_backend.trace import Node, Trace
+
+COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "costs"
+
+
+def work(op: str, params: Params, level: int) -> float:
+    """Limb operations of a primitive on a ciphertext of `level`, times the size of a limb; only ratios are used."""
+    n, k = level + 1, params.special_limbs
+    digits = math.ceil(n / params.digit_limbs)
+    hoist, key, down = n + digits * (n + k), 2 * digits * (n + k), 2 * (n + k)
+    units = {
+        "hoist": hoist,
+        "rotate_extended": key + down / 2,
+        "mod_down": down,
+        "rotate_hoisted": key + down,
+        "rotate": hoist + key + down,
+        "relinearize": hoist + key + down,
+        "rescale": 2 * (n + 1),
+        "encode": n + 4,
+        "encode_extended": n + k + 4,
+        "weighted_sum_extended": n + k,
+        "extend": n + k,
+    }.get(op, n)
+    return units * params.log_n * 2.0**params.log_n
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Milliseconds by primitive and level, for one thread of one machine.
+
+    name     of the file that it came from
+    threads  factor by which two threads at once slow one thread down is in `contention`
+    """
+
+    name: str
+    cpu: str
+    params: Params
+    ms: Mapping[str, Mapping[int, float]]
+    contention: float = 1.0
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> CostTable:
+        """A table by path, or the reference table of the package.
+
+        Raises:
+            HEError: there is no table.
+        """
+        if path is None:
+            found = sorted(COSTS.glob("*.json"))
+            if not found:
+                raise HEError(f"no cost table in {COSTS}; measure one with: polyformer bench ops")
+            path = found[0]
+        data = json.loads(path.read_text())
+        return cls(
+            name=path.name,
+            cpu=data["cpu"],
+            params=Params.from_json(data["params"]),
+            ms={op: {int(level): float(v) for level, v in row.items()} for op, row in data["ms"].items()},
+            contention=float(data.get("contention", 1.0)),
+        )
+
+    def seconds(self, op: str, params: Params, level: int) -> float:
+        """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
+        row = self.ms.get(op)
+        if not row:
+            return 0.0
+        at = min(row, key=lambda known: (abs(known - level), known))
+        return row[at] * work(op, params, level) / work(op, self.params, at) / 1000.0
+
+    def node(self, node: Node, trace: Trace, params: Params) -> float:
+        """Seconds of one node without its encodings; weighted_sum counts its terms."""
+        level = trace.nodes[node.args[0]].level if node.args else node.level
+        if node.op == "weighted_sum":
+            return len(node.args) * self.seconds("weighted_sum_extended" if node.extended else "mul_plain", params, level)
+        return 0.0 if node.op == "input" else self.seconds(node.op, params, level)
+
+    def encodings(self, node: Node, params: Params) -> float:
+        """Seconds to encode the node's plaintexts, if none is cached."""
+        vectors = sum(not isinstance(p, float) for p in node.plains)
+        return vectors * self.seconds("encode_extended" if node.extended else "encode", params, node.level)
+
+
+def plaintext_bytes(node: Node, params: Params) -> int:
+    """Bytes of one encoded plaintext of a node."""
+    return (node.level + 1 + (params.special_limbs if node.extended else 0)) * (8 << params.log_n)
+
+
+def live_bytes(trace: Trace, params: Params) -> int:
+    """Largest sum of ciphertexts alive at once when the nodes run in order."""
+    limb = 8 << params.log_n
+    k = params.special_limbs
+
+    def size(n: Node) -> int:
+        if n.op == "hoist":
+            return math.ceil((n.level + 1) / params.digit_limbs) * (n.level + 1 + k) * limb
+        return n.elements * (n.level + 1 + (k if n.extended else 0)) * limb
+
+    last = {a: n.id for n in trace.nodes for a in n.args}
+    last.update({v: len(trace.nodes) for v in trace.outputs.values()})
+    alive = peak = 0
+    for n in trace.nodes:
+        alive += size(n)
+        peak = max(peak, alive)
+        alive -= sum(size(trace.nodes[a]) for a in set(n.args) if last[a] == n.id)
+        if n.id not in last:
+            alive -= size(n)
+    return peak

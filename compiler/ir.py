@@ -1,0 +1,123 @@
+"""The compiler's tensor graph: a dozen polynomial ops on named tensors of fixed shape, and their meaning in NumPy.
+
+    op            inputs   const, attributes
+    gather        tokens   const [V, D]: rows of a table
+    add           a, b
+    add_const     a        const, broadcast
+    mul           a, b
+    mul_const     a        const, broadcast
+    matmul        a, b     both encrypted; `mask` (or None) multiplies the product
+    linear        a        const [in, out], bias [out] or None: a @ const + bias on the last axis
+    reduce_sum    a        over the last axis, which stays with length 1
+    polynomial    a        coefficients c_k of sum c_k a^k (power basis), interval or None
+    transpose     a        perm
+    reshape       a        (shape of the node)
+
+A graph is a value: passes return new ones. `evaluate` is the meaning that every pass must keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from he_backend.base import Array, UnsupportedOpError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One op; `name` is also the name of the tensor that it makes, `source` the ONNX node that it came from."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    const: np.ndarray | None = field(default=None, repr=False, compare=False)
+    bias: np.ndarray | None = field(default=None, repr=False, compare=False)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.op}({', '.join(self.inputs)}) {list(self.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Nodes in order of use; `input` is the one tensor that comes from outside, `output` the one that leaves."""
+
+    input: str
+    input_shape: tuple[int, ...]
+    output: str
+    nodes: tuple[Node, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.nodes))
+
+    @property
+    def by_name(self) -> dict[str, Node]:
+        return {n.name: n for n in self.nodes}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.input_shape if name == self.input else self.by_name[name].shape
+
+    def users(self) -> dict[str, list[Node]]:
+        """Tensor name -> the nodes that read it."""
+        users: dict[str, list[Node]] = {self.input: [], **{n.name: [] for n in self.nodes}}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                users[name].append(node)
+        return users
+
+    def without_dead(self) -> Graph:
+        """The same graph without nodes that the output does not need."""
+        alive = {self.output}
+        for node in reversed(self.nodes):
+            if node.name in alive:
+                alive.update(node.inputs)
+        return replace(self, nodes=tuple(n for n in self.nodes if n.name in alive))
+
+
+def evaluate(graph: Graph, x: np.ndarray) -> dict[str, Array]:
+    """Every tensor of the graph for one input, float64 (the input stays what it is when it holds token ids)."""
+    values: dict[str, Any] = {graph.input: x}
+    for node in graph.nodes:
+        try:
+            kernel = OPS[node.op]
+        except KeyError:
+            raise UnsupportedOpError(f"{node}: the compiler's ops are {', '.join(OPS)}") from None
+        values[node.name] = kernel(node, *(values[i] for i in node.inputs))
+    return values
+
+
+def _matmul(node: Node, a: Array, b: Array) -> Array:
+    product = a @ b
+    mask = node.attrs.get("mask")
+    return product if mask is None else product * mask
+
+
+def _linear(node: Node, a: Array) -> Array:
+    assert node.const is not None
+    product = a @ node.const
+    return product if node.bias is None else product + node.bias
+
+
+OPS: dict[str, Callable[..., Array]] = {
+    "gather": lambda n, ids: n.const[ids].astype(np.float64),
+    "add": lambda n, a, b: a + b,
+    "add_const": lambda n, a: a + n.const,
+    "mul": lambda n, a, b: a * b,
+    "mul_const": lambda n, a: a * n.const,
+    "matmul": _matmul,
+    "linear": _linear,
+    "reduce_sum": lambda n, a: a.sum(-1, keepdims=True),
+    "polynomial": lambda n, a: np.polynomial.polynomial.polyval(a, n.attrs["coefficients"]),
+    "transpose": lambda n, a: np.transpose(a, n.attrs["perm"]),
+    "reshape": lambda n, a: a.reshape(n.shape),
+}

@@ -1,0 +1,1 @@
+"""Passes: pure functions from graph to graph or from circuit to circuit, one idea a file."""

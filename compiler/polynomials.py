@@ -1,0 +1,73 @@
+"""From coefficients to the form that a circuit evaluates: monic factors whose scale is folded elsewhere, or a Chebyshev series.
+
+A real polynomial is its leading coefficient times monic quadratics (x + alpha)^2 + beta and, if its degree is odd, one x + alpha.
+In that form no product by a constant is left: degree n costs ceil(log2 n) levels, one less than any form with coefficients,
+and the leading coefficient goes into the next weights. (Knuth, The Art of Computer Programming, vol. 2, section 4.6.4, on
+preparing coefficients; here depth is saved instead of products.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.polynomial import Chebyshev, Polynomial
+
+MAX_FACTORED_DEGREE = 8  # beyond it the spread of the factors costs digits
+TOLERANCE = 1e-9  # relative to the largest value on the interval
+
+
+def prepare(coefficients: Sequence[float], factor: float, interval: tuple[float, float]) -> tuple[dict[str, Any], float]:
+    """Attributes of a `polynomial` op and the factor of its result.
+
+    Args:
+        coefficients: power basis, in the model's variable x = factor * stored.
+        factor: of the stored argument.
+        interval: of the stored argument, where the result must be right.
+
+    Returns:
+        attributes (see `he_backend.kernels.polynomial`), and f with p(x) = f * stored result.
+    """
+    p = Polynomial(np.asarray(coefficients) * factor ** np.arange(len(coefficients)))
+    scale = np.max(np.abs(p.coef) * max(abs(interval[0]), abs(interval[1])) ** np.arange(len(p.coef)))
+    keep = [i for i, c in enumerate(p.coef) if abs(c) * max(map(abs, interval)) ** i > 1e-12 * scale]
+    p = Polynomial(p.coef[: keep[-1] + 1])
+    if p.degree() < 1:
+        raise ValueError(f"polynomial {coefficients} is constant on {interval}")
+    if p.degree() <= MAX_FACTORED_DEGREE:
+        lead = float(p.coef[-1])
+        factors = monic_factors(p / lead)
+        if error_of(factors, p / lead, interval) < TOLERANCE:
+            return {"factors": factors}, lead
+    lo, hi = interval
+    series = p.convert(kind=Chebyshev, domain=[lo, hi])
+    size = float(np.max(np.abs(series.coef)))
+    domain = [2.0 / (hi - lo), -(hi + lo) / (hi - lo)]
+    return {"chebyshev": [float(c) for c in series.coef / size], "domain": domain}, size
+
+
+def monic_factors(p: Polynomial) -> list[list[float | None]]:
+    """[[alpha, beta], ...] with product (x + alpha)^2 + beta, and [alpha, None] for x + alpha, which comes first."""
+    roots = p.roots()
+    pairs = sorted((r for r in roots if r.imag > 1e-12 * max(1.0, abs(r))), key=lambda r: r.real)
+    real = sorted(r.real for r in roots if abs(r.imag) <= 1e-12 * max(1.0, abs(r)))
+    factors: list[list[float | None]] = []
+    if len(real) % 2:
+        factors.append([-real.pop(len(real) // 2), None])
+    factors += [[-float(r.real), float(r.imag) ** 2] for r in pairs]
+    # Pairing the outermost with the innermost keeps the quadratics alike in size.
+    while real:
+        a, b = real.pop(0), real.pop(-1)
+        factors.append([-(a + b) / 2.0, -(((a - b) / 2.0) ** 2)])
+    return factors
+
+
+def error_of(factors: list[list[float | None]], p: Polynomial, interval: tuple[float, float]) -> float:
+    """Largest difference on the interval, relative to the largest value there."""
+    x = np.linspace(*interval, 257)
+    y = np.ones_like(x)
+    for alpha, beta in factors:
+        assert alpha is not None
+        y = y * (x + alpha if beta is None else (x + alpha) ** 2 + beta)
+    return float(np.max(np.abs(y - p(x))) / np.max(np.abs(p(x))))

@@ -67,17 +67,27 @@ class Client:
         """
         compare_manifest(spec, self.manifest(), moduli)
 
-    def upload(self, manifest: Manifest, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    def upload(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        discard: bool = False,
+    ) -> None:
         """Send the key files that the server does not have yet; calling it again goes on where it stopped.
 
         Args:
             folder: where the files of `manifest` lie.
             progress: called with bytes there and bytes in all.
+            discard: delete each file once the server has it; for client and server on one disk.
         """
         state = self._json("PUT", "/keys", content=json.dumps(manifest.to_json()).encode())
         missing = set(state.get("missing", ()))
         total = sum(f.bytes for f in manifest.files)
         done = sum(f.bytes for f in manifest.files if f.name not in missing)
+        if progress is not None:
+            progress(done, total)
         for file in manifest.files:
             if file.name not in missing:
                 continue
@@ -93,6 +103,8 @@ class Client:
             headers = {"content-length": str(file.bytes)}
             self._json("PUT", f"/keys/{manifest.key_id}/{file.name}", content=chunks(), headers=headers, timeout=600.0)
             done += file.bytes
+            if discard:
+                (folder / file.name).unlink()
 
     def forget_keys(self, key_id: str) -> None:
         """Have the server delete the bundle."""

@@ -190,13 +190,13 @@ def ask(
             return client.evaluate(request, max_reply=reply_cap(spec), progress=progress)
 
 
-def upload(client: Any, keys: Path) -> int:
+def upload(client: Any, keys: Path, *, discard: bool = False) -> int:
     """Send evaluation keys, then wait until the server is ready; bytes of the bundle."""
     from he_backend.keys import read_manifest
 
     manifest = read_manifest(must_exist(keys, "polyformer keygen"))
     with bar("upload") as advance:
-        client.upload(manifest, keys / "evaluation", lambda done, total: advance(done, total, size(total)))
+        client.upload(manifest, keys / "evaluation", lambda done, total: advance(done, total, size(total)), discard=discard)
     with bar("server") as advance:
         client.wait_ready(lambda status: advance(status["weights"]["done"], status["weights"]["total"], "encoding weights"))
     return sum(f.bytes for f in manifest.files)

@@ -18,7 +18,7 @@ import httpx
 from . import base, wire
 from .base import HEError, ManifestError, WireError
 from .circuit import ClientSpec
-from .wire import KeyIndex
+from .keys import Manifest
 
 MAX_JSON = 4 << 20
 CHUNK = 1 << 20
@@ -67,18 +67,28 @@ class Client:
         """
         compare_manifest(spec, self.manifest(), moduli)
 
-    def upload(self, index: KeyIndex, folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    def upload(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        discard: bool = False,
+    ) -> None:
         """Send the key files that the server does not have yet; calling it again goes on where it stopped.
 
         Args:
-            folder: where the files of `index` lie.
+            folder: where the files of `manifest` lie.
             progress: called with bytes there and bytes in all.
+            discard: delete each file once the server has it; for client and server on one disk.
         """
-        state = self._json("PUT", "/keys", content=json.dumps(index.to_json()).encode())
+        state = self._json("PUT", "/keys", content=json.dumps(manifest.to_json()).encode())
         missing = set(state.get("missing", ()))
-        total = sum(f.bytes for f in index.files)
-        done = sum(f.bytes for f in index.files if f.name not in missing)
-        for file in index.files:
+        total = sum(f.bytes for f in manifest.files)
+        done = sum(f.bytes for f in manifest.files if f.name not in missing)
+        if progress is not None:
+            progress(done, total)
+        for file in manifest.files:
             if file.name not in missing:
                 continue
 
@@ -91,8 +101,10 @@ class Client:
                             progress(done, total)
 
             headers = {"content-length": str(file.bytes)}
-            self._json("PUT", f"/keys/{index.key_id}/{file.name}", content=chunks(), headers=headers, timeout=600.0)
+            self._json("PUT", f"/keys/{manifest.key_id}/{file.name}", content=chunks(), headers=headers, timeout=600.0)
             done += file.bytes
+            if discard:
+                (folder / file.name).unlink()
 
     def forget_keys(self, key_id: str) -> None:
         """Have the server delete the bundle."""
@@ -112,8 +124,8 @@ class Client:
             for name, stage in stages.items():
                 if stage["state"] == "failed":
                     raise HEError(f"the server could not load its {name}: {stage['error']}")
-            if stages["keys"]["state"] == "waiting":
-                raise ManifestError("the server has no complete key bundle: upload the keys first")
+            if stages["keys"]["state"] == "waiting" and not stages["keys"]["total"]:
+                raise ManifestError("the server has no keys: upload them first")
             if all(stage["state"] == "ready" for stage in stages.values()):
                 return status
             time.sleep(every)

@@ -1,4 +1,4 @@
-"""What the server does, one thing at a time: prepare weights, load keys, evaluate requests.
+"""What the server does, one thing at a time: prepare weights, evaluate requests.
 
 One thread does the work, because an evaluation wants all cores and all memory; the web server only asks for states. The
 queue is bounded, finished replies are few, and nothing of a request is kept once its job ends.
@@ -19,7 +19,9 @@ from typing import Any, Protocol
 
 from . import wire
 from .base import HEError
-from .wire import Part, Residues
+from .execute import Cancelled
+from .keys import KeyFile, Manifest
+from .wire import Part, Sealed
 
 log = logging.getLogger("polyformer.server")
 
@@ -30,26 +32,23 @@ Progress = Callable[[int, int, str], None]  # done, total, what is being done
 class Result:
     """Output ciphertexts of one evaluation, and where its time went (plain data for JSON)."""
 
-    outputs: Mapping[Part, Residues]
+    outputs: Mapping[Part, Sealed]
     timing: Mapping[str, Any]
 
 
 class Engine(Protocol):
-    """One circuit on one backend, as the server uses it. Called from one thread."""
+    """One circuit on one backend, as the server uses it. `prepare` and `run` are called from one thread."""
 
     moduli: tuple[int, ...]
 
     def prepare(self, progress: Progress) -> None: ...
-    def load_keys(self, folder: Path, progress: Progress) -> None: ...
-    def run(self, inputs: Mapping[Part, Residues], progress: Progress, cancel: threading.Event) -> Result: ...
+    def load_key(self, path: Path, file: KeyFile, manifest: Manifest) -> None: ...  # from any thread; WireError
+    def forget_keys(self) -> None: ...
+    def run(self, inputs: Mapping[Part, Sealed], progress: Progress, cancel: threading.Event) -> Result: ...
 
 
 class BusyError(HEError):
     """The queue is full; the client may come back later."""
-
-
-class CancelledError(HEError):
-    """The job was taken back by its client."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +82,7 @@ class Job:
 
 @dataclass(kw_only=True)
 class Stage:
-    """Progress of what precedes evaluation: weights, and keys. `state` is waiting, running, ready or failed."""
+    """Progress of what precedes evaluation. `state` is waiting, running, ready or failed."""
 
     state: str = "waiting"
     done: int = 0
@@ -100,7 +99,7 @@ class Worker:
 
     def __init__(self, engine: Engine, *, max_queue: int = 4, max_replies: int = 8) -> None:
         self.engine = engine
-        self.weights, self.keys = Stage(), Stage()
+        self.weights = Stage()
         self._max_replies = max_replies
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._max_queue = max_queue
@@ -112,19 +111,11 @@ class Worker:
         self._thread.start()
         self._tasks.put(lambda: self._stage(self.weights, self.engine.prepare))
 
-    def load_keys(self, folder: Path) -> None:
-        """Queue the loading of a complete bundle."""
-        self.keys = Stage(state="running")
-        self._tasks.put(lambda: self._stage(self.keys, lambda progress: self.engine.load_keys(folder, progress)))
-
-    def forget_keys(self) -> None:
-        self.keys = Stage()
-
     @property
     def idle(self) -> bool:
-        return self.keys.state != "running" and not any(j.state in ("queued", "running") for j in self._all())
+        return not any(j.state in ("queued", "running") for j in self._all())
 
-    def submit(self, inputs: Mapping[Part, Residues], expected_reply: wire.Expected) -> Job:
+    def submit(self, inputs: Mapping[Part, Sealed], expected_reply: wire.Expected) -> Job:
         """Queue an evaluation.
 
         Raises:
@@ -169,7 +160,7 @@ class Worker:
             stage.error, stage.state = f"{type(error).__name__}; see the server's log", "failed"
         stage.seconds = time.monotonic() - started
 
-    def _evaluate(self, job: Job, inputs: Mapping[Part, Residues], expected_reply: wire.Expected) -> None:
+    def _evaluate(self, job: Job, inputs: Mapping[Part, Sealed], expected_reply: wire.Expected) -> None:
         def progress(done: int, total: int, what: str) -> None:
             job.done, job.total, job.current = done, total, what
 
@@ -179,14 +170,13 @@ class Worker:
         job.started, job.state = time.monotonic(), "running"
         state = "failed"
         try:
-            for name, stage in (("weights", self.weights), ("keys", self.keys)):
-                if stage.state != "ready":
-                    raise HEError(f"the server's {name} are {stage.state}: {stage.error or 'not there yet'}")
+            if self.weights.state != "ready":
+                raise HEError(f"the server's weights are {self.weights.state}: {self.weights.error or 'not there yet'}")
             result = self.engine.run(inputs, progress, job.cancel)
             job.reply = wire.dumps(expected_reply, result.outputs)
             job.timing = result.timing
             state = "done"
-        except CancelledError:
+        except Cancelled:
             state = "cancelled"
         except HEError as error:
             job.error = {"error": type(error).__name__, "message": str(error)}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from . import wire
 from .base import Array, HEError, RangeError
 from .circuit import ClientSpec, pack, unpack
-from .wire import Residues
+from .wire import Sealed
 
 DECRYPTION_LIMIT = 10_000
 
@@ -33,8 +33,8 @@ class Owner(Protocol):
     key_id: str
     moduli: tuple[int, ...]
 
-    def encrypt(self, values: Array, *, level: int) -> Residues: ...
-    def decrypt(self, residues: Residues, *, level: int) -> Array: ...
+    def encrypt(self, values: Array, *, level: int) -> Sealed: ...
+    def decrypt(self, sealed: Sealed, *, level: int) -> Array: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ def expected(spec: ClientSpec, owner: Owner, kind: str) -> wire.Expected:
         key_id=owner.key_id,
         log_n=spec.params.log_n,
         moduli=owner.moduli,
+        scale=2.0**spec.params.scale_bits,
         parts=wire.parts(spec.inputs if kind == "request" else spec.outputs, spec.arrays),
     )
 

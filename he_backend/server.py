@@ -2,15 +2,18 @@
 
     GET    /manifest                what is served: circuit hash, parameters, primes, signatures, keys wanted
     GET    /status                  progress of weights and keys, peak memory
-    PUT    /keys                    index of a bundle (`wire.KeyIndex`); starts an upload or goes on with one
+    PUT    /keys                    manifest of a bundle (`keys.Manifest`); starts an upload or goes on with one
     GET    /keys/{key_id}           which files have arrived
-    PUT    /keys/{key_id}/{name}    one key file; checked by length, hash, and a parser in a process that may die
+    PUT    /keys/{key_id}/{name}    one key file; checked by length, hash, header and residues, then loaded
     DELETE /keys/{key_id}           forget the bundle
     POST   /evaluate                a request frame -> {"job": id}
     GET    /jobs/{id}               state, operators done, current ONNX node, seconds
     GET    /jobs/{id}/result        the reply frame
     GET    /jobs/{id}/timing        seconds by operator and primitive, peak memory
     DELETE /jobs/{id}               cancel
+
+Bytes from outside never shape what the crypto library parses: ciphertexts and keys arrive as residues, are checked as
+numbers, and are put into envelopes that this process made (`openfhe_bytes.py`).
 
 Errors are JSON: {"error": class, "message": text, "differences": {field: [ours, theirs]}}. Nothing that arrives is logged.
 """
@@ -22,9 +25,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,9 @@ from starlette.requests import ClientDisconnect
 from . import wire
 from .base import HEError, ManifestError, ParamsError, WireError
 from .circuit import Circuit
-from .jobs import BusyError, Engine, Job, Worker
-from .keystore import KeyLimits, KeyStore
+from .jobs import BusyError, Engine, Job, Stage, Worker
+from .keys import KeyFile, find_secret
+from .keystore import KeyStore
 
 log = logging.getLogger("polyformer.server")
 
@@ -53,17 +57,13 @@ ENVIRONMENT = {
 
 STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
 
-Checker = Callable[[Path], None]  # raises WireError when a key file does not parse
-
-
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a client may ask for."""
 
-    keys: KeyLimits = field(default_factory=KeyLimits)
     max_queue: int = 4
     max_replies: int = 8
-    max_json_bytes: int = 1 << 20
+    max_json_bytes: int = 4 << 20
 
 
 def ensure_environment() -> None:
@@ -78,9 +78,7 @@ def refuse_secrets(folder: Path) -> None:
     Raises:
         ParamsError: a secret key lies in the folder, at any depth.
     """
-    from . import keys
-
-    found = keys.find_secret(folder)
+    found = find_secret(folder)
     if found is not None:
         raise ParamsError(
             f"{found} is a secret key: a server must never hold one. Move it to the client's machine, or give the server "
@@ -91,22 +89,29 @@ def refuse_secrets(folder: Path) -> None:
 class Server:
     """The state behind the endpoints: circuit, key store, worker."""
 
-    def __init__(self, circuit: Circuit, engine: Engine, folder: Path, *, check: Checker, limits: Limits) -> None:
+    def __init__(self, circuit: Circuit, engine: Engine, folder: Path, *, limits: Limits) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         refuse_secrets(folder)
         self.circuit = circuit
-        self.sha256 = circuit.sha256
+        self.spec = circuit.spec()
         self.engine = engine
         self.limits = limits
-        self.store = KeyStore(folder, self.sha256, limits.keys)
+        self.store = KeyStore(folder, self.spec)
         self.worker = Worker(engine, max_queue=limits.max_queue, max_replies=limits.max_replies)
-        self.check = check
+        self.keys = Stage()
         self.key_lock = asyncio.Lock()
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Encode weights, and load the keys that an earlier process received; one that is damaged must be sent again."""
         self.worker.start()
-        if self.store.complete:
-            self.worker.load_keys(self.store.folder)
+        async with self.key_lock:
+            for file in self.store.present():
+                try:
+                    await self.load_key(self.store.folder / file.name, file)
+                except HEError:
+                    log.warning("%s is damaged and was removed", file.name)
+                    self.store.reject(file)
+            self.update_keys()
 
     def manifest(self) -> dict[str, Any]:
         """What both sides must agree on; see `client.compare_manifest`."""
@@ -114,7 +119,7 @@ class Server:
         return {
             "format": "manifest",
             "version": wire.VERSION,
-            "circuit_sha256": self.sha256,
+            "circuit_sha256": self.spec.circuit_sha256,
             "params": c.params.to_json(),
             "moduli": list(self.engine.moduli),
             "inputs": [{**vars(s), "shape": list(s.shape)} for s in c.inputs],
@@ -130,49 +135,64 @@ class Server:
         signatures = self.circuit.inputs if kind == "request" else self.circuit.outputs
         return wire.Expected(
             format=kind,
-            circuit_sha256=self.sha256,
+            circuit_sha256=self.spec.circuit_sha256,
             key_id=key_id,
             log_n=self.circuit.params.log_n,
             moduli=self.engine.moduli,
+            scale=2.0**self.circuit.params.scale_bits,
             parts=wire.parts(signatures, self.circuit.client_arrays),
         )
 
     def status(self) -> dict[str, Any]:
         return {
             "weights": self.worker.weights.to_json(),
-            "keys": self.worker.keys.to_json(),
+            "keys": self.keys.to_json(),
             "peak_rss_bytes": peak_rss(),
             "pid": os.getpid(),
         }
 
     def key_state(self) -> dict[str, Any]:
         """For whoever knows the key id."""
-        index = self.store.index
-        assert index is not None
         missing = self.store.missing()
-        return {**index.to_json(), "missing": missing, "complete": not missing, "stage": self.worker.keys.to_json()}
+        return {"missing": missing, "complete": self.store.complete, **self.keys.to_json()}
 
     async def put_key(self, key_id: str, name: str, body: AsyncIterator[bytes]) -> dict[str, Any]:
-        """Receive, check and keep one key file; the last one starts the loading."""
+        """Receive, check, load and keep one key file."""
         file = self.store.entry(key_id, name)
         async with self.key_lock:
             if name in self.store.missing():
                 part = await self.store.receive(file, body)
                 try:
-                    await run_in_threadpool(self.check, part)
+                    await self.load_key(part, file)
                 except HEError:
                     self.store.reject(file)
                     raise
                 self.store.accept(file)
-                if self.store.complete:
-                    self.worker.load_keys(self.store.folder)
+                self.update_keys()
         return self.key_state()
+
+    async def load_key(self, path: Path, file: KeyFile) -> None:
+        assert self.store.manifest is not None
+        await run_in_threadpool(self.engine.load_key, path, file, self.store.manifest)
+
+    async def forget_keys(self, key_id: str) -> None:
+        """Remove a bundle from disk and memory."""
+        async with self.key_lock:
+            if not self.worker.idle:
+                raise BusyError("keys cannot be removed while an evaluation uses them")
+            self.store.remove(key_id)
+            await run_in_threadpool(self.engine.forget_keys)
+            self.update_keys()
+
+    def update_keys(self) -> None:
+        present, total = len(self.store.present()), len(self.store.manifest.files) if self.store.manifest else 0
+        self.keys = Stage(state="ready" if self.store.complete else "waiting", done=present, total=total)
 
     def evaluate(self, data: bytes) -> Job:
         """Check a request frame and queue it."""
-        if not self.store.complete or self.store.index is None:
+        if self.keys.state != "ready" or self.store.manifest is None:
             raise ManifestError("the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())})
-        key_id = self.store.index.key_id
+        key_id = self.store.manifest.key_id
         inputs = wire.loads(data, self.expected("request", key_id))
         return self.worker.submit(inputs, self.expected("reply", key_id))
 
@@ -182,8 +202,9 @@ def create_app(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.start()
+        loading = asyncio.create_task(server.start())
         yield
+        loading.cancel()
 
     app = FastAPI(title="polyformer", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -220,10 +241,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.delete("/keys/{key_id}")
     async def delete_keys(key_id: str) -> dict[str, Any]:
-        if not server.worker.idle:
-            raise BusyError("keys cannot be removed while they are loaded or used")
-        server.store.remove(key_id)
-        server.worker.forget_keys()
+        await server.forget_keys(key_id)
         return {}
 
     @app.post("/evaluate", status_code=202)

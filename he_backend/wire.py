@@ -1,4 +1,4 @@
-"""What crosses the network: frames of ciphertexts and the index of a key bundle, checked before a crypto library sees them.
+"""What crosses the network: frames of ciphertexts, checked before a crypto library sees them. (Keys: `keys.py`, `keystore.py`.)
 
 A frame is a container (`container.py`) with the header
 
@@ -7,7 +7,7 @@ A frame is a container (`container.py`) with the header
     circuit_sha256  of the circuit that both sides mean
     key_id          of the keys that the ciphertexts are under
     log_n           ring dimension N = 2^log_n
-    ciphertexts     [{name, part, level, elements}, ...]
+    ciphertexts     [{name, part, level, elements, scale}, ...]
 
 and one uint8 array "c<i>" for each ciphertext: element by element, limb by limb, N residues of ceil(bits(q) / 8) bytes
 each, little-endian. A 40-bit prime so costs 5 bytes a residue and not the 8 of a machine word.
@@ -22,12 +22,10 @@ Malformed bytes raise WireError; well-formed bytes that mean another circuit, ke
 
 from __future__ import annotations
 
-import hashlib
-import re
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,12 +38,18 @@ from .circuit import Signature
 VERSION = 1
 ELEMENTS = 2
 MAX_HEADER = 64 << 10
-KEY_ID = re.compile(r"[0-9a-zA-Z_-]{8,64}")
-FILE_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z_.-]{0,99}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_DRIFT = 2.0  # a scale may differ from the nominal one by this factor: the primes of a chain are only near it
 
 Residues = NDArray[np.uint64]  # [elements, limbs, N]
 Part = tuple[str, int]  # tensor name, number of the ciphertext within it
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """One ciphertext as plain numbers: residues uint64 [2, level + 1, N], and its exact scale."""
+
+    residues: Residues
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class Expected:
 
     parts   the ciphertexts that must be there, each with its level
     moduli  primes of the chain; a ciphertext at level l has residues modulo moduli[0..l]
+    scale   the nominal one
     """
 
     format: str
@@ -61,6 +66,7 @@ class Expected:
     key_id: str
     log_n: int
     moduli: tuple[int, ...]
+    scale: float
     parts: Mapping[Part, int]
 
     @property
@@ -80,11 +86,8 @@ def ciphertext_bytes(moduli: Sequence[int], level: int, log_n: int) -> int:
     return ELEMENTS * sum(_width(q) for q in moduli[: level + 1]) << log_n
 
 
-def dumps(expected: Expected, ciphertexts: Mapping[Part, Residues]) -> bytes:
+def dumps(expected: Expected, ciphertexts: Mapping[Part, Sealed]) -> bytes:
     """A frame of exactly the ciphertexts that `expected` names.
-
-    Args:
-        ciphertexts: (name, part) -> residues, uint64 [2, level + 1, N].
 
     Raises:
         WireError: a ciphertext is missing, too many, or of another shape; a fault of the caller, found before sending.
@@ -93,11 +96,11 @@ def dumps(expected: Expected, ciphertexts: Mapping[Part, Residues]) -> bytes:
     if set(ciphertexts) != set(expected.parts):
         raise WireError(f"frame needs the ciphertexts {sorted(expected.parts)}, got {sorted(ciphertexts)}")
     for i, ((name, part), level) in enumerate(sorted(expected.parts.items())):
-        residues = ciphertexts[name, part]
+        residues, scale = ciphertexts[name, part].residues, ciphertexts[name, part].scale
         shape = (ELEMENTS, level + 1, 1 << expected.log_n)
         if residues.shape != shape:
             raise WireError(f"ciphertext {name!r} part {part} has residues {residues.shape}; level {level} has {shape}")
-        rows.append({"name": name, "part": part, "level": level, "elements": ELEMENTS})
+        rows.append({"name": name, "part": part, "level": level, "elements": ELEMENTS, "scale": scale})
         arrays[f"c{i}"] = _pack(residues, expected.moduli)
     header = {
         "format": expected.format,
@@ -110,7 +113,7 @@ def dumps(expected: Expected, ciphertexts: Mapping[Part, Residues]) -> bytes:
     return container.dumps(header, arrays)
 
 
-def loads(data: bytes, expected: Expected) -> dict[Part, Residues]:
+def loads(data: bytes, expected: Expected) -> dict[Part, Sealed]:
     """The ciphertexts of a frame, checked; see the module's first lines for what is checked in which order.
 
     Raises:
@@ -132,14 +135,15 @@ def loads(data: bytes, expected: Expected) -> dict[Part, Residues]:
     rows = header.get("ciphertexts")
     if not isinstance(rows, list) or len(rows) != len(expected.parts) or len(arrays) != len(rows):
         raise WireError(f"frame must hold {len(expected.parts)} ciphertexts")
-    result: dict[Part, Residues] = {}
+    result: dict[Part, Sealed] = {}
     for i, row in enumerate(rows):
-        part, level = _row(row, expected)
+        part, level, scale = _row(row, expected)
         if part in result:
             raise WireError(f"ciphertext {part} comes twice")
         if f"c{i}" not in arrays:
             raise WireError(f"array 'c{i}' is missing")
-        result[part] = _unpack(arrays[f"c{i}"], expected.moduli[: level + 1], expected.log_n, part)
+        residues = _unpack(arrays[f"c{i}"], expected.moduli[: level + 1], expected.log_n, part)
+        result[part] = Sealed(residues, scale)
     return result
 
 
@@ -169,12 +173,13 @@ def _container(data: bytes) -> tuple[dict[str, Any], container.Arrays]:
     return header, arrays
 
 
-def _row(row: Any, expected: Expected) -> tuple[Part, int]:
+def _row(row: Any, expected: Expected) -> tuple[Part, int, float]:
     """One entry of `ciphertexts`, equal to what is expected of that part."""
-    if not isinstance(row, dict) or set(row) != {"name", "part", "level", "elements"}:
-        raise WireError(f"a ciphertext's entry has the fields name, part, level, elements; got {_short(row)}")
-    name, part, level, elements = row["name"], row["part"], row["level"], row["elements"]
-    if not isinstance(name, str) or any(type(n) is not int for n in (part, level, elements)):
+    if not isinstance(row, dict) or set(row) != {"name", "part", "level", "elements", "scale"}:
+        raise WireError(f"a ciphertext's entry has the fields name, part, level, elements, scale; got {_short(row)}")
+    name, part, level, elements, scale = (row[f] for f in ("name", "part", "level", "elements", "scale"))
+    whole = all(type(n) is int for n in (part, level, elements))
+    if not isinstance(name, str) or not whole or type(scale) is not float:
         raise WireError(f"a ciphertext's entry has wrong types: {_short(row)}")
     if (name, part) not in expected.parts:
         raise WireError(f"there is no ciphertext {_short(name)} part {_short(part)} here")
@@ -183,7 +188,9 @@ def _row(row: Any, expected: Expected) -> tuple[Part, int]:
             f"ciphertext {name!r} part {part} has {elements} elements at level {level}; "
             f"expected {ELEMENTS} at level {expected.parts[name, part]}"
         )
-    return (name, part), level
+    if not (math.isfinite(scale) and 1 / MAX_DRIFT <= scale / expected.scale <= MAX_DRIFT):
+        raise WireError(f"ciphertext {name!r} part {part} claims scale {scale:.6g}; the nominal one is {expected.scale:.6g}")
+    return (name, part), level, scale
 
 
 def _pack(residues: Residues, moduli: Sequence[int]) -> NDArray[np.uint8]:
@@ -231,79 +238,3 @@ def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
-
-# --- Key bundles ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyFile:
-    """One evaluation key of a bundle, as a file."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyIndex:
-    """What a bundle of evaluation keys consists of; sent before the keys themselves."""
-
-    circuit_sha256: str
-    key_id: str
-    files: tuple[KeyFile, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": "key-index",
-            "version": VERSION,
-            "circuit_sha256": self.circuit_sha256,
-            "key_id": self.key_id,
-            "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
-        }
-
-    @classmethod
-    def from_json(cls, data: Any, *, max_files: int, max_file_bytes: int, max_total_bytes: int) -> KeyIndex:
-        """Parse an index from outside; names cannot leave their folder, lengths are capped.
-
-        Raises:
-            WireError: it is malformed or asks for more than is allowed.
-        """
-        if not isinstance(data, dict) or data.get("format") != "key-index" or data.get("version") != VERSION:
-            raise WireError(f"expected a key-index of version {VERSION}, got {_short(data)}")
-        circuit, key_id, rows = data.get("circuit_sha256"), data.get("key_id"), data.get("files")
-        if not (isinstance(circuit, str) and SHA256.fullmatch(circuit)):
-            raise WireError(f"circuit_sha256 is not a hash: {_short(circuit)}")
-        if not (isinstance(key_id, str) and KEY_ID.fullmatch(key_id)):
-            raise WireError(f"key_id is not 8 to 64 letters and digits: {_short(key_id)}")
-        if not isinstance(rows, list) or not 0 < len(rows) <= max_files:
-            raise WireError(f"a bundle has 1 to {max_files} files")
-        files = tuple(_key_file(row, max_file_bytes) for row in rows)
-        if len({f.name for f in files}) != len(files):
-            raise WireError("a file name comes twice")
-        check_length(sum(f.bytes for f in files), max_total_bytes)
-        return cls(circuit_sha256=circuit, key_id=key_id, files=files)
-
-
-def _key_file(row: Any, max_bytes: int) -> KeyFile:
-    if not isinstance(row, dict) or set(row) != {"name", "bytes", "sha256"}:
-        raise WireError(f"a key file's entry has the fields name, bytes, sha256; got {_short(row)}")
-    name, size, digest = row["name"], row["bytes"], row["sha256"]
-    if not (isinstance(name, str) and FILE_NAME.fullmatch(name) and ".." not in name):
-        raise WireError(f"not a plain file name: {_short(name)}")
-    if type(size) is not int or not (isinstance(digest, str) and SHA256.fullmatch(digest)):
-        raise WireError(f"size or hash of {name} is malformed")
-    check_length(size, max_bytes)
-    return KeyFile(name=name, bytes=size, sha256=digest)
-
-
-def index_files(folder: Path, names: Iterable[str], *, circuit_sha256: str, key_id: str) -> KeyIndex:
-    """The index of key files that lie in `folder`."""
-    files = []
-    for name in sorted(names):
-        path = folder / name
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        files.append(KeyFile(name=name, bytes=path.stat().st_size, sha256=digest.hexdigest()))
-    return KeyIndex(circuit_sha256=circuit_sha256, key_id=key_id, files=tuple(files))

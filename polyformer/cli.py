@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from polyformer.commands import bench, compiling, demo, infer, inspecting, keys, models, reporting, serving
@@ -51,15 +50,15 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result = app(args=arguments, standalone_mode=False, prog_name="polyformer")
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         error_paragraph("Interrupted.")
         return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage; the class depends on Typer's version
+            error.show()
+            return int(error.exit_code)
         if debug:
             raise
         error_paragraph(*explain(error))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polyformer.commands.console import bar, emit, must_exist, out, say, size, warn_insecure
+from polyformer.commands.console import Advance, bar, emit, must_exist, out, say, size, warn_insecure
 
 
 def register(app: typer.Typer) -> None:
@@ -29,15 +29,17 @@ def compile_(
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Choose layouts, levels, parameters and keys; write model.circuit (server) and model.client (client)."""
-    result = compile_files(
-        model,
-        calibration or model.with_name("calibration.npz"),
-        to or model.with_suffix(".circuit"),
-        backend=backend,
-        max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
-        threads=threads,
-        insecure_log_n=insecure_log_n,
-    )
+    with bar("compile") as advance:
+        result = compile_files(
+            model,
+            calibration or model.with_name("calibration.npz"),
+            to or model.with_suffix(".circuit"),
+            backend=backend,
+            max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+            threads=threads,
+            insecure_log_n=insecure_log_n,
+            progress=advance,
+        )
     if result["insecure"]:
         warn_insecure(result["name"])
     if json:
@@ -58,6 +60,7 @@ def compile_files(
     max_memory_gb: float,
     threads: int,
     insecure_log_n: int | None,
+    progress: Advance,
 ) -> dict[str, Any]:
     """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it."""
     import json
@@ -70,8 +73,9 @@ def compile_files(
     with np.load(must_exist(calibration, "polyformer export"), allow_pickle=False) as file:
         tokens = file["tokens"]
     target = Target(backend=backend, max_memory_gb=max_memory_gb, insecure_log_n=insecure_log_n, threads=threads)
-    with bar("compile") as advance:
-        compiled = compile_onnx(model, tokens, target=target, progress=lambda *a: advance(*pass_progress(a)))
+    compiled = compile_onnx(
+        model, tokens, target=target, progress=lambda stage, done, total: progress(done, total, stage)
+    )
     circuit = compiled.circuit
     sha256 = circuit.save(to)
     circuit.spec().save(to.with_suffix(".client"))
@@ -91,14 +95,6 @@ def compile_files(
     }
     to.with_suffix(".plan.json").write_text(json.dumps(result, indent=1))
     return result
-
-
-def pass_progress(arguments: tuple[Any, ...]) -> tuple[int, int, str]:
-    """(done, total, what) from whatever order the compiler names them in."""
-    numbers = [a for a in arguments if isinstance(a, int)]
-    text = " ".join(a for a in arguments if isinstance(a, str))
-    done, total = numbers[:2] if len(numbers) >= 2 else (0, 1)
-    return done, total, text
 
 
 def machine_memory_gb() -> float:

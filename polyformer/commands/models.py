@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from polyformer.commands.console import Failure, bar, emit, must_exist, say
+from polyformer.commands.console import Advance, Failure, bar, emit, must_exist, say
 
 Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
@@ -24,26 +23,47 @@ def register(app: typer.Typer) -> None:
 
 def train(
     out: Out,
-    text: Annotated[Path | None, typer.Option(help="Text file or folder of .txt files; default: speeches in this package.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file or folder of .txt files; default: speeches in this package.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A tiny model in seconds, for tests.")] = False,
     json: Json = False,
 ) -> None:
     """Train a PowerSoftmax model and its softmax twin on text."""
-    from training import Recipe
-    from training import train as run
-
-    with training_bar() as progress:
-        metrics = run(out, Recipe.quick() if quick else Recipe.demo(), text=text, progress=progress)
-    finish(metrics, out, json)
+    with bar("train") as advance:
+        finish(train_model(out, text, quick, progress=advance), out, json)
 
 
 def convert(out: Out, json: Json = False) -> None:
     """Turn the trained model into polynomials, in stages."""
+    with bar("convert") as advance:
+        finish(convert_model(out, progress=advance), out, json)
+
+
+def train_model(out: Path, text: Path | None, quick: bool, *, progress: Advance) -> dict[str, Any]:
+    """Train into a folder; its metrics."""
+    from training import Recipe
+    from training import train as run
+
+    return run(out, Recipe.quick() if quick else Recipe.demo(), text=text, progress=staged(progress))
+
+
+def convert_model(out: Path, *, progress: Advance) -> dict[str, Any]:
+    """Convert a trained folder; its metrics."""
     from training import convert as run
 
-    with training_bar() as progress:
-        metrics = run(out, progress=progress)
-    finish(metrics, out, json)
+    must_exist(out / "config.json", f"polyformer train {out}")
+    return run(out, progress=staged(progress))
+
+
+def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None]:
+    """Training's progress call on top of ours: each stage fills the bar once."""
+
+    def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        numbers = " ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)))
+        advance(done, total, f"{stage} {numbers}")
+
+    return progress
 
 
 def export(
@@ -52,13 +72,14 @@ def export(
     json: Json = False,
 ) -> None:
     """Write model.onnx, check it in onnxruntime, and write calibration.npz for the compiler."""
-    result = export_checked(out, model)
+    with bar("export") as advance:
+        result = export_checked(out, model, progress=advance)
     if json:
         emit(result)
     say(f"{result['path']}: onnxruntime and torch differ by at most {result['max_difference']:.2g} on {result['windows']} windows")
 
 
-def export_checked(out: Path, model: str = "polynomial") -> dict[str, Any]:
+def export_checked(out: Path, model: str = "polynomial", *, progress: Advance) -> dict[str, Any]:
     """Export, and hold onnxruntime against torch on held-out text.
 
     Raises:
@@ -82,23 +103,14 @@ def export_checked(out: Path, model: str = "polynomial") -> dict[str, Any]:
     windows = heldout[:16]
     with torch.no_grad():
         ours = network(torch.from_numpy(windows)).double().numpy()
-    theirs = np.concatenate([session.run(None, {name: w[None]})[0] for w in windows])
-    difference = float(np.abs(ours - theirs).max())
+    theirs = []
+    for i, window in enumerate(windows):
+        theirs.append(session.run(None, {name: window[None]})[0])
+        progress(i + 1, len(windows), "onnxruntime against torch")
+    difference = float(np.abs(ours - np.concatenate(theirs)).max())
     if not difference <= ONNX_TOLERANCE:
         raise Failure(f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model")
     return {"path": str(path), "max_difference": difference, "windows": len(windows), "bytes": path.stat().st_size}
-
-
-@contextmanager
-def training_bar() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A progress bar that takes training's progress calls; one line a stage."""
-    with bar("training") as advance:
-
-        def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-            numbers = " ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)))
-            advance(done, total, f"{stage} {numbers}")
-
-        yield progress
 
 
 def finish(metrics: dict[str, Any], out: Path, json: bool) -> None:

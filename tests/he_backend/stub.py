@@ -3,7 +3,9 @@
 A "ciphertext" carries round(value * 2^30) in its first element and noise in its second.
 """
 
+import hashlib
 import os
+import struct
 import sys
 import threading
 import time
@@ -13,11 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from he_backend.base import WireError
-from he_backend.circuit import Circuit
-from he_backend.jobs import CancelledError, Progress, Result
+from he_backend.circuit import Circuit, ClientSpec
+from he_backend.execute import Cancelled
+from he_backend.jobs import Progress, Result
 from he_backend.kernels import NumpySlots, apply
+from he_backend.keys import HEADER, KEY_MAGIC, KeyFile, Manifest, check_file, file_name, wanted
 from he_backend.server import Limits, Server, serve
-from he_backend.wire import Part, Residues
+from he_backend.wire import Part, Residues, Sealed
 
 MODULI = ((1 << 50) - 27, (1 << 40) - 87, (1 << 40) - 167, (1 << 40) - 195)
 SCALE = 2.0**30
@@ -40,14 +44,28 @@ class StubOwner:
 
     moduli = MODULI
 
-    def __init__(self, key_id: str = "stub-key-1") -> None:
+    def __init__(self, key_id: str = "5" * 32) -> None:
         self.key_id = key_id
 
-    def encrypt(self, values: np.ndarray, *, level: int) -> Residues:
-        return to_residues(values, level)
+    def encrypt(self, values: np.ndarray, *, level: int) -> Sealed:
+        return Sealed(to_residues(values, level), 2.0**40)
 
-    def decrypt(self, residues: Residues, *, level: int) -> np.ndarray:
-        return from_residues(residues)
+    def decrypt(self, sealed: Sealed, *, level: int) -> np.ndarray:
+        return from_residues(sealed.residues)
+
+
+def make_keys(spec: ClientSpec, folder: Path, key_id: str, *, bad: str = "") -> Manifest:
+    """Key files with the right names, sizes and headers; the one called `bad` holds what the stub refuses."""
+    files = []
+    folder.mkdir(exist_ok=True)
+    for kind, k, level in wanted(spec):
+        name = file_name(kind, k)
+        body = (b"BAD" if name == bad else b"KEY").ljust(spec.params.key_bytes(level), b".")
+        head = KEY_MAGIC + struct.pack("<IIII", ("relin", "rotation").index(kind), k, level, 0) + key_id.encode()
+        (folder / name).write_bytes(head + body)
+        digest = hashlib.sha256(head + body).hexdigest()
+        files.append(KeyFile(name=name, kind=kind, k=k, level=level, bytes=len(head + body), sha256=digest))
+    return Manifest(circuit_sha256=spec.circuit_sha256, params=spec.params, key_id=key_id, files=tuple(files))
 
 
 class StubEngine:
@@ -61,36 +79,35 @@ class StubEngine:
     def prepare(self, progress: Progress) -> None:
         progress(1, 1, "weights")
 
-    def load_keys(self, folder: Path, progress: Progress) -> None:
-        progress(1, 1, "keys")
+    def load_key(self, path: Path, file: KeyFile, manifest: Manifest) -> None:
+        check_file(path, file, manifest)
+        if path.read_bytes()[HEADER:].startswith(b"BAD"):
+            raise WireError(f"{file.name} is not a key")
 
-    def run(self, inputs: Mapping[Part, Residues], progress: Progress, cancel: threading.Event) -> Result:
+    def forget_keys(self) -> None:
+        pass
+
+    def run(self, inputs: Mapping[Part, Sealed], progress: Progress, cancel: threading.Event) -> Result:
         ops, values, outputs = NumpySlots(self.circuit.params.slots), [], {}
         for op in self.circuit.ops:
             time.sleep(float(os.environ.get("POLYFORMER_STUB_SLOW", "0")))
             if cancel.is_set():
-                raise CancelledError("cancelled")
+                raise Cancelled("cancelled")
             progress(op.id, len(self.circuit.ops), op.source)
-            part = (op.attrs.get("name"), op.attrs.get("part"))
+            part = (str(op.attrs.get("name")), int(op.attrs.get("part", 0)))
             if op.kind == "input":
-                values.append(from_residues(inputs[part]))
+                values.append(from_residues(inputs[part].residues))
             elif op.kind == "output":
-                outputs[part] = to_residues(values[op.args[0]], op.level)
+                outputs[part] = Sealed(to_residues(values[op.args[0]], op.level), 2.0**40)
             else:
                 values.append(apply(ops, op, [values[a] for a in op.args], self.circuit.arrays))
-        return Result(outputs=outputs, timing={"seconds": 0.0})
-
-
-def check_key(path: Path) -> None:
-    """A key file of the stub starts with KEY."""
-    if not path.read_bytes().startswith(b"KEY"):
-        raise WireError(f"{path.name.removesuffix('.part')} is not a key")
+        return Result(outputs=outputs, timing={"wall_s": 0.0})
 
 
 def main(circuit_file: str, folder: str, port: str) -> None:
     """python -m tests.he_backend.stub CIRCUIT FOLDER PORT"""
     circuit = Circuit.load(Path(circuit_file))
-    serve(Server(circuit, StubEngine(circuit), Path(folder), check=check_key, limits=Limits()), port=int(port))
+    serve(Server(circuit, StubEngine(circuit), Path(folder), limits=Limits()), port=int(port))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -16,16 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from he_backend import owner, wire
+from he_backend import owner
 from he_backend.base import HEError, ManifestError, WireError
 from he_backend.circuit import Circuit, ClientSpec
 from he_backend.client import Client, LostJobError
+from he_backend.keys import SECRET_MAGIC, Manifest
 from tests.he_backend.running import ROOT, free_port, running
 from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp, reference
-from tests.he_backend.stub import StubOwner
+from tests.he_backend.stub import StubOwner, make_keys
 
 X = np.linspace(-1, 1, WIDTH)
-KEYS = {"relin.key": b"KEY relin", "rotate-1.key": b"KEY rotate"}
+OTHER = "6" * 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Site:
     folder: Path
     port: int
     owner: StubOwner
-    index: wire.KeyIndex
+    manifest: Manifest
 
     @property
     def command(self) -> list[str]:
@@ -64,11 +65,9 @@ class Site:
 def make_site(folder: Path) -> Site:
     circuit = mlp(TEST_PARAMS)
     circuit.save(folder / "circuit")
-    for name, data in KEYS.items():
-        (folder / name).write_bytes(data)
     who = StubOwner()
-    index = wire.index_files(folder, KEYS, circuit_sha256=circuit.sha256, key_id=who.key_id)
-    return Site(circuit=circuit, spec=circuit.spec(), folder=folder, port=free_port(), owner=who, index=index)
+    manifest = make_keys(circuit.spec(), folder, who.key_id)
+    return Site(circuit=circuit, spec=circuit.spec(), folder=folder, port=free_port(), owner=who, manifest=manifest)
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Cli
     """One server with its keys, for all tests that must not harm it."""
     site = make_site(tmp_path_factory.mktemp("served"))
     with running(site.command, site.port), Client(site.url) as client:
-        client.upload(site.index, site.folder)
+        client.upload(site.manifest, site.folder)
         client.wait_ready(every=0.02)
         yield site, client
 
@@ -127,7 +126,7 @@ def test_request_for_another_circuit_or_key(served: tuple[Site, Client]) -> None
     with pytest.raises(ManifestError, match="circuit_sha256"):
         client.evaluate(owner.seal(other, site.owner, {"x": X}), max_reply=site.max_reply)
     with pytest.raises(ManifestError, match="key_id"):
-        client.evaluate(owner.seal(site.spec, StubOwner("other-key"), {"x": X}), max_reply=site.max_reply)
+        client.evaluate(owner.seal(site.spec, StubOwner(OTHER), {"x": X}), max_reply=site.max_reply)
     still_alive(site, client)
 
 
@@ -147,11 +146,11 @@ def test_mutated_bytes(served: tuple[Site, Client], data: st.DataObject) -> None
 
 def test_keys_stay_after_another_bundle_is_offered(served: tuple[Site, Client]) -> None:
     site, client = served
-    other = wire.index_files(site.folder, KEYS, circuit_sha256=site.circuit.sha256, key_id="other-key")
+    other = replace(site.manifest, key_id=OTHER)
     with pytest.raises(ManifestError, match="holds other keys"):
         client.upload(other, site.folder)
     with pytest.raises(ManifestError):
-        client.forget_keys("other-key")
+        client.forget_keys(OTHER)
     still_alive(site, client)
 
 
@@ -161,7 +160,7 @@ def test_unknown_job(served: tuple[Site, Client]) -> None:
         client._json("GET", "/jobs/nothing")
 
 
-@pytest.mark.parametrize("path", ["/keys/stub-key-1/..%2f..%2fx", "/keys/stub-key-1/none.key", "/keys/%00/x"])
+@pytest.mark.parametrize("path", [f"/keys/{'5' * 32}/..%2f..%2fx", f"/keys/{'5' * 32}/none.key", "/keys/%00/x"])
 def test_key_paths_cannot_leave_their_folder(served: tuple[Site, Client], path: str) -> None:
     site, client = served
     answer = httpx.put(site.url + path, content=b"KEY")
@@ -179,31 +178,30 @@ def test_malformed_index(served: tuple[Site, Client], body: bytes) -> None:
 
 def test_bad_key_file_is_not_kept_and_upload_goes_on(site: Site) -> None:
     with running(site.command, site.port), Client(site.url) as client:
-        bad = {**KEYS, "rotate-1.key": b"not a key."}
-        (site.folder / "bad").mkdir()
-        for name, data in bad.items():
-            (site.folder / "bad" / name).write_bytes(data)
-        index = wire.index_files(site.folder / "bad", bad, circuit_sha256=site.circuit.sha256, key_id=site.owner.key_id)
+        bad = make_keys(site.spec, site.folder / "bad", site.owner.key_id, bad="rotation-4.key")
         with pytest.raises(WireError, match="is not a key"):
-            client.upload(index, site.folder / "bad")
-        assert client._json("GET", f"/keys/{site.owner.key_id}")["missing"] == ["rotate-1.key"]
+            client.upload(bad, site.folder / "bad")
+        state = client._json("GET", f"/keys/{site.owner.key_id}")
+        assert "rotation-4.key" in state["missing"]
+        assert 0 < len(state["missing"]) < len(bad.files)
         with pytest.raises(ManifestError, match="not all here"):
             site.ask(client)
         client.forget_keys(site.owner.key_id)
         sent: list[int] = []
-        client.upload(site.index, site.folder, lambda done, total: sent.append(done))
-        assert sent[-1] == sum(len(d) for d in KEYS.values())
+        client.upload(site.manifest, site.folder, lambda done, total: sent.append(done))
+        assert sent[-1] == sum(f.bytes for f in site.manifest.files)
         client.wait_ready(every=0.02)
         still_alive(site, client)
         sent.clear()
-        client.upload(site.index, site.folder, lambda done, total: sent.append(done))
-        assert sent == []  # all there: nothing travels again
+        client.upload(site.manifest, site.folder, lambda done, total: sent.append(done))
+        assert sent == [sum(f.bytes for f in site.manifest.files)]  # all there: nothing travels again
 
 
 def test_key_file_with_another_hash(site: Site) -> None:
     with running(site.command, site.port), Client(site.url) as client:
-        client._json("PUT", "/keys", content=json.dumps(site.index.to_json()).encode())
-        for data in (b"KEY relim", b"KEY", b"KEY relin and more"):
+        client._json("PUT", "/keys", content=json.dumps(site.manifest.to_json()).encode())
+        right = (site.folder / "relin.key").read_bytes()
+        for data in (right[:-1] + b"x", right[:-1], right + b"x", b""):
             with pytest.raises(WireError):
                 client._json("PUT", f"/keys/{site.owner.key_id}/relin.key", content=data)
         assert "relin.key" in client._json("GET", f"/keys/{site.owner.key_id}")["missing"]
@@ -222,7 +220,7 @@ def test_killed_in_the_middle_it_comes_back_with_its_keys(site: Site) -> None:
     thread = threading.Thread(target=ask)
     with running(site.command, site.port, POLYFORMER_STUB_SLOW="2") as process:
         with Client(site.url) as client:
-            client.upload(site.index, site.folder)
+            client.upload(site.manifest, site.folder)
             client.wait_ready(every=0.02)
         thread.start()
         assert started.wait(30)
@@ -235,7 +233,7 @@ def test_killed_in_the_middle_it_comes_back_with_its_keys(site: Site) -> None:
 
 def test_a_job_can_be_cancelled_and_the_queue_is_bounded(site: Site) -> None:
     with running(site.command, site.port, POLYFORMER_STUB_SLOW="1"), Client(site.url) as client:
-        client.upload(site.index, site.folder)
+        client.upload(site.manifest, site.folder)
         client.wait_ready(every=0.02)
         jobs = [client._json("POST", "/evaluate", content=site.request) for _ in range(4)]
         with pytest.raises(HEError, match="queued already"):
@@ -254,7 +252,7 @@ def test_a_job_can_be_cancelled_and_the_queue_is_bounded(site: Site) -> None:
 def test_refuses_to_start_beside_a_secret_key(site: Site, depth: str) -> None:
     place = site.folder / "server" / depth
     place.mkdir(parents=True)
-    (place / "secret.key").write_bytes(b"x")
+    (place / "x.bin").write_bytes(SECRET_MAGIC)
     done = subprocess.run([sys.executable, *site.command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0
     assert "is a secret key: a server must never hold one" in done.stderr
@@ -263,7 +261,7 @@ def test_refuses_to_start_beside_a_secret_key(site: Site, depth: str) -> None:
 def test_keys_of_another_circuit_are_refused_at_start(site: Site) -> None:
     keys = site.folder / "server" / "keys"
     keys.mkdir(parents=True)
-    foreign = {**site.index.to_json(), "circuit_sha256": hashlib.sha256(b"").hexdigest()}
-    (keys / "index.json").write_text(json.dumps(foreign))
+    foreign = {**site.manifest.to_json(), "circuit_sha256": hashlib.sha256(b"").hexdigest()}
+    (keys / "manifest.json").write_text(json.dumps(foreign))
     done = subprocess.run([sys.executable, *site.command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-    assert "belong to another circuit" in done.stderr
+    assert "not for this circuit" in done.stderr

@@ -19,14 +19,15 @@ EXPECTED = wire.Expected(
     key_id="key-00000001",
     log_n=5,
     moduli=MODULI,
+    scale=2.0**40,
     parts={("x", 0): 2, ("x", 1): 1},
 )
 
 
-def ciphertexts() -> dict[wire.Part, wire.Residues]:
+def ciphertexts() -> dict[wire.Part, wire.Sealed]:
     rng = np.random.default_rng(7)
     limbs = [rng.integers(1, q, size=(2, 1, 32), dtype=np.uint64) for q in MODULI]
-    return {(name, part): np.concatenate(limbs[: level + 1], axis=1) for (name, part), level in EXPECTED.parts.items()}
+    return {p: wire.Sealed(np.concatenate(limbs[: level + 1], axis=1), 2.0**40 + 1) for p, level in EXPECTED.parts.items()}
 
 
 FRAME = wire.dumps(EXPECTED, ciphertexts())
@@ -40,8 +41,9 @@ def rewrite(**changes: object) -> bytes:
 
 def test_round_trip() -> None:
     read = wire.loads(FRAME, EXPECTED)
-    for part, residues in ciphertexts().items():
-        np.testing.assert_array_equal(read[part], residues)
+    for part, sealed in ciphertexts().items():
+        np.testing.assert_array_equal(read[part].residues, sealed.residues)
+        assert read[part].scale == sealed.scale
 
 
 def test_a_residue_costs_as_many_bytes_as_its_prime() -> None:
@@ -75,7 +77,7 @@ def test_foreign_frame_is_a_difference_by_field(field: str, value: object) -> No
     assert caught.value.differences == {field: (getattr(EXPECTED, field), value)}
 
 
-ROWS = [{"name": "x", "part": p, "level": level, "elements": 2} for (_, p), level in EXPECTED.parts.items()]
+ROWS = [{"name": "x", "part": p, "level": level, "elements": 2, "scale": 2.0**40} for (_, p), level in EXPECTED.parts.items()]
 MALFORMED = {
     "no list": "x",
     "too few": ROWS[:1],
@@ -85,6 +87,8 @@ MALFORMED = {
     "other level": [{**ROWS[0], "level": 1}, ROWS[1]],
     "true is no level": [ROWS[0], {**ROWS[1], "level": True}],
     "three elements": [{**ROWS[0], "elements": 3}, ROWS[1]],
+    "scale of another world": [{**ROWS[0], "scale": 2.0**20}, ROWS[1]],
+    "no scale": [{**ROWS[0], "scale": float("nan")}, ROWS[1]],
     "extra field": [{**ROWS[0], "more": 1}, ROWS[1]],
 }
 
@@ -97,7 +101,7 @@ def test_malformed_entries(rows: object) -> None:
 
 def test_residue_not_below_its_modulus() -> None:
     bad = ciphertexts()
-    bad["x", 0][0, 1, 3] = MODULI[1]
+    bad["x", 0].residues[0, 1, 3] = MODULI[1]
     with pytest.raises(WireError, match="below its modulus"):
         wire.loads(wire.dumps(EXPECTED, bad), EXPECTED)
 
@@ -105,7 +109,7 @@ def test_residue_not_below_its_modulus() -> None:
 @pytest.mark.parametrize("limbs", [slice(None), slice(1, 2)], ids=["all limbs", "one limb"])
 def test_unencrypted_ciphertext(limbs: slice) -> None:
     bad = ciphertexts()
-    bad["x", 1][1, limbs] = 0
+    bad["x", 1].residues[1, limbs] = 0
     with pytest.raises(WireError, match="zero `a` part"):
         wire.loads(wire.dumps(EXPECTED, bad), EXPECTED)
 
@@ -125,7 +129,7 @@ def test_one_mutated_byte_is_refused_or_harmless(at: int, flip: int) -> None:
         read = wire.loads(bytes(data), EXPECTED)
     except HEError:
         return
-    assert {p: r.shape for p, r in read.items()} == {p: r.shape for p, r in ciphertexts().items()}
+    assert {p: r.residues.shape for p, r in read.items()} == {p: r.residues.shape for p, r in ciphertexts().items()}
 
 
 @given(st.binary(max_size=400))
@@ -134,37 +138,6 @@ def test_noise_is_refused(data: bytes) -> None:
         wire.loads(data, EXPECTED)
     with pytest.raises(WireError):
         wire.loads(FRAME[:16] + data, EXPECTED)
-
-
-LIMITS = {"max_files": 3, "max_file_bytes": 1000, "max_total_bytes": 1500}
-FILE = {"name": "rotate-1.key", "bytes": 800, "sha256": "00" * 32}
-INDEX = {"format": "key-index", "version": 1, "circuit_sha256": "ab" * 32, "key_id": "key-00000001", "files": [FILE]}
-
-
-def test_key_index_round_trip() -> None:
-    assert wire.KeyIndex.from_json(INDEX, **LIMITS).to_json() == INDEX
-
-
-BAD_INDEX = {
-    "not an object": [],
-    "other format": {**INDEX, "format": "keys"},
-    "hash": {**INDEX, "circuit_sha256": "xy"},
-    "key id that is a path": {**INDEX, "key_id": "../../etc"},
-    "no files": {**INDEX, "files": []},
-    "too many files": {**INDEX, "files": [{**FILE, "name": f"{i}"} for i in range(4)]},
-    "twice": {**INDEX, "files": [FILE, FILE]},
-    "name that is a path": {**INDEX, "files": [{**FILE, "name": "../x"}]},
-    "hidden name": {**INDEX, "files": [{**FILE, "name": ".x"}]},
-    "too large": {**INDEX, "files": [{**FILE, "bytes": 1001}]},
-    "too large together": {**INDEX, "files": [FILE, {**FILE, "name": "b"}]},
-    "negative": {**INDEX, "files": [{**FILE, "bytes": -1}]},
-}
-
-
-@pytest.mark.parametrize("data", BAD_INDEX.values(), ids=BAD_INDEX.keys())
-def test_key_index_refuses(data: object) -> None:
-    with pytest.raises(WireError):
-        wire.KeyIndex.from_json(data, **LIMITS)
 
 
 def test_a_writer_cannot_send_what_no_reader_takes() -> None:

@@ -1,0 +1,136 @@
+"""What the demo measured, as report.json and as a benchmark record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polyformer.commands.demo import Options, Story
+
+NOTES = (
+    "One request, one run: no median, no spread.",
+    "Client and server ran on this machine at the same time and share its memory; the network between them was the loopback.",
+    "The server is trusted to follow the protocol (semi-honest): a wrong answer would not be noticed, "
+    "and the circuit's shape is public.",
+    "Replies are rounded to the promised accuracy and decryptions are counted; noise flooding is not built, "
+    "so do not give decrypted logits to whoever saw the ciphertext.",
+    "The error is that of the decrypted logits before rounding, against onnxruntime in float32.",
+)
+
+
+def benchmark_record(options: Options, story: Story, quiet: bool) -> dict[str, Any]:
+    """The record `demo`; its metrics are those that issue 2 lists."""
+    from benchmarks import records
+
+    f = story.facts
+    security = security_of(f)
+    metrics: dict[str, Any] = {
+        "evaluate_s": f["timing"]["wall_s"],
+        "total_s": f["total_s"],
+        "keygen_s": story.seconds("keygen"),
+        "peak_gb": f["peak_server_gb"] + f["peak_client_gb"],
+        "upload_bytes": f["key_bytes"] + f["input_bytes"],
+        "reply_bytes": f["reply_bytes"],
+        "max_abs_error": f["max_abs_error"],
+        "mean_abs_error": f["mean_abs_error"],
+        "top1_equal": f["prediction"]["top1_equal"],
+        "logqp": security["log_qp"],
+        "logqp_limit": security["limit"],
+    }
+    for name in ("softmax", "power", "polynomial"):
+        metrics[f"heldout_loss_{name}"] = f["metrics"].get(f"heldout_loss_{name}")
+    record = records.record(
+        "demo",
+        metrics=metrics,
+        params={**f["plan"]["params"], "model": recipe(options)},
+        threads=options.threads,
+        seed=options.seed,
+        was_quiet=quiet,
+    )
+    return {**record, "insecure": True} if options.quick else record
+
+
+def build_report(options: Options, story: Story, record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that `benchmarks.report` shows."""
+    f = story.facts
+    plan = f["plan"]
+    measured = {
+        "evaluate_s": f["timing"]["wall_s"],
+        "total_s": f["total_s"],
+        "keygen_s": story.seconds("keygen"),
+        "prepare_s": f["prepare_s"],
+        "max_abs_error": f["max_abs_error"],
+        "mean_abs_error": f["mean_abs_error"],
+        "peak_gb": record["metrics"]["peak_gb"],
+        "peak_server_gb": f["peak_server_gb"],
+        "peak_client_gb": f["peak_client_gb"],
+        "key_bytes": f["key_bytes"],
+        "input_bytes": f["input_bytes"],
+        "reply_bytes": f["reply_bytes"],
+        "circuit_bytes": (options.model / "model.circuit").stat().st_size,
+    }
+    kept = [] if story.seconds("train") else ["The model was trained by an earlier run of this command."]
+    busy = [] if record["quiet"] else ["The machine had other work to do in the minute before this run."]
+    return {
+        "format": "polyformer-report",
+        "version": 1,
+        "name": "demo --quick" if options.quick else "demo",
+        "created": record["created"],
+        "commit": record["commit"],
+        "machine": record["machine"],
+        "versions": record["versions"],
+        "insecure": options.quick,
+        "model": recipe(options),
+        "losses": {name: f["metrics"].get(f"heldout_loss_{name}") for name in ("softmax", "power", "polynomial")},
+        "params": plan["params"],
+        "circuit_sha256": f["circuit_sha256"],
+        "security": security_of(f),
+        "certificate": plan["certificate"],
+        "plan": plan["plan"],
+        "predicted": plan["predicted"],
+        "error_bound": plan["error_bound"],
+        "measured": measured,
+        "phases": story.phases,
+        "ops": operators(plan, f["timing"]),
+        "primitives": f["timing"].get("primitives", {}),
+        "prediction": f["prediction"],
+        "notes": [*NOTES, *kept, *busy],
+    }
+
+
+def operators(plan: Mapping[str, Any], timing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every op of the circuit with predicted and measured thread-seconds."""
+    measured = {row["op"]: row for row in timing.get("ops", ())}
+    return [
+        {
+            **op,
+            "predicted_s": plan["op_seconds"].get(str(op["id"])),
+            "measured_s": measured.get(op["id"], {}).get("seconds"),
+            "primitives": measured.get(op["id"], {}).get("primitives", {}),
+        }
+        for op in plan["ops"]
+    ]
+
+
+def security_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """log2(QP) against the limit, and the chance of nonsense."""
+    from he_backend import security
+    from he_backend.params import Params
+
+    params = Params.from_json(facts["plan"]["params"])
+    return {
+        "log_qp": float(params.log_qp),
+        "limit": None if params.insecure else security.limit(params),
+        "secret": params.secret,
+        "failure_log2": facts["plan"]["predicted"].get("failure_log2"),
+        "text": security.status(params),
+    }
+
+
+def recipe(options: Options) -> dict[str, Any]:
+    """The model's sizes, as its folder says them."""
+    data = json.loads((options.model / "config.json").read_text())["recipe"]
+    names = ("blocks", "width", "heads", "hidden", "length", "vocab", "power", "activation", "exact_norms")
+    return {name: data[name] for name in names if name in data}

@@ -1,0 +1,49 @@
+"""serve: evaluate one circuit for whoever holds its keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyformer.commands.console import must_exist, say, warn_insecure
+
+PLAINTEXT_GB = 4.0
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        rich_help_panel="Server", epilog="Example: polyformer serve model.circuit --folder server --port 8000"
+    )(serve)
+
+
+def serve(
+    circuit: Annotated[Path, typer.Argument(help="Circuit file, from `polyformer compile`.")],
+    folder: Annotated[Path, typer.Option(help="Where uploaded keys are kept; must hold no secret key.")] = Path("server"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    threads: Annotated[int, typer.Option(min=1, help="Primitives evaluated at once.")] = 2,
+    plaintext_gb: Annotated[float, typer.Option(min=0, help="Memory for weights encoded ahead.")] = PLAINTEXT_GB,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run.")] = 4,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a test-size ring that protects nothing.")] = False,
+) -> None:
+    """Serve a circuit over HTTP. It never sees a secret key, and refuses to start beside one."""
+    from he_backend.circuit import Circuit
+    from he_backend.server import Limits, Server, ensure_environment, refuse_secrets
+    from he_backend.server import serve as run
+
+    must_exist(circuit, "polyformer compile")
+    ensure_environment()
+    refuse_secrets(folder)
+    from he_backend.engine import CircuitEngine
+
+    loaded = Circuit.load(circuit)
+    if loaded.params.insecure:
+        warn_insecure(loaded.params.name)
+    engine = CircuitEngine(
+        loaded, threads=threads, plaintext_budget=int(plaintext_gb * 1e9), allow_insecure=insecure
+    )
+    server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue))
+    say(f"serving {loaded.params.name} on http://{host}:{port}; keys in {folder}; Ctrl-C ends")
+    run(server, host=host, port=port)

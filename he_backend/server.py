@@ -45,15 +45,9 @@ from .keystore import KeyStore
 
 log = logging.getLogger("polyformer.server")
 
-# One thread inside each primitive (the executor runs primitives side by side), and an allocator that keeps the megabytes
-# of a dropped ciphertext instead of returning them to the kernel. The C library reads these when a process starts.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "4",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
+# One thread inside each primitive, because the executor runs primitives side by side; one heap for all threads, because
+# what one frees is what another wants next. Both are read when a process starts.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
 

@@ -59,9 +59,11 @@ class Lowering:
         self.graph, self.ranges, self.slots, self.cost = graph, ranges, slots, cost
         self.users = graph.users()
         self.nodes = graph.by_name
-        if len(graph.input_shape) != 3 or graph.input_shape[0] != 1:
-            raise UnsupportedOpError(f"input {graph.input!r} has shape {graph.input_shape}; [1, tokens, features] is compiled")
-        self.tokens = graph.input_shape[1]
+        if len(graph.input_shape) not in (2, 3) or graph.input_shape[0] != 1:
+            raise UnsupportedOpError(
+                f"input {graph.input!r} has shape {graph.input_shape}; [1, tokens, features] and [1, features] are compiled"
+            )
+        self.tokens = graph.input_shape[1] if len(graph.input_shape) == 3 else 1
         if slots % self.tokens:
             raise UnsupportedOpError(f"{self.tokens} tokens do not divide {slots} slots; pad to a power of two")
         self.positions = slots // self.tokens
@@ -182,15 +184,15 @@ class Lowering:
         return name
 
     def _input(self) -> Signature:
-        name, (_, tokens, features) = self.graph.input, self.graph.input_shape
-        layout = from_features(periodic(features, self.positions), tokens, features)
+        name, features = self.graph.input, self.graph.input_shape[-1]
+        layout = from_features(periodic(features, self.positions), self.tokens, features)
         factor = self.wanted(name)
         op = self.emit("input", (), name, factor=factor, name="x", part=0)
         self.placed[name] = Placed(ops=(op,), layout=layout[None], factor=factor)
         self.tensors[op] = (name, 0)
         self.client_arrays["input"] = layout[None].astype(np.int32)
         return Signature(
-            name="x", shape=(tokens, features), layout="input", factor=factor, bound=self.bound(name), level=0
+            name="x", shape=self.graph.input_shape[1:], layout="input", factor=factor, bound=self.bound(name), level=0
         )
 
     def _output(self) -> Signature:

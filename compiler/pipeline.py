@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from he_backend import security
-from he_backend.base import ParamsError, UnsupportedOpError
+from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Circuit
 
 from . import verify
@@ -192,7 +192,5 @@ def _finish(
 
 def _failure(circuit: Circuit) -> float:
     """log2 of the probability that a reply decrypts to nonsense; see `security`."""
-    return float(getattr(security, "failure_log2", lambda c: 0.0)(circuit))
-
-
-__all__ = ["Compiled", "Target", "compile_onnx", "ParamsError"]
+    bounds = [op.bound for op in circuit.ops if op.kind == "output"]
+    return max(-1e9, security.circuit_failure(circuit.params, bounds))  # JSON has no infinity

@@ -29,6 +29,8 @@ def prepare(coefficients: Sequence[float], factor: float, interval: tuple[float,
     Returns:
         attributes (see `he_backend.kernels.polynomial`), and f with p(x) = f * stored result.
     """
+    if max(map(abs, interval)) < 1e-9:  # calibration saw zeros only: any interval will do
+        interval = (-1.0, 1.0)
     p = Polynomial(np.asarray(coefficients) * factor ** np.arange(len(coefficients)))
     scale = np.max(np.abs(p.coef) * max(abs(interval[0]), abs(interval[1])) ** np.arange(len(p.coef)))
     keep = [i for i, c in enumerate(p.coef) if abs(c) * max(map(abs, interval)) ** i > 1e-12 * scale]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,6 +113,8 @@ class Evaluator(_Party):
         self.key_id = key_id
         self.key_levels: dict[int, int] = {}
         self.relin_level = -1
+        self._lock = threading.Lock()
+        self._bias: dict[int, Any] = {}  # level -> ciphertext that undoes the bias of a key switch
 
     # ---- keys
 
@@ -257,10 +260,20 @@ class Evaluator(_Party):
             raise LevelError(f"rotation of {a.elements} elements{', extended' * a.extended}: relinearise or mod_down first")
         self._need(k, a.level)
 
+    def _unbiased(self, a: Ciphertext) -> Ciphertext:
+        """Take the bias of a key switch off a fresh result; while a rescale is pending it would be divided away anyway."""
+        if a.degree == 1:
+            with self._lock:
+                if a.level not in self._bias:
+                    rows = self._ring.mod_down_bias[: a.level + 1]
+                    self._bias[a.level] = self._ring.load(np.stack([rows, rows]), level=a.level, tag=self._tag)
+            self._cc.EvalAddInPlace(a.handle, self._bias[a.level])
+        return a
+
     def rotate(self, a: Ciphertext, k: int) -> Ciphertext:
         self._rotatable(a, k)
         with KEY_MAPS.read():
-            return replace(a, handle=self._cc.EvalRotate(a.handle, k))
+            return self._unbiased(replace(a, handle=self._cc.EvalRotate(a.handle, k)))
 
     def hoist(self, a: Ciphertext) -> Any:
         """Digits of the second element, shared by all rotations of `a`."""
@@ -269,7 +282,7 @@ class Evaluator(_Party):
     def rotate_hoisted(self, a: Ciphertext, digits: Any, k: int) -> Ciphertext:
         self._rotatable(a, k)
         with KEY_MAPS.read():
-            return replace(a, handle=self._cc.EvalFastRotation(a.handle, k, 4 * self.slots, digits))
+            return self._unbiased(replace(a, handle=self._cc.EvalFastRotation(a.handle, k, 4 * self.slots, digits)))
 
     def rotate_extended(self, a: Ciphertext, digits: Any, k: int) -> Ciphertext:
         self._rotatable(a, k)

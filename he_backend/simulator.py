@@ -125,15 +125,36 @@ def coefficient_noise(op: str, params: Params, level: int) -> float:
     match op:
         case "input":
             return ERROR_STD * math.sqrt(4 * n / 3 + 1)
-        case "rescale" | "mod_down":
+        case "rescale":
             return rounding
+        case "mod_down":  # an unrounded sum of one fraction a special prime
+            return rounding * math.sqrt(params.special_limbs)
         case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended":
             digits = math.ceil((level + 1) / params.digit_limbs)
             width = params.first_bits + (params.digit_limbs - 1) * params.scale_bits
             ratio = 2.0 ** (width - SPECIAL_PRIME_BITS * params.special_limbs)
             switch = ERROR_STD * math.sqrt(digits * n / 12) * ratio
-            return switch if op == "rotate_extended" else math.hypot(switch, rounding)
+            return switch if op == "rotate_extended" else math.hypot(switch, rounding * math.sqrt(params.special_limbs))
     return 0.0
+
+
+def rotation_bias(params: Params, rng: np.random.Generator) -> Array:
+    """Slots [slots] of the bias that a rotation leaves, before division by the scale: see `openfhe_rounding`.
+
+    With an odd number of special primes half a unit stays in every coefficient; times a secret drawn here it is a fixed pattern,
+    large where a slot's root is near 1.
+    """
+    n = 1 << params.log_n
+    if params.backend != "openfhe" or params.special_limbs % 2 == 0:
+        return np.zeros(params.slots)
+    exponent = np.empty(params.slots, dtype=np.int64)
+    exponent[0] = 1
+    for j in range(1, params.slots):
+        exponent[j] = exponent[j - 1] * 5 % (2 * n)
+    root = np.exp(1j * np.pi * exponent / n)
+    weight = 192 if params.secret == "sparse192" else 2 * n / 3
+    secret = math.sqrt(weight / 2) * (rng.normal(size=params.slots) + 1j * rng.normal(size=params.slots))
+    return np.real(0.5 * (1 + secret) * 2 / (1 - root))
 
 
 def simulate_noise(
@@ -148,6 +169,7 @@ def simulate_noise(
     packed = input_slots(circuit, tensors)
     names = {node: key for key, node in t.inputs.items()}
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
+    bias = rotation_bias(params, rng)
     values: dict[int, Array] = {}
     uses = np.zeros(len(t.nodes), dtype=int)
     for node in t.nodes:
@@ -160,6 +182,8 @@ def simulate_noise(
         else:
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
+        if node.op == "rotate" and node.degree == 1:
+            y = y + bias / scales.result[node.id]
         values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
         for a in set(node.args):
             uses[a] -= 1

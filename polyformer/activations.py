@@ -1,7 +1,8 @@
 """Activations: GELU, SiLU, ReLU and the square, and the fitted polynomial that replaces them on a trained interval.
 
-Every activation is an `Activation`: a `Tap`, then the function. The polynomial one holds scalar coefficients (never one set a channel),
-so that a compiled circuit evaluates it once on packed slots. Degrees against error: methods.md 1.6.
+Every activation is an `Activation`: a `Tap`, then the function. The polynomial one holds scalar coefficients (never
+one set a channel), so that a compiled circuit evaluates it once on packed slots. Degrees against error: methods.md
+1.6.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ ACTIVATIONS = (*EXACT, "polynomial")
 
 
 class Activation(nn.Module):
-    """Elementwise function by name: gelu, silu, relu, square, or polynomial (of `degree`, coefficients in the state dict)."""
+    """Elementwise function by name: gelu, silu, relu, square, or polynomial (of `degree`, coefficients in the state
+    dict).
+    """
 
     def __init__(self, kind: str, *, degree: int = 2, trainable: bool = True) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """Polynomials as values with a contract: coefficients, interval, basis, degree, depth and error.
 
-Everything that replaces a non-polynomial function is a `Polynomial` made here: minimax fits (Lawson's iteration), the closed-form
-minimax reciprocal, and the inverse square root seed. Newton and Goldschmidt are given as plain iterations, because the compiler may
-prefer their product structure to the composed polynomial. Spec: methods.md 1.6; Goldschmidt error |e0|^(2^k) with e = 1 - a y.
+Everything that replaces a non-polynomial function is a `Polynomial` made here: minimax fits (Lawson's iteration), the
+closed-form minimax reciprocal, and the inverse square root seed. Newton and Goldschmidt are given as plain iterations,
+because the compiler may prefer their product structure to the composed polynomial. Spec: methods.md 1.6; Goldschmidt
+error |e0|^(2^k) with e = 1 - a y.
 
 Every evaluation uses only +, - and *, so the same code runs on torch tensors, numpy arrays and floats.
 """
@@ -24,7 +25,9 @@ GRID = 4001  # points on which errors are measured; they include both ends
 
 
 def depth_of_degree(degree: int) -> int:
-    """Return the multiplicative levels of a degree-n polynomial, ceil(log2 n); constants and affine maps are free (they fold)."""
+    """Return the multiplicative levels of a degree-n polynomial, ceil(log2 n); constants and affine maps are free
+    (they fold).
+    """
     return max(0, (max(degree, 1) - 1).bit_length())
 
 
@@ -32,8 +35,9 @@ def depth_of_degree(degree: int) -> int:
 class Polynomial:
     """A polynomial sum_k c_k B_k(a x + b) on a public interval.
 
-    `basis` is B_k: powers u^k or Chebyshev polynomials T_k(u). `error` is the largest error measured at fitting time over `interval`,
-    absolute or relative as `kind` says; None where the polynomial approximates nothing. Outside the interval nothing is promised.
+    `basis` is B_k: powers u^k or Chebyshev polynomials T_k(u). `error` is the largest error measured at fitting time
+    over `interval`, absolute or relative as `kind` says; None where the polynomial approximates nothing. Outside the
+    interval nothing is promised.
     """
 
     coefficients: tuple[float, ...]
@@ -65,7 +69,9 @@ class Polynomial:
         return evaluate(x, self.coefficients, self.a, self.b, self.basis)
 
     def to_power(self) -> Polynomial:
-        """Return the same polynomial in the power basis of the same u (exact in real arithmetic; ill-conditioned above degree 20)."""
+        """Return the same polynomial in the power basis of the same u (exact in real arithmetic; ill-conditioned above
+        degree 20).
+        """
         if self.basis == "power":
             return self
         return Polynomial(
@@ -80,7 +86,9 @@ class Polynomial:
 
 
 def evaluate(x: Any, coefficients: Sequence[Any], a: Any, b: Any, basis: str) -> Any:
-    """Evaluate sum_k c_k B_k(a x + b) by Horner (power) or Clenshaw (chebyshev). Coefficients may be floats or 0-d tensors."""
+    """Evaluate sum_k c_k B_k(a x + b) by Horner (power) or Clenshaw (chebyshev). Coefficients may be floats or 0-d
+    tensors.
+    """
     u = x * a + b
     if len(coefficients) == 1:
         return u * 0 + coefficients[0]
@@ -129,9 +137,9 @@ def fit(
 ) -> Polynomial:
     """Fit the (near) minimax polynomial of f on an interval, in absolute or relative error.
 
-    Lawson's iteration: least squares in the Chebyshev basis on Chebyshev-spaced points, each point reweighted by its own error, until the
-    error is level. The best iterate is kept, so more iterations never hurt. The measured error is stored in the result.
-    Source: C. Lawson (1961); Rice and Usow (1968).
+    Lawson's iteration: least squares in the Chebyshev basis on Chebyshev-spaced points, each point reweighted by its
+    own error, until the error is level. The best iterate is kept, so more iterations never hurt. The measured error is
+    stored in the result. Source: C. Lawson (1961); Rice and Usow (1968).
     """
     lo, hi = interval
     u = np.cos(np.linspace(0.0, np.pi, max(401, 20 * (degree + 1))))
@@ -163,7 +171,8 @@ def fit(
 def reciprocal(degree: int, interval: tuple[float, float]) -> Polynomial:
     """Return the minimax polynomial of 1/x in relative error on [lo, hi] > 0, in closed form.
 
-    1 - x p(x) = T_{n+1}(u(x)) / T_{n+1}(u(0)), so the relative error is exactly 1 / T_{n+1}((k + 1)/(k - 1)) for the ratio k = hi/lo.
+    1 - x p(x) = T_{n+1}(u(x)) / T_{n+1}(u(0)), so the relative error is exactly 1 / T_{n+1}((k + 1)/(k - 1)) for the
+    ratio k = hi/lo.
     """
     lo, hi = interval
     if lo <= 0:
@@ -185,14 +194,18 @@ def reciprocal_error(degree: int, ratio: float) -> float:
 
 
 def inverse_sqrt(degree: int, interval: tuple[float, float]) -> Polynomial:
-    """Return the near minimax polynomial of x^(-1/2) in relative error on [lo, hi] > 0: the seed of Newton's iteration, or all of it."""
+    """Return the near minimax polynomial of x^(-1/2) in relative error on [lo, hi] > 0: the seed of Newton's
+    iteration, or all of it.
+    """
     if interval[0] <= 0:
         raise ValueError(f"x^(-1/2) needs a positive interval, got {interval}")
     return fit(lambda x: 1.0 / np.sqrt(x), degree, interval, kind="relative")
 
 
 def newton_inverse_sqrt(x: T, y: T, steps: int) -> T:
-    """Refine y ~ x^(-1/2) by `steps` Newton steps y <- y (3 - x y^2) / 2; two levels a step when x y and y^2 run in parallel."""
+    """Refine y ~ x^(-1/2) by `steps` Newton steps y <- y (3 - x y^2) / 2; two levels a step when x y and y^2 run in
+    parallel.
+    """
     for _ in range(steps):
         y = (y * 1.5) - (x * y) * (y * y) * 0.5  # type: ignore[operator]
     return y
@@ -206,7 +219,8 @@ def newton_error(seed_error: float, steps: int) -> float:
 
 
 def goldschmidt_reciprocal(x: T, start: Any, steps: int) -> T:
-    """Return y ~ 1/x by Goldschmidt: e = 1 - x y, then y <- y (1 + e), e <- e^2. `start` is public and strictly below 2/max(x).
+    """Return y ~ 1/x by Goldschmidt: e = 1 - x y, then y <- y (1 + e), e <- e^2. `start` is public and strictly below
+    2/max(x).
 
     The relative error is |e0|^(2^steps), the degree 2^steps - 1; both products of a step run in parallel.
     """
@@ -220,7 +234,9 @@ def goldschmidt_reciprocal(x: T, start: Any, steps: int) -> T:
 
 
 def goldschmidt_start(lo: float, hi: float) -> float:
-    """Return the start that levels the first error over [lo, hi]: 2/(lo + hi), always below the divergence point 2/hi."""
+    """Return the start that levels the first error over [lo, hi]: 2/(lo + hi), always below the divergence point
+    2/hi.
+    """
     if lo <= 0:
         raise ValueError(f"Goldschmidt needs a positive interval, got [{lo}, {hi}]")
     return 2.0 / (lo + hi)

@@ -1,14 +1,17 @@
 """Write a Transformer as an ONNX file: the only door to the compiler. The graph is built node by node, not traced.
 
-Contract. Input `tokens` int64 [1, T], output `logits` float32 [1, T, V]; opset 17; runs unmodified in onnxruntime. A polynomial model gives
-Gather, Add, Sub, Mul, MatMul, ReduceSum, ReduceMean, Reshape, Transpose and calls of local functions of the domain "polyformer":
+Contract. Input `tokens` int64 [1, T], output `logits` float32 [1, T, V]; opset 17; runs unmodified in onnxruntime. A
+polynomial model gives Gather, Add, Sub, Mul, MatMul, ReduceSum, ReduceMean, Reshape, Transpose and calls of local
+functions of the domain "polyformer":
 
-    Polynomial_power_n, Polynomial_chebyshev_n     inputs (x, a, b, c0, ..., cn): u = a x + b, then sum c_k u^k or sum c_k T_k(u)
+    Polynomial_power_n, Polynomial_chebyshev_n     inputs (x, a, b, c0, ..., cn): u = a x + b, then sum c_k u^k or sum
+    c_k T_k(u)
 
-Node and value names are layer paths, `blocks.0.mixer.q`; a layer of several nodes gives its last value the path itself and the others a
-suffix, `blocks.0.mixer.q.matmul`. Newton steps and Goldschmidt steps are plain Mul, Add and Sub. Exact functions are exported as Softmax, Sqrt, Div, Erf,
-Sigmoid and Relu, so that a compiler can refuse them by name. PowerSoftmax in the forms exact, stable and mean is one function; it is exported with
-the row factors of its form (stable, whose factors depend on the data, as exact).
+Node and value names are layer paths, `blocks.0.mixer.q`; a layer of several nodes gives its last value the path itself
+and the others a suffix, `blocks.0.mixer.q.matmul`. Newton steps and Goldschmidt steps are plain Mul, Add and Sub.
+Exact functions are exported as Softmax, Sqrt, Div, Erf, Sigmoid and Relu, so that a compiler can refuse them by name.
+PowerSoftmax in the forms exact, stable and mean is one function; it is exported with the row factors of its form
+(stable, whose factors depend on the data, as exact).
 """
 
 from __future__ import annotations
@@ -83,7 +86,9 @@ class Graph:
         domain: str = "",
         **attributes: int | list[int],
     ) -> str:
-        """Append a node called `name`, whose value has the same name unless `output` says otherwise; return the value's name."""
+        """Append a node called `name`, whose value has the same name unless `output` says otherwise; return the
+        value's name.
+        """
         output = output or name
         self.nodes.append(helper.make_node(op, inputs, [output], name=name, domain=domain, **attributes))  # type: ignore[arg-type]
         return output
@@ -108,7 +113,9 @@ class Graph:
 
 
 def polynomial_function(basis: str, degree: int) -> onnx.FunctionProto:
-    """Return the local function of a basis and degree: Horner for powers, Clenshaw for Chebyshev, in Mul, Add and Sub only."""
+    """Return the local function of a basis and degree: Horner for powers, Clenshaw for Chebyshev, in Mul, Add and Sub
+    only.
+    """
     nodes: list[onnx.NodeProto] = []
 
     def op(kind: str, left: str, right: str, out: str) -> str:

@@ -1,7 +1,8 @@
-"""Two small modules that everything else is made of: a `Tap` to watch a value and a `PolynomialLayer` to evaluate a polynomial.
+"""Two small modules that everything else is made of: a `Tap` to watch a value and a `PolynomialLayer` to evaluate a
+polynomial.
 
-A `Tap` is an identity through which flows a value that will be approximated. Hooks on it (see `ranges.py`) collect ranges and losses
-without running anything twice, and its dotted path is the name under which the range is reported.
+A `Tap` is an identity through which flows a value that will be approximated. Hooks on it (see `ranges.py`) collect
+ranges and losses without running anything twice, and its dotted path is the name under which the range is reported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ TapKind = Literal["activation", "variance", "denominator"]
 
 
 class Tap(nn.Module):
-    """Identity on the input of an approximated function. `kind` picks the range loss: absolute for activations, log ratio otherwise."""
+    """Identity on the input of an approximated function. `kind` picks the range loss: absolute for activations, log
+    ratio otherwise.
+    """
 
     def __init__(self, kind: TapKind) -> None:
         super().__init__()
@@ -28,13 +31,16 @@ class Tap(nn.Module):
 
 
 class PolynomialLayer(nn.Module):
-    """A `Polynomial` inside a model: coefficients c0..cn, the input map a x + b and the interval live in the state dict.
+    """A `Polynomial` inside a model: coefficients c0..cn, the input map a x + b and the interval live in the state
+    dict.
 
-    Built by shape alone (degree and basis) so that a checkpoint can be loaded into it, then filled with `set`. With `trainable=True` the
-    coefficients are parameters (an activation may be tuned); otherwise they are buffers and keep their error contract.
+    Built by shape alone (degree and basis) so that a checkpoint can be loaded into it, then filled with `set`. With
+    `trainable=True` the coefficients are parameters (an activation may be tuned); otherwise they are buffers and keep
+    their error contract.
 
-    In training mode inputs are clamped to the interval, so that one early excursion does not blow up all layers behind it; the range losses
-    look at the values before the clamp and bring them in. In evaluation mode, as in the ONNX file and under encryption, nothing is clamped.
+    In training mode inputs are clamped to the interval, so that one early excursion does not blow up all layers behind
+    it; the range losses look at the values before the clamp and bring them in. In evaluation mode, as in the ONNX file
+    and under encryption, nothing is clamped.
     """
 
     coefficients: Tensor
@@ -59,9 +65,9 @@ class PolynomialLayer(nn.Module):
             raise ValueError(
                 f"polynomial is {p.basis} of degree {p.degree}, the layer {self.basis} of degree {self.degree}"
             )
-        self.coefficients.copy_(torch.tensor(p.coefficients))
-        self.map.copy_(torch.tensor([p.a, p.b]))
-        self.interval.copy_(torch.tensor(p.interval))
+        self.coefficients.copy_(torch.tensor(p.coefficients, dtype=torch.float64))
+        self.map.copy_(torch.tensor([p.a, p.b], dtype=torch.float64))
+        self.interval.copy_(torch.tensor(p.interval, dtype=torch.float64))
         return self
 
     @torch.no_grad()
@@ -69,7 +75,7 @@ class PolynomialLayer(nn.Module):
         """Turn p(x) into p(x / factor): the interval and the input map follow, the coefficients stay."""
         self.interval.mul_(factor)
         lo, hi = self.interval.tolist()
-        self.map.copy_(torch.tensor(unit_map(lo, hi)))
+        self.map.copy_(torch.tensor(unit_map(lo, hi), dtype=torch.float64))
 
     def polynomial(self) -> Polynomial:
         """Return the polynomial now in the layer (no error is claimed: training may have moved the coefficients)."""

@@ -1,8 +1,9 @@
-"""A causal language model built from one config: token and position embeddings, pre-norm blocks, a final norm and a head.
+"""A causal language model built from one config: token and position embeddings, pre-norm blocks, a final norm and a
+head.
 
-Shapes: B batch, T positions (always the full window `length`; a shorter prompt is padded on the left with the end-of-text token, which
-training has seen there), D width, V vocabulary. The same class is the softmax twin, the PowerSoftmax model and the polynomial model; only
-the config differs. `levels` adds up the certificate of the parts.
+Shapes: B batch, T positions (always the full window `length`; a shorter prompt is padded on the left with the
+end-of-text token, which training has seen there), D width, V vocabulary. The same class is the softmax twin, the
+PowerSoftmax model and the polynomial model; only the config differs. `levels` adds up the certificate of the parts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class ModelConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if len(self.norms) != self.sites:
             raise ValueError(
-                f"{len(self.norms)} norms given, {self.sites} sites to fill ({self.blocks} blocks, parallel={self.parallel})"
+                f"{len(self.norms)} norms given, {self.sites} sites to fill "
+                f"({self.blocks} blocks, parallel={self.parallel})"
             )
 
     @property
@@ -81,7 +83,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: mixer, then MLP; in a parallel block both read the same normed x and only norm1 exists."""
+    """Pre-norm residual block: mixer, then MLP; in a parallel block both read the same normed x and only norm1
+    exists.
+    """
 
     def __init__(self, config: ModelConfig, norms: tuple[str, ...]) -> None:
         super().__init__()
@@ -99,7 +103,9 @@ class Block(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Levels of the block. A norm overlaps the linear after it (see `norms`), so it adds its own depth minus that linear's level."""
+        """Levels of the block. A norm overlaps the linear after it (see `norms`), so it adds its own depth minus that
+        linear's level.
+        """
         if self.norm2 is None:
             return _joined(self.norm1, max(self.mixer.depth, self.mlp.depth))
         return _joined(self.norm1, self.mixer.depth) + _joined(self.norm2, self.mlp.depth)
@@ -122,8 +128,10 @@ class Transformer(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Initialise: embeddings at standard deviation 0.5, linears at 1/sqrt(fan in), outputs into the residual smaller by depth."""
-        nn.init.normal_(self.token.weight, std=0.5)
+        """Initialise: embeddings at standard deviation 1, linears at 1/sqrt(fan in), outputs into the residual
+        smaller by depth.
+        """
+        nn.init.normal_(self.token.weight)
         nn.init.normal_(self.position, std=0.2)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -149,7 +157,9 @@ class Transformer(nn.Module):
 
     @property
     def levels(self) -> int:
-        """Multiplicative levels from x0 to the logits, all plaintext products included; raises ValueError if a part is not polynomial."""
+        """Multiplicative levels from x0 to the logits, all plaintext products included; raises ValueError if a part is
+        not polynomial.
+        """
         return sum(block.depth for block in self.blocks) + _joined(self.norm, 1)  # type: ignore[misc]
 
     def parameter_count(self) -> int:
@@ -161,5 +171,7 @@ def _norm(config: ModelConfig, kind: str) -> Norm:
 
 
 def _joined(norm: Norm, depth: int) -> int:
-    """Levels of a norm followed by a part whose first level is a linear: the linear runs beside the norm's polynomial."""
+    """Levels of a norm followed by a part whose first level is a linear: the linear runs beside the norm's
+    polynomial.
+    """
     return depth + max(norm.depth - 1, 0)

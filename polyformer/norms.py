@@ -1,4 +1,5 @@
-"""Normalisations: exact LayerNorm and RMSNorm, the same with a polynomial inverse square root, and a foldable affine map.
+"""Normalisations: exact LayerNorm and RMSNorm, the same with a polynomial inverse square root, and a foldable affine
+map.
 
 Every norm is y = gamma * (x - [mean]) * q(S) (+ beta), S = mean((x - [mean])^2) the value that the `Tap` sees:
 
@@ -8,9 +9,9 @@ Every norm is y = gamma * (x - [mean]) * q(S) (+ beta), S = mean((x - [mean])^2)
     rms_poly    q a polynomial in S; `newton` steps refine it (2 levels each)
     layer_poly  likewise, with the mean
 
-Levels before the product with x: 1 for the square, then those of q. Since q(S) is a scalar per position it commutes with the linear that
-follows, so W (x q) = (W x) q costs max(square + q, linear) + 1. Spec: methods.md 1.3 and 1.6; polynomial inverse square root after
-Panda 2022 (seed in relative error, then Newton).
+Levels before the product with x: 1 for the square, then those of q. Since q(S) is a scalar per position it commutes
+with the linear that follows, so W (x q) = (W x) q costs max(square + q, linear) + 1. Spec: methods.md 1.3 and 1.6;
+polynomial inverse square root after Panda 2022 (seed in relative error, then Newton).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NORMS = ("affine", "rms", "layer", "rms_poly", "layer_poly")
 class Norm(nn.Module):
     """A normalisation over the last axis, of one of the kinds above.
 
-    Args: `width` D; `kind`; `degree` of the polynomial seed and `newton` steps, for the polynomial kinds; `eps` is added to S by the
-    exact kinds alone (a polynomial needs no guard: its interval is the guard).
+    Args: `width` D; `kind`; `degree` of the polynomial seed and `newton` steps, for the polynomial kinds; `eps` is
+    added to S by the exact kinds alone (a polynomial needs no guard: its interval is the guard).
     """
 
     def __init__(self, width: int, kind: str, *, degree: int = 2, newton: int = 0, eps: float = 1e-5) -> None:

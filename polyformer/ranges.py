@@ -1,7 +1,7 @@
 """Ranges of what will be approximated: collect them, push them into targets, report them.
 
-Three kinds of values matter (methods.md 1.3): inputs of activations, variances at norms, denominators of PowerSoftmax. Each flows through a
-`Tap`; a `Collector` hooks all taps of a model for the length of a `with` block.
+Three kinds of values matter (methods.md 1.3): inputs of activations, variances at norms, denominators of PowerSoftmax.
+Each flows through a `Tap`; a `Collector` hooks all taps of a model for the length of a `with` block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def taps(model: nn.Module) -> dict[str, Tap]:
 
 
 class Collector:
-    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]` with its gradient.
+    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]` with its
+    gradient.
 
     Each forward replaces the values of the one before.
     """
@@ -55,11 +56,12 @@ class Collector:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """What one tap saw: extremes, and the share of values outside an interval (0 if none was given)."""
+    """What one tap saw: extremes, and the shares of values below and above an interval (0 if none was given)."""
 
     low: float
     high: float
-    outside: float
+    below: float
+    above: float
     count: int
 
     def join(self, other: Range) -> Range:
@@ -68,7 +70,8 @@ class Range:
             low=min(self.low, other.low),
             high=max(self.high, other.high),
             count=n,
-            outside=(self.outside * self.count + other.outside * other.count) / n,
+            below=(self.below * self.count + other.below * other.count) / n,
+            above=(self.above * self.count + other.above * other.count) / n,
         )
 
 
@@ -87,7 +90,8 @@ def measure(
                     low=float(value.min()),
                     high=float(value.max()),
                     count=value.numel(),
-                    outside=float(((value < lo) | (value > hi)).double().mean()),
+                    below=float((value < lo).double().mean()),
+                    above=float((value > hi).double().mean()),
                 )
                 found[name] = found[name].join(r) if name in found else r
     return found
@@ -98,8 +102,9 @@ def range_loss(
 ) -> Tensor:
     """Return the range losses of methods.md 1.3 on the values last collected, weighted by kind.
 
-    Activations: relu(max|x| - R)/R with R = min(|lo|, hi). Variances and denominators: relu(log(max/hi)) + relu(log(lo/min)). The extremes are
-    taken over the batch, for each position and head (each channel of an activation), and averaged: many small subgradients instead of one.
+    Activations: relu(max|x| - R)/R with R = min(|lo|, hi). Variances and denominators: relu(log(max/hi)) +
+    relu(log(lo/min)). The extremes are taken over the batch, for each position and head (each channel of an
+    activation), and averaged: many small subgradients instead of one.
     """
     weights = {"activation": activation, "variance": variance, "denominator": denominator}
     total = torch.zeros(())
@@ -121,7 +126,9 @@ def range_loss(
 
 @torch.no_grad()
 def log_mean_rows(model: nn.Module, tokens_NT: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
-    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and windows."""
+    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and
+    windows.
+    """
     sums: dict[str, Tensor] = {}
     with Collector(model) as collector:
         for rows in tokens_NT.split(batch):

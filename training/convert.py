@@ -1,10 +1,10 @@
 """Staged conversion of a trained PowerSoftmax model into polynomials (methods.md 1.4, stages 3 and 4).
 
-1 rows       fix one public factor a row, so that the denominators of all causal rows centre on 1; an exact change of form
-2 ranges     go on training with range losses until activations, variances and denominators lie in their targets
-3 substitute put polynomials on intervals a margin wider than the targets; the loss after each single replacement is recorded
-4 tune       go on training with the polynomials in place and the range losses still on
-5 report     held-out loss, ranges on held-out text and on arbitrary tokens, share outside the fitted intervals, largest logit
+1 rows       fix one public factor a row, so that the denominators of all causal rows centre on 1; an exact change of
+form 2 ranges     go on training with range losses until activations, variances and denominators lie in their targets 3
+substitute put polynomials on intervals a margin wider than the targets; the loss after each single replacement is
+recorded 4 tune       go on training with the polynomials in place and the range losses still on 5 report     held-out
+loss, ranges on held-out text and on arbitrary tokens, share outside the fitted intervals, largest logit
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from training.train import heldout_loss, schedule
 
 
 def convert(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Convert the power model of folder `out`; write polynomial.safetensors and return the metrics. An interrupted run goes on."""
+    """Convert the power model of folder `out`; write polynomial.safetensors and return the metrics. An interrupted run
+    goes on.
+    """
     folder = Folder(out)
     recipe = folder.recipe()
     torch.set_num_threads(recipe.threads)
@@ -82,17 +84,19 @@ def choose_targets(model: Transformer, recipe: Recipe, calibration: Tensor) -> d
             if collector.kind(name) == "activation":
                 targets[name] = (-recipe.activation_bound, recipe.activation_bound)
             elif collector.kind(name) == "denominator":
-                targets[name] = (recipe.denominator_ratio**-0.5, recipe.denominator_ratio**0.5)
+                targets[name] = recipe.denominator_target
             else:
                 centre = math.exp(float(value.log().mean()))
                 targets[name] = (centre * recipe.variance_ratio**-0.5, centre * recipe.variance_ratio**0.5)
     return targets
 
 
-def fitted_interval(target: tuple[float, float], margin: float) -> tuple[float, float]:
-    """Widen a target by a margin: symmetric ones by a factor, positive ones by a factor at both ends."""
+def fitted_interval(target: tuple[float, float], recipe: Recipe, *, denominator: bool) -> tuple[float, float]:
+    """Return the interval of a polynomial: the recipe's for denominators, else the target widened by the margin."""
+    if denominator:
+        return recipe.denominator_interval
     lo, hi = target
-    return (lo * margin, hi * margin) if lo < 0 else (lo / margin, hi * margin)
+    return (lo * recipe.margin, hi * recipe.margin) if lo < 0 else (lo / recipe.margin, hi * recipe.margin)
 
 
 def substitute(
@@ -104,11 +108,14 @@ def substitute(
     activation: bool = True,
     norm: bool = True,
 ) -> Transformer:
-    """Return a copy of a ranged model with the chosen functions replaced by fitted polynomials; everything else is equal."""
+    """Return a copy of a ranged model with the chosen functions replaced by fitted polynomials; everything else is
+    equal.
+    """
     model = Transformer(recipe.polynomial_config(division=division, activation=activation, norm=norm))
     model.load_state_dict(ranged.state_dict(), strict=False)
     for name in taps(model):
-        layer, interval = model.get_submodule(name), fitted_interval(targets[name], recipe.margin)
+        layer = model.get_submodule(name)
+        interval = fitted_interval(targets[name], recipe, denominator=isinstance(layer, PowerSoftmax))
         if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
             layer.reciprocal.set(reciprocal(layer.reciprocal.degree, interval))
         elif isinstance(layer, Activation) and layer.polynomial is not None:
@@ -125,7 +132,9 @@ def fitted_intervals(model: Transformer) -> dict[str, tuple[float, float]]:
 
 
 def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any]:
-    """Measure a polynomial model: loss, levels, ranges and excursions on held-out windows and on stress windows, largest logits."""
+    """Measure a polynomial model: loss, levels, ranges and excursions on held-out windows and on stress windows,
+    largest logits.
+    """
     intervals = fitted_intervals(model)
     figures: dict[str, Any] = {
         "heldout_loss_polynomial": heldout_loss(model, heldout),
@@ -135,7 +144,7 @@ def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any
     for name, tokens in (("heldout", heldout[:, :-1]), ("stress", stress)):
         ranges = measure(model, tokens, intervals=intervals)
         figures[f"ranges_{name}"] = {k: asdict(r) for k, r in ranges.items()}
-        figures[f"outside_{name}"] = {k: r.outside for k, r in ranges.items()}
+        figures[f"outside_{name}"] = {k: {"below": r.below, "above": r.above} for k, r in ranges.items()}
         with torch.no_grad():
             figures[f"largest_logit_{name}"] = max(float(model(rows).abs().max()) for rows in tokens.split(256))
     return figures
@@ -144,7 +153,9 @@ def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any
 def _ranged(
     folder: Folder, recipe: Recipe, calibration: Tensor, progress: Progress | None
 ) -> tuple[Transformer, dict[str, tuple[float, float]]]:
-    """Return the model after stage 2 and its targets; both are functions of the power model, so a resumed run finds the same."""
+    """Return the model after stage 2 and its targets; both are functions of the power model, so a resumed run finds
+    the same.
+    """
     model = with_rows(folder.load_model("power"), recipe, calibration)
     targets = choose_targets(model, recipe, calibration)
     done = folder.checkpoints / "ranged.safetensors"

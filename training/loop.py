@@ -1,4 +1,6 @@
-"""One training loop: AdamW, cosine schedule with warm-up, clipped gradients, checkpoints that resume bit for bit, a JSON-lines log."""
+"""One training loop: AdamW, cosine schedule with warm-up, clipped gradients, checkpoints that resume bit for bit, a
+JSON-lines log.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def run_stage(
     extra: ExtraLoss | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Train `model` in place for one stage. If `folder/stage.safetensors` exists, go on from there; delete it at the end.
+    """Train `model` in place for one stage. If `folder/stage.safetensors` exists, go on from there; delete it at the
+    end.
 
     The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators.
     """

@@ -1,4 +1,6 @@
-"""The recipe of a model as one frozen value, with two presets: `demo` (minutes, shown to people) and `quick` (seconds, for tests)."""
+"""The recipe of a model as one frozen value, with two presets: `demo` (minutes, shown to people) and `quick` (seconds,
+for tests).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, tot
 class Recipe:
     """All numbers of a run. Steps are optimiser steps; a stage of 0 steps is skipped.
 
-    Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of `variance_ratio`, centred on
-    what the model has; denominators of all rows within `denominator_ratio` around 1. Fitted intervals are the targets, widened by
-    `margin` on each side (a factor for ratios).
+    Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of
+    `variance_ratio`, centred on what the model has. Their fitted intervals are the targets widened by the factor `margin`
+    at both ends. Denominators have a target and a fitted interval of their own, because their ends differ: a denominator
+    above the interval makes the reciprocal polynomial explode; one below it is harmless (the numerator is smaller still,
+    and the polynomial is finite at 0), so the lower target lies below the lower end of the fit.
     """
 
     seed: int = 0
@@ -34,9 +38,9 @@ class Recipe:
     blocks: int = 2
     parallel: bool = False
     power: int = 2
-    eps: float = 1.0
+    eps: float = 4.0
     activation: str = "gelu"
-    exact_norms: tuple[str, ...] = ("affine", "rms", "rms", "rms", "rms")
+    exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
     activation_degree: int = 2
     norm_degree: int = 2
@@ -59,8 +63,9 @@ class Recipe:
     # ranges
     activation_bound: float = 4.0
     variance_ratio: float = 4.0
-    denominator_ratio: float = 4.0
     margin: float = 1.5
+    denominator_target: tuple[float, float] = (0.05, 3.0)  # the row factors centre log denominators on 0
+    denominator_interval: tuple[float, float] = (0.15, 6.0)
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
@@ -80,14 +85,17 @@ class Recipe:
             heads=2,
             hidden=64,
             blocks=1,
-            exact_norms=("affine", "rms", "rms"),
+            exact_norms=("affine",) * 3,
+            threads=1,
+            eps=2.0,
+            denominator_weight=1.0,
             batch=16,
             padded=1,
             noise=1,
             softmax_steps=30,
             power_steps=30,
-            range_steps=20,
-            tune_steps=30,
+            range_steps=60,
+            tune_steps=40,
             warmup=5,
             checkpoint_every=10,
         )
@@ -149,5 +157,6 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         values = json.loads(text)
-        values["exact_norms"] = tuple(values["exact_norms"])
+        for name in ("exact_norms", "denominator_target", "denominator_interval"):
+            values[name] = tuple(values[name])
         return cls(**values)

@@ -1,4 +1,6 @@
-"""Train the softmax twin and the PowerSoftmax model from scratch: same seeds, same data, same number of steps unless the recipe says so."""
+"""Train the softmax twin and the PowerSoftmax model from scratch: same seeds, same data, same number of steps unless
+the recipe says so.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def _find(node: Node, view: View) -> list[Node] | None:
 
 
 def _push(node: Node, view: View) -> list[Node] | None:
-    """center(a + b), center(a W + b), center(x + c), center(center(x))."""
+    """center(a + b), center(a W + b), center(x + c), center(c x), center(center(x))."""
     if node.op != "center":
         return None
     x = node.inputs[0]
@@ -52,6 +52,9 @@ def _push(node: Node, view: View) -> list[Node] | None:
             assert maker.const is not None
             half = replace(node, name=f"{maker.inputs[0]}.centered", inputs=maker.inputs)
             return [half, replace(node, op="add_const", inputs=(half.name,), const=project(maker.const))]
+        case "mul_const" if scalar(maker.const) is not None:
+            half = replace(node, name=f"{maker.inputs[0]}.centered", inputs=maker.inputs)
+            return [half, replace(maker, name=node.name, inputs=(half.name,))]
         case "gather":
             assert maker.const is not None
             return [replace(maker, name=node.name, const=project(maker.const))]

@@ -23,11 +23,17 @@ def scalar(const: np.ndarray | None) -> float | None:
 
 
 def polynomial_of(name: str, view: View) -> tuple[str, Polynomial]:
-    """A tensor as (x, p) with tensor = p(x); p is the identity where there is nothing to see through."""
-    node = view.maker(name, "polynomial")
+    """A tensor as (x, p) with tensor = p(x): through numbers added or multiplied, and one polynomial node."""
+    node = view.nodes.get(name)
     if node is None:
         return name, Polynomial([0.0, 1.0])
-    return node.inputs[0], Polynomial(node.attrs["coefficients"])
+    if node.op == "polynomial":
+        return node.inputs[0], Polynomial(node.attrs["coefficients"])
+    c = scalar(node.const) if node.op in ("mul_const", "add_const") else None
+    if c is None or node.shape != view_shape(node, view):
+        return name, Polynomial([0.0, 1.0])
+    x, p = polynomial_of(node.inputs[0], view)
+    return x, p * c if node.op == "mul_const" else p + c
 
 
 def levels(p: Polynomial) -> int:

@@ -1,7 +1,7 @@
 """Sequence mixers, y = A(x) x: one mixer, one class, one file. `load("power_softmax")` imports the file when asked for.
 
-The interface is `Mixer`: `forward`, a slow `reference`, `matrix`, and the certificate `degree`/`depth`. The registry is the folder
-itself: file `power_softmax.py` holds class `PowerSoftmax`.
+The interface is `Mixer`: `forward`, a slow `reference`, `matrix`, and the certificate `degree`/`depth`. The registry
+is the folder itself: file `power_softmax.py` holds class `PowerSoftmax`.
 """
 
 from __future__ import annotations

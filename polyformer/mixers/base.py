@@ -1,7 +1,7 @@
 """The interface of a sequence mixer and the projections that attention mixers share.
 
-Shapes: B batch, T positions, D width, H heads, K = D/H head size. x_BTD in, y_BTD out; A_BHTT[b, h, i, j] is the weight that output
-position i of head h gives to value j.
+Shapes: B batch, T positions, D width, H heads, K = D/H head size. x_BTD in, y_BTD out; A_BHTT[b, h, i, j] is the
+weight that output position i of head h gives to value j.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ class Mixer(nn.Module, ABC):
     @property
     @abstractmethod
     def depth(self) -> int:
-        """Multiplicative levels from x to y, plaintext products included; raises ValueError where it is not polynomial."""
+        """Multiplicative levels from x to y, plaintext products included; raises ValueError where it is not
+        polynomial.
+        """
 
 
 class Attention(Mixer):
-    """Projections q, k, v, o of causal multi-head attention; the parameters are the same for every score non-linearity."""
+    """Projections q, k, v, o of causal multi-head attention; the parameters are the same for every score
+    non-linearity.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

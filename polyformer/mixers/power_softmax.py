@@ -1,16 +1,19 @@
 """PowerSoftmax attention: w_ij = s_ij^p / (eps + sum_l s_il^p), even p, one public eps on the sum.
 
-*PowerSoftmax: Towards Secure LLM Inference over Encrypted Data*, arXiv 2410.09457, sections on the score function, the stable form and the
-length-agnostic form; the consistent eps and the row factors are ours (methods.md 1.2). Four forms of one map, f_i a factor of row i:
+*PowerSoftmax: Towards Secure LLM Inference over Encrypted Data*, arXiv 2410.09457, sections on the score function, the
+stable form and the length-agnostic form; the consistent eps and the row factors are ours (methods.md 1.2). Four forms
+of one map, f_i a factor of row i:
 
     exact       w_ij = M_ij s_ij^p / (eps + sum_l M_il s_il^p)                     f_i = 1
-    stable      u = f_i s,  w_ij = u_ij^p / (eps f_i^p + sum_l u_il^p)             f_i = 1/max(||s_i||_inf, eps^(1/p)), detached: training
-    mean        the same with f_i = n_i^(-1/p), n_i = i + 1 visible keys           denominators are eps/n_i + mean of powers
-    rows        the same with public trained f_i (buffer `row_T`)                  all rows share ONE narrow interval of denominators
+    stable      u = f_i s,  w_ij = u_ij^p / (eps f_i^p + sum_l u_il^p)             f_i = 1/max(||s_i||_inf, eps^(1/p)),
+    detached: training mean        the same with f_i = n_i^(-1/p), n_i = i + 1 visible keys           denominators are
+    eps/n_i + mean of powers rows        the same with public trained f_i (buffer `row_T`)                  all rows
+    share ONE narrow interval of denominators
 
-Dividing a row by a positive number changes nothing as long as eps is rescaled with it; eps left unscaled changes weights by up to 0.29.
-The division is a `Tap` and then one of: exact, `goldschmidt` steps on an interval, or a polynomial (the `reciprocal`). Row sums are
-S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies: a masked score is 0 and 0^p = 0, never -inf.
+Dividing a row by a positive number changes nothing as long as eps is rescaled with it; eps left unscaled changes
+weights by up to 0.29. The division is a `Tap` and then one of: exact, `goldschmidt` steps on an interval, or a
+polynomial (the `reciprocal`). Row sums are S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies:
+a masked score is 0 and 0^p = 0, never -inf.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ class PowerSoftmax(Attention):
             self.register_buffer("goldschmidt_start_T", torch.ones(config.length))
         elif config.reciprocal not in ("exact", "polynomial"):
             raise ValueError(
-                f"unknown reciprocal {config.reciprocal!r}; known: exact, polynomial, goldschmidt (with degree = steps >= 1)"
+                f"unknown reciprocal {config.reciprocal!r}; known: exact, polynomial, "
+                "goldschmidt (whose reciprocal_degree is the number of steps, at least 1)"
             )
 
     def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
@@ -105,7 +109,9 @@ class PowerSoftmax(Attention):
         return u_BHTT * self.invert(d_BHT1)
 
     def reference(self, x_BTD: Tensor) -> Tensor:
-        """Row by row, from the definition in the exact form; the polynomial reciprocal is applied to the scaled denominator."""
+        """Row by row, from the definition in the exact form; the polynomial reciprocal is applied to the scaled
+        denominator.
+        """
         q, k, v = self.qkv(x_BTD)
         rows = []
         for i in range(x_BTD.shape[1]):
@@ -147,13 +153,17 @@ class PowerSoftmax(Attention):
 
     @property
     def depth(self) -> int:
-        """q/k/v 1, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n (values run beside it), product 1, output 1."""
+        """q/k/v 1, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n (values run beside it),
+        product 1, output 1.
+        """
         reciprocal = self.steps + 1 if self.steps else depth_of_degree(self.reciprocal_degree)
         return 1 + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
 
 
 def integer_power(x: Tensor, p: int) -> Tensor:
-    """x^p for even p by products alone, p/2 = 2^a or a small product: exact zeros stay zero and gradients stay finite."""
+    """x^p for even p by products alone, p/2 = 2^a or a small product: exact zeros stay zero and gradients stay
+    finite.
+    """
     square = x * x
     result, base, k = None, square, p // 2
     while k:

@@ -1,4 +1,6 @@
-"""Causal softmax attention: the twin that a polynomial model is compared with (and may start from). Not polynomial, never compiled."""
+"""Causal softmax attention: the twin that a polynomial model is compared with (and may start from). Not polynomial,
+never compiled.
+"""
 
 from __future__ import annotations
 

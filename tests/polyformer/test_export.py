@@ -1,4 +1,6 @@
-"""The ONNX file equals the torch model for every combination of parts, and holds nothing but what the contract names."""
+"""The ONNX file equals the torch model for every combination of parts, and holds nothing but what the contract
+names.
+"""
 
 from __future__ import annotations
 

@@ -158,7 +158,8 @@ def test_certificate(power, n, degree, depth):
 
 
 def test_degree_certificate_is_exact_along_a_line():
-    # values of a polynomial of degree n at n + 2 points have a vanishing divided difference of order n + 1, and of order n none
+    # values of a polynomial of degree n at n + 2 points have a vanishing divided difference of order n + 1, and of
+    # order n none
     mixer = with_reciprocal(make(power=2, form="rows", reciprocal="polynomial", reciprocal_degree=2))
     x, step = inputs(1, 3), inputs(1, 3).flip(1)
     n = mixer.degree

@@ -1,0 +1,124 @@
+"""The test that matters: ONNX in onnxruntime = the circuit in the simulator = the circuit under encryption."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from compiler import Target, compile_onnx
+from he_backend import keys
+from he_backend.base import ParamsError, UnsupportedOpError
+from he_backend.circuit import Circuit
+from he_backend.execute import Executor
+from he_backend.simulator import input_slots, output_tensors, simulate
+
+from .models import attention, mlp, norm_mlp
+
+CASES = {
+    "mlp": (mlp, 11),
+    "rms": (lambda p: norm_mlp(p, layer_norm=False), 11),
+    "layer norm": (lambda p: norm_mlp(p, layer_norm=True), 11),
+    "attention": (attention, 11),
+    "attention, p = 4": (lambda p: attention(p, power=4), 11),
+    "attention, bidirectional": (lambda p: attention(p, causal=False), 11),
+    "attention, several score ciphertexts": (lambda p: attention(p, tokens=16, heads=2, channels=8), 10),
+    "attention, spare copies": (lambda p: attention(p, tokens=4, heads=2, channels=2), 11),
+}
+
+
+def encrypted(circuit: Circuit, x: np.ndarray) -> np.ndarray:
+    """One evaluation under real encryption, client and server as two objects that share bytes only."""
+    module = keys.backend(circuit.params.backend)
+    insecure = circuit.params.insecure
+    client = module.Client(circuit.params, allow_insecure=insecure)
+    server = module.Evaluator(circuit.params, key_id=client.key_id, allow_insecure=insecure)
+    try:
+        for kind, k, level in keys.wanted(circuit.spec()):
+            server.load_key(kind, k, level, client.make_key(kind, k, level))
+        sent = {
+            part: server.import_ciphertext(
+                client.export_ciphertext(client.encrypt(slots, level=circuit.inputs[0].level)), level=circuit.inputs[0].level
+            )
+            for part, slots in input_slots(circuit, {"x": x}).items()
+        }
+        run = Executor(circuit, server).run(sent)
+        back = {
+            part: client.decrypt(client.import_ciphertext(server.export_ciphertext(c), level=c.level), scale=run.scales[part])
+            for part, c in run.outputs.items()
+        }
+    finally:
+        server.close()
+    return output_tensors(circuit, back)["y"]
+
+
+def three_ways(path: Path, target: Target, *, scale: float = 0.5) -> Circuit:
+    """Compile and compare; returns the circuit."""
+    session = onnxruntime.InferenceSession(str(path))
+    shape = session.get_inputs()[0].shape
+    rng = np.random.default_rng(3)
+    calibration = rng.normal(0, scale, (16, *shape[1:])).astype(np.float32)
+    compiled = compile_onnx(path, calibration, target=target)
+    circuit = compiled.circuit
+    x = calibration[3]
+    clear = session.run(None, {"x": x[None]})[0][0]
+    simulated = simulate(circuit, {"x": x}).outputs["y"]
+    np.testing.assert_allclose(simulated, clear, rtol=2e-5, atol=2e-5)
+    error = np.max(np.abs(encrypted(circuit, x) - simulated))
+    assert error <= circuit.error_bound, f"{error:.2e} above the promised {circuit.error_bound:.2e}"
+    assert circuit.error_bound < 1e-2
+    return circuit
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_ways(tmp_path, name):
+    make, log_n = CASES[name]
+    circuit = three_ways(make(tmp_path / "m.onnx"), Target(insecure_log_n=log_n))
+    assert Circuit.load(_saved(circuit, tmp_path)).sha256 == circuit.sha256
+
+
+def _saved(circuit: Circuit, folder: Path) -> Path:
+    circuit.save(folder / "m.circuit")
+    return folder / "m.circuit"
+
+
+@pytest.mark.slow
+def test_three_ways_at_128_bits(tmp_path):
+    circuit = three_ways(mlp(tmp_path / "m.onnx", features=(784, 128, 10)), Target())
+    assert not circuit.params.insecure
+    assert circuit.params.log_n <= 14
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_tenseal(tmp_path, name):
+    make, log_n = CASES[name]
+    three_ways(make(tmp_path / "m.onnx"), Target(backend="tenseal", insecure_log_n=log_n))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_tenseal_at_128_bits(tmp_path, name):
+    circuit = three_ways(CASES[name][0](tmp_path / "m.onnx"), Target(backend="tenseal"))
+    assert not circuit.params.insecure
+
+
+def test_too_deep_for_tenseal_says_by_how_many_levels(tmp_path, monkeypatch):
+    import compiler.pipeline as pipeline
+
+    real = pipeline.assign_levels
+
+    def deeper(ops, arrays, slots):
+        return tuple(replace(op, level=op.level + 30) for op in real(ops, arrays, slots))
+
+    monkeypatch.setattr(pipeline, "assign_levels", deeper)
+    path = mlp(tmp_path / "m.onnx")
+    with pytest.raises(ParamsError, match=r"needs \d+ levels, TenSEAL has at most \d+ at 128 bits: \d+ too many"):
+        compile_onnx(path, np.zeros((2, 64), dtype=np.float32), target=Target(backend="tenseal"))
+
+
+def test_a_model_too_wide_is_refused_with_both_numbers(tmp_path):
+    path = norm_mlp(tmp_path / "m.onnx", layer_norm=False, tokens=16, width=64)
+    x = np.zeros((2, 16, 64), dtype=np.float32)
+    with pytest.raises(UnsupportedOpError, match="128 features need 128 positions, a ciphertext has 64"):
+        compile_onnx(path, x, target=Target(insecure_log_n=11))

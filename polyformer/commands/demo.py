@@ -27,7 +27,7 @@ from polyformer.commands.server_process import ServerProcess, server_process
 if TYPE_CHECKING:
     import numpy as np
 
-QUICK_LOG_N = 12
+QUICK_LOG_N = 14  # the vocabulary times the tokens must fit the slots
 SPARE_DISK = 1 << 30
 
 
@@ -154,7 +154,12 @@ def export(options: Options, story: Story) -> None:
     """2: an ONNX file that onnxruntime agrees with."""
     say("[bold]2[/] export to ONNX")
     with story.phase("export"), bar("export") as advance:
-        result = isolated(models.export_checked, options.model, progress=advance)
+        try:
+            result = isolated(models.export_checked, options.model, progress=advance)
+        except Failure as error:
+            if not story.seconds("train"):
+                raise Failure(f"{error} (the model is of an earlier run; --retrain makes a new one)") from error
+            raise
     story.facts["export"] = result
     say(f"  onnxruntime and torch differ by at most {result['max_difference']:.2g}")
 

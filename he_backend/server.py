@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from . import wire
@@ -50,6 +50,7 @@ log = logging.getLogger("polyformer.server")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -185,7 +186,9 @@ class Server:
     def evaluate(self, data: bytes) -> Job:
         """Check a request frame and queue it."""
         if self.keys.state != "ready" or self.store.manifest is None:
-            raise ManifestError("the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())})
+            raise ManifestError(
+                "the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())}
+            )
         key_id = self.store.manifest.key_id
         inputs = wire.loads(data, self.expected("request", key_id))
         return self.worker.submit(inputs, self.expected("reply", key_id))
@@ -268,7 +271,9 @@ def create_app(server: Server) -> FastAPI:
     def find(job_id: str) -> Job:
         job = server.worker.job(job_id)
         if job is None:
-            raise UnknownJobError("no such job: it is too old, or the server was started again since; send the request anew")
+            raise UnknownJobError(
+                "no such job: it is too old, or the server was started again since; send the request anew"
+            )
         return job
 
     return app
@@ -305,7 +310,11 @@ def parse_json(data: bytes) -> Any:
 
 def error_json(error: HEError) -> dict[str, Any]:
     differences: Mapping[str, Any] = getattr(error, "differences", {})
-    return {"error": type(error).__name__, "message": str(error), "differences": {k: list(v) for k, v in differences.items()}}
+    return {
+        "error": type(error).__name__,
+        "message": str(error),
+        "differences": {k: list(v) for k, v in differences.items()},
+    }
 
 
 def peak_rss() -> int:

@@ -1,16 +1,22 @@
-"""Milliseconds of every primitive at every level, on one thread of this machine: the compiler's cost table.
+"""What each primitive costs on this machine, at each level: the table that the compiler predicts from.
 
-Times are processor time of the one thread, so that other work on the machine disturbs them little; run it on a quiet one
-all the same. The parameters are those of a leveled circuit at N = 2^16 (about 1.5 GB of memory). `contention` is how much
-longer one rotation takes, by the clock, while a second thread does the same.
+Times are CPU time of the thread that runs the primitive (`time.thread_time`), so that other people's jobs on the machine
+count little; the median of the repeats, after one warm-up. With two threads at once a primitive takes longer, because
+memory is shared: `ms_2_threads` holds that, and is what a run on two cores should be predicted from.
 """
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
 import statistics
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +25,169 @@ import numpy as np
 from he_backend import keys
 from he_backend.params import Params
 
-from . import records
-
-FOLDER = Path(__file__).parent / "costs"
-PARAMS = Params(log_n=16, levels=34, scale_bits=40, first_bits=50, digits=5)
-TERMS = 8  # of a weighted sum; its time is given a term
-
-Progress = Callable[[int, int, str], None]
+COSTS = Path(__file__).parent / "costs"
+TERMS = 4  # of the weighted sums that are timed; the table holds the time of one term
+Table = dict[str, dict[int, float]]
 
 
-def measure(*, repeats: int = 3, progress: Progress, params: Params = PARAMS, step: int = 1) -> dict[str, Any]:
-    """A record whose `ms` maps primitive -> level -> median milliseconds; `spread` is (slowest - fastest) / median.
+def measure(
+    params: Params,
+    levels: Sequence[int] | None = None,
+    *,
+    repeats: int = 3,
+    progress: Callable[[int, int, str], None] | None = None,
+    allow_insecure: bool = False,
+) -> dict[str, Any]:
+    """Time every primitive of a backend.
 
     Args:
-        step: measure every `step`-th level only.
+        levels: those to measure (default: all); the levels between are interpolated linearly and listed in "interpolated".
+
+    Returns:
+        The record: machine, cpu, versions, params, created, threads, load, ms and ms_2_threads {primitive: {level: ms}}. A
+        level is that of the first argument. weighted_sum is one term; names ending in _extended are modulo P·Q; load_key is one
+        rotation key for that level, keygen one key at any level.
     """
-    quiet = records.quiet()
-    evaluator, client = open_evaluator(params)
-    ms: dict[str, dict[str, float]] = {}
-    spreads: list[float] = []
-    levels = sorted({*range(0, params.levels + 1, step), params.levels})
-    for done, level in enumerate(levels):
-        for name, call in primitives(evaluator, client, level).items():
-            progress(done, len(levels), f"{name} at level {level}")
-            call()  # warm-up: tables of this level, memory
-            times = [timed(call) for _ in range(repeats)]
-            median = statistics.median(times)
-            ms.setdefault(name, {})[str(level)] = round(1000 * median / (TERMS if "weighted_sum" in name else 1), 4)
-            spreads.append((max(times) - min(times)) / median)
-    middle = primitives(evaluator, client, params.levels // 2)["rotate"]
-    contention = contended(middle, repeats)
-    progress(len(levels), len(levels), "done")
-    evaluator.close()
-    record = records.record(
-        "ops",
-        metrics={"spread": round(statistics.median(spreads), 3), "contention": round(contention, 3)},
-        params=params.to_json(),
-        threads=1,
-        repeats=repeats,
-        was_quiet=quiet,
-    )
-    return {**record, "cpu": record["machine"]["cpu"], "ms": ms, "contention": round(contention, 3)}
-
-
-def open_evaluator(params: Params) -> tuple[Any, Any]:
-    """Evaluator with a relinearisation key and the rotation key 1, and the client that made them."""
     module = keys.backend(params.backend)
-    client = module.Client(params, allow_insecure=params.insecure)
-    evaluator = module.Evaluator(params, key_id=client.key_id, allow_insecure=params.insecure)
-    for kind, k in (("relin", 0), ("rotation", 1)):
-        evaluator.load_key(kind, k, params.levels, client.make_key(kind, k, params.levels))
-    return evaluator, client
-
-
-def primitives(evaluator: Any, client: Any, level: int) -> dict[str, Callable[[], Any]]:
-    """Every primitive that exists at this level, ready to be called."""
-    rng = np.random.default_rng(level)
-    values = rng.uniform(-1, 1, size=evaluator.slots)
-    a = evaluator.import_ciphertext(client.export_ciphertext(client.encrypt(values, level=level)), level=level)
-    scale = evaluator.scale
-    plain = evaluator.encode(values, level=level, scale=scale)
-    product = evaluator.mul(a, a)
-    calls: dict[str, Callable[[], Any]] = {
-        "encode": lambda: evaluator.encode(values, level=level, scale=scale),
-        "add": lambda: evaluator.add(a, a),
-        "sub": lambda: evaluator.sub(a, a),
-        "add_plain": lambda: evaluator.add_plain(a, plain),
-        "add_scalar": lambda: evaluator.add_scalar(a, 0.5, scale=scale),
-        "mul_plain": lambda: evaluator.mul_plain(a, plain),
-        "mul_scalar": lambda: evaluator.mul_scalar(a, 0.5, scale=scale),
-        "mul": lambda: evaluator.mul(a, a),
-        "square": lambda: evaluator.square(a),
-        "relinearize": lambda: evaluator.relinearize(product),
-        "rotate": lambda: evaluator.rotate(a, 1),
+    client = module.Client(params, allow_insecure=allow_insecure)
+    evaluator = module.Evaluator(params, key_id=client.key_id, allow_insecure=allow_insecure)
+    wanted = sorted(set(range(params.levels + 1)) if levels is None else {*levels, 0, params.levels}, reverse=True)
+    evaluator.load_key("relin", 0, params.levels, client.make_key("relin", 0, params.levels))
+    evaluator.load_key("rotation", 1, params.levels, client.make_key("rotation", 1, params.levels))
+    one: Table = {}
+    two: Table = {}
+    with ThreadPoolExecutor(2) as pool:
+        for i, level in enumerate(wanted):
+            for name, (run, share) in _primitives(client, evaluator, level).items():
+                one.setdefault(name, {})[level] = _time(run, repeats) / share
+                both = list(pool.map(lambda _, run=run: _time(run, repeats), range(2)))
+                two.setdefault(name, {})[level] = max(both) / share
+            if progress:
+                progress(i + 1, len(wanted), f"level {level}")
+    evaluator.close()
+    missing = [level for level in range(params.levels + 1) if level not in wanted]
+    return {
+        "machine": platform.node(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version(), **_versions("numpy", params.backend)},
+        "params": params.to_json(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "threads": [1, 2],
+        "clock": "thread CPU time, median",
+        "repeats": repeats,
+        "load": os.getloadavg()[0],
+        "interpolated": missing,
+        "ms": _filled(one, params.levels),
+        "ms_2_threads": _filled(two, params.levels),
     }
-    if level:
-        double = evaluator.mul_plain(a, plain)
-        calls["rescale"] = lambda: evaluator.rescale(double)
-        calls["drop"] = lambda: evaluator.drop(a, level=level - 1)
-    if "hoisting" in evaluator.capabilities:
-        digits = evaluator.hoist(a)
-        calls["hoist"] = lambda: evaluator.hoist(a)
-        calls["rotate_hoisted"] = lambda: evaluator.rotate_hoisted(a, digits, 1)
-    if "double_hoisting" in evaluator.capabilities:
-        wide = evaluator.encode(values, level=level, scale=scale, extended=True)
-        rotated = evaluator.rotate_extended(a, digits, 1)
-        summed = evaluator.weighted_sum([(rotated, wide)])
-        calls["encode_extended"] = lambda: evaluator.encode(values, level=level, scale=scale, extended=True)
-        calls["rotate_extended"] = lambda: evaluator.rotate_extended(a, digits, 1)
-        calls["extend"] = lambda: evaluator.extend(a)
-        calls["weighted_sum_extended"] = lambda: evaluator.weighted_sum([(rotated, wide)] * TERMS)
-        calls["mod_down"] = lambda: evaluator.mod_down(summed)
+
+
+def _primitives(client: Any, ev: Any, level: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """name -> (call, how many primitives one call is) at a level."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, ev.slots)
+    residues = client.export_ciphertext(client.encrypt(x, level=level))
+    a = ev.import_ciphertext(residues, level=level)
+    b = ev.import_ciphertext(client.export_ciphertext(client.encrypt(x, level=level)), level=level)
+    plain = ev.encode(x, level=level, scale=ev.scale)
+    squared = ev.scale * ev.scale
+    calls: dict[str, tuple[Callable[[], Any], int]] = {
+        "encode": (lambda: ev.encode(x, level=level, scale=ev.scale), 1),
+        "encrypt": (lambda: client.encrypt(x, level=level), 1),
+        "decrypt": (lambda: client.decrypt(a), 1),
+        "export_ciphertext": (lambda: ev.export_ciphertext(a), 1),
+        "import_ciphertext": (lambda: ev.import_ciphertext(residues, level=level), 1),
+        "add": (lambda: ev.add(a, b), 1),
+        "sub": (lambda: ev.sub(a, b), 1),
+        "add_plain": (lambda: ev.add_plain(a, plain), 1),
+        "add_scalar": (lambda: ev.add_scalar(a, 0.5, scale=ev.scale), 1),
+        "rotate": (lambda: ev.rotate(a, 1), 1),
+    }
+    if level > 0:  # a product at level 0 has no level left to rescale with
+        product = ev.mul(a, b)
+        term = ev.mul_plain(a, plain)
+        calls |= {
+            "mul_plain": (lambda: ev.mul_plain(a, plain), 1),
+            "mul_scalar": (lambda: ev.mul_scalar(a, 0.5, scale=ev.scale), 1),
+            "weighted_sum": (lambda: ev.weighted_sum([(a, plain)] * TERMS), TERMS),
+            "mul": (lambda: ev.mul(a, b), 1),
+            "square": (lambda: ev.square(a), 1),
+            "relinearize": (lambda: ev.relinearize(product), 1),
+            "rescale": (lambda: ev.rescale(term), 1),
+            "drop": (lambda: ev.drop(a, level=level - 1), 1),
+            "encode_degree_2": (lambda: ev.encode(x, level=level, scale=squared), 1),
+        }
+    if "hoisting" in ev.capabilities:
+        digits = ev.hoist(a)
+        calls |= {"hoist": (lambda: ev.hoist(a), 1), "rotate_hoisted": (lambda: ev.rotate_hoisted(a, digits, 1), 1)}
+    if "double_hoisting" in ev.capabilities:
+        wide = ev.rotate_extended(a, digits, 1)
+        wide_plain = ev.encode(x, level=level, scale=ev.scale, extended=True)
+        calls |= {
+            "rotate_extended": (lambda: ev.rotate_extended(a, digits, 1), 1),
+            "extend": (lambda: ev.extend(a), 1),
+            "mod_down": (lambda: ev.mod_down(wide), 1),
+            "add_extended": (lambda: ev.add(wide, wide), 1),
+            "encode_extended": (lambda: ev.encode(x, level=level, scale=ev.scale, extended=True), 1),
+            "weighted_sum_extended": (lambda: ev.weighted_sum([(wide, wide_plain)] * TERMS), TERMS),
+        }
+    body = client.make_key("rotation", 1, level)
+    calls["load_key"] = (lambda: _load_once(ev, level, body), 1)
+    if level == ev.params.levels:  # libraries make a key for the whole chain, then it is cut: the level changes little
+        calls["keygen"] = (lambda: client.make_key("rotation", 1, level), 1)
     return calls
 
 
-def timed(call: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> float:
-    start = clock()
-    call()
-    return clock() - start
+def _load_once(ev: Any, level: int, body: Any) -> None:
+    other = type(ev)(ev.params, allow_insecure=ev.params.insecure)
+    other.load_key("rotation", 1, level, body)
+    other.close()
 
 
-def contended(call: Callable[[], Any], repeats: int) -> float:
-    """Time of a call while a second thread makes the same calls, against its time alone."""
-    alone = statistics.median(timed(call, time.perf_counter) for _ in range(repeats + 2))
-    stop = threading.Event()
+def _time(run: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds of CPU time of this thread; quick calls are repeated until they fill 5 ms."""
+    start = time.thread_time()
+    run()
+    first = max(time.thread_time() - start, 1e-7)
+    inner = max(1, round(0.005 / first))
+    samples = []
+    for _ in range(repeats if first < 1.0 else 1):
+        start = time.thread_time()
+        for _ in range(inner):
+            run()
+        samples.append((time.thread_time() - start) / inner)
+    return statistics.median(samples) * 1000
 
-    def other() -> None:
-        while not stop.is_set():
-            call()
 
-    thread = threading.Thread(target=other)
-    thread.start()
+def _filled(table: Table, top: int) -> dict[str, dict[str, float]]:
+    """All levels from the first measured one up, interpolated between neighbours; keys as JSON wants them."""
+    out = {}
+    for name, row in table.items():
+        known = sorted(row)
+        levels = range(0 if len(known) == 1 else known[0], top + 1)
+        values = np.interp(list(levels), known, [row[k] for k in known])
+        out[name] = {str(level): round(float(v), 4) for level, v in zip(levels, values, strict=True)}
+    return out
+
+
+def save(record: dict[str, Any], folder: Path = COSTS) -> Path:
+    """Write benchmarks/costs/<cpu>-<params>.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", record["cpu"].lower()).strip("-")
+    path = folder / f"{slug}-{Params.from_json(record['params']).name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
     try:
-        together = statistics.median(timed(call, time.perf_counter) for _ in range(repeats + 2))
-    finally:
-        stop.set()
-        thread.join()
-    return together / alone
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def _versions(*names: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in names}

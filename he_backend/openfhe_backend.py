@@ -122,8 +122,10 @@ class Evaluator(_Party):
         """One evaluation key, "relin" or "rotation" by k, from the bytes (any buffer) that `Client.make_key` gave.
 
         Raises:
-            WireError: it is malformed; keys loaded before stay as they were.
+            WireError: it is malformed, or was loaded before; keys loaded before stay as they were.
         """
+        if (kind == "relin" and self.relin_level >= 0) or (kind == "rotation" and k % self.slots in self.key_levels):
+            raise WireError(f"the {kind} key k={k} is loaded already: new keys need a new evaluator")  # the library keeps the old one
         if kind not in ("relin", "rotation") or not 0 <= level <= self.params.levels:
             raise WireError(f"a {kind!r} key at level {level}: known are relin and rotation, levels 0 to {self.params.levels}")
         raw = memoryview(body).cast("B")

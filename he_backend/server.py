@@ -34,7 +34,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
 
 from . import wire
 from .base import HEError, ManifestError, ParamsError, WireError
@@ -210,10 +209,6 @@ def create_app(server: Server) -> FastAPI:
         log.info("refused %s: %s", request.url.path, type(error).__name__)
         return JSONResponse(error_json(error), status_code=STATUS.get(type(error), 422))
 
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return JSONResponse({"error": "WireError", "message": "the client went away"}, status_code=400)
-
     @app.get("/manifest")
     async def manifest() -> dict[str, Any]:
         return server.manifest()
@@ -234,7 +229,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.put("/keys/{key_id}/{name}")
     async def put_key(key_id: str, name: str, request: Request) -> dict[str, Any]:
-        return await server.put_key(key_id, name, request.stream())
+        return await server.put_key(key_id, name, chunks(request))
 
     @app.delete("/keys/{key_id}")
     async def delete_keys(key_id: str) -> dict[str, Any]:
@@ -295,10 +290,23 @@ async def read_body(request: Request, most: int) -> bytes:
     stated = request.headers.get("content-length", "0")
     wire.check_length(int(stated) if stated.isdecimal() and len(stated) < 20 else most + 1, most)
     data = bytearray()
-    async for chunk in request.stream():
+    async for chunk in chunks(request):
         wire.check_length(len(data) + len(chunk), most)
         data += chunk
     return bytes(data)
+
+
+async def chunks(request: Request) -> AsyncIterator[bytes]:
+    """A body as it arrives.
+
+    Raises:
+        WireError: the client went away in the middle.
+    """
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except Exception as error:
+        raise WireError(f"the body ended early: {type(error).__name__}") from error
 
 
 def parse_json(data: bytes) -> Any:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from he_backend import owner
-from he_backend.base import HEError, ManifestError, WireError
+from he_backend.base import Array, HEError, ManifestError, WireError
 from he_backend.circuit import Circuit, ClientSpec
 from he_backend.client import Client, LostJobError
 from he_backend.keys import SECRET_MAGIC, Manifest
@@ -26,7 +26,7 @@ from tests.he_backend.running import ROOT, free_port, running
 from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp, reference
 from tests.he_backend.stub import StubOwner, make_keys
 
-X = np.linspace(-1, 1, WIDTH)
+X: Array = np.linspace(-1, 1, WIDTH, dtype=np.float64)
 OTHER = "6" * 32
 
 

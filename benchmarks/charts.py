@@ -60,7 +60,7 @@ def colour(part: str) -> str:
 def stacked_bars(rows: Sequence[Row], *, unit: str = "s", width: int = 940, label_width: int = 250) -> str:
     """Horizontal stacked bars on one scale, in the order given."""
     height, gap = 16, 6
-    room = width - label_width - 90
+    room = width - label_width - max([90.0, *(7.0 * len(r.note) for r in rows)])
     most = max((r.total for r in rows), default=0.0) or 1.0
     parts = []
     for i, row in enumerate(rows):
@@ -121,7 +121,7 @@ def steps(levels: Sequence[int], groups: Sequence[tuple[str, int, int]], *, widt
 
 def scatter(points: Sequence[tuple[float, float, str]], *, x_label: str, y_label: str, size: int = 380) -> str:
     """(x, y, label) on equal logarithmic axes, with the line on which both agree."""
-    left, bottom = 52, 44
+    left = 52
     inner = size - left - 12
     values = [v for px, py, _ in points for v in (px, py) if v > 0]
     low = math.floor(math.log10(min(values))) if values else 0
@@ -135,7 +135,9 @@ def scatter(points: Sequence[tuple[float, float, str]], *, x_label: str, y_label
     for power in range(low, high + 1):
         p = at(10.0**power)
         parts.append(f'<line class="grid" x1="{left + p:.1f}" x2="{left + p:.1f}" y1="12" y2="{12 + inner}"/>')
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + inner}" y1="{12 + inner - p:.1f}" y2="{12 + inner - p:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{left + inner}" y1="{12 + inner - p:.1f}" y2="{12 + inner - p:.1f}"/>'
+        )
         parts.append(text(left + p, 12 + inner + 14, f"{10.0**power:g}", anchor="middle", kind="dim"))
         parts.append(text(left - 6, 12 + inner - p, f"{10.0**power:g}", anchor="end", kind="dim"))
     parts.append(
@@ -148,7 +150,9 @@ def scatter(points: Sequence[tuple[float, float, str]], *, x_label: str, y_label
                 f"<title>{escape(label)}: {figure(px)} / {figure(py)}</title></circle>"
             )
     parts.append(text(left + inner / 2, size - 8, x_label, anchor="middle"))
-    parts.append(f'<text transform="translate(12,{12 + inner / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    parts.append(
+        f'<text transform="translate(12,{12 + inner / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
     return svg(size, size, parts)
 
 
@@ -185,9 +189,7 @@ def rectangle(x: float, y: float, w: float, h: float, fill: str, title: str) -> 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "", title: str = "") -> str:
     tip = f"<title>{escape(title)}</title>" if title else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" dominant-baseline="central" text-anchor="{anchor}" class="{kind}">{escape(content)}{tip}</text>'
-    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" dominant-baseline="central" text-anchor="{anchor}" class="{kind}">{escape(content)}{tip}</text>'
 
 
 def shorten(label: str, most: int) -> str:
@@ -195,13 +197,19 @@ def shorten(label: str, most: int) -> str:
     return label if len(label) <= most else "…" + label[-(most - 1) :]
 
 
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def figure(value: float) -> str:
-    """A number with three significant digits."""
+    """A number with three significant digits; small ones as 3.9·10⁻⁶."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    if abs(value) >= 0.001:
+        return f"{value:.3g}"
+    digits, power = f"{value:.2e}".split("e")
+    return f"{digits}·10{str(int(power)).translate(SUPERSCRIPT)}"
 
 
 def ticks(most: int) -> list[int]:

@@ -1,7 +1,7 @@
 """report.json -> report.html: one page that needs nothing else, to be read by someone who was not there.
 
-`render` takes the demo's record (see `polyformer/commands/demo.py`, which writes it) and shows what is in it; a figure that
-is missing is left out or shown as a dash, never invented.
+`render` takes what `polyformer/commands/demo_report.py` makes and shows what is in it; a figure that is missing is left out or
+shown as a dash, never invented.
 """
 
 from __future__ import annotations
@@ -59,30 +59,39 @@ def headline(r: Report) -> str:
     banner = ""
     if r.get("insecure"):
         banner = (
-            '<div class="danger">INSECURE TEST RING. These parameters protect nothing, and no figure on this page says anything '
-            "about encrypted inference at 128 bits.</div>"
+            "<div class='danger'>INSECURE TEST RING. These parameters protect nothing, and no figure on this page says "
+            "anything about encrypted inference at 128 bits.</div>"
         )
-    shape = ", ".join(
-        f"{model[key]} {word}" for key, word in (("blocks", "blocks"), ("width", "wide"), ("heads", "heads")) if key in model
-    )
-    tokens = f", {model['length']} tokens" if "length" in model else ""
-    secure = "at no security" if r.get("insecure") else "at 128-bit security"
+    blocks = model.get("blocks")
+    sizes = [f"{blocks} block{'' if blocks == 1 else 's'}"] if blocks else []
+    sizes += [f"{model[key]} {word}" for key, word in (("width", "wide"), ("heads", "heads")) if key in model]
+    sizes += [f"{model['length']} tokens"] if "length" in model else []
+    backend = str(params.get("backend", "?"))
+    version = str(r.get("versions", {}).get(backend, ""))
+    ring = 1 << params["log_n"] if "log_n" in params else "?"
     sentence = (
-        f"A transformer ({shape}{tokens}) answered an encrypted prompt {secure} in "
-        f"<b>{value(m.get('evaluate_s'), 's')}</b> on {machine.get('threads', '?')} threads of {escape(str(machine.get('cpu', '?')))}: "
-        f"CKKS with N = {1 << params['log_n'] if 'log_n' in params else '?'}, {params.get('levels', '?')} levels, "
-        f"{escape(str(params.get('backend', '?')))} {escape(str(r.get('versions', {}).get(str(params.get('backend')), '')))}, one request alone."
+        f"A transformer ({', '.join(sizes)}) answered an encrypted prompt "
+        f"{'at no security' if r.get('insecure') else 'at 128-bit security'} in <b>{value(m.get('evaluate_s'), 's')}</b> "
+        f"on {machine.get('threads', '?')} threads of {escape(str(machine.get('cpu', '?')))}: CKKS with N = {ring}, "
+        f"{params.get('levels', '?')} levels, {escape(backend)} {escape(version)}, one request alone."
     )
+    predicted = r.get("predicted", {})
     cards = [
-        ("encrypted evaluation", value(m.get("evaluate_s"), "s"), f"predicted {value(r.get('predicted', {}).get('evaluate_s'), 's')}"),
+        (
+            "encrypted evaluation",
+            value(m.get("evaluate_s"), "s"),
+            f"predicted {value(predicted.get('evaluate_s'), 's')}",
+        ),
         ("largest logit error", value(m.get("max_abs_error")), f"promised {value(r.get('error_bound'))}"),
         ("peak memory", value(m.get("peak_gb"), "GB"), "client and server together"),
-        ("request / reply", f"{octets(m.get('input_bytes'))} / {octets(m.get('reply_bytes'))}", f"keys, once: {octets(m.get('key_bytes'))}"),
+        ("request", octets(m.get("input_bytes")), f"reply {octets(m.get('reply_bytes'))}"),
+        ("evaluation keys", octets(m.get("key_bytes")), f"sent once; made in {value(m.get('keygen_s'), 's')}"),
     ]
-    tiles = "".join(f'<div class="tile"><span>{a}</span><strong>{b}</strong><em>{c}</em></div>' for a, b, c in cards)
+    tiles = "".join(f"<div class='tile'><span>{a}</span><strong>{b}</strong><em>{c}</em></div>" for a, b, c in cards)
+    name, created = escape(str(r.get("name", "report"))), escape(str(r.get("created", "")))
     return (
-        f"<header><p class='kicker'>polyformer · {escape(str(r.get('name', 'report')))} · {escape(str(r.get('created', '')))}</p>"
-        f"<h1>Inference on encrypted text</h1>{banner}<p class='lead'>{sentence}</p><div class='tiles'>{tiles}</div></header>"
+        f"<header><p class='kicker'>polyformer · {name} · {created}</p><h1>Inference on encrypted text</h1>"
+        f"{banner}<p class='lead'>{sentence}</p><div class='tiles'>{tiles}</div></header>"
     )
 
 
@@ -92,36 +101,51 @@ def answer(r: Report) -> str:
     if not p:
         return ""
     rows = "".join(
-        f"<tr><td class='num'>{i + 1}</td><td><code>{escape(repr(e['token']))}</code></td><td class='num'>{e['logit']:.4f}</td>"
-        f"<td class='num'>{e['probability']:.1%}</td>"
-        f"<td><code>{escape(repr(c['token']))}</code></td><td class='num'>{c['logit']:.4f}</td><td class='num'>{c['probability']:.1%}</td></tr>"
+        f"<tr><td class='num'>{i + 1}</td>{token_cells(e)}{token_cells(c)}</tr>"
         for i, (e, c) in enumerate(zip(p["encrypted"], p["clear"], strict=True))
+    )
+    head = "<th></th>" + "".join(
+        f"<th>{title}</th><th class='num'>logit</th><th class='num'>probability</th>"
+        for title in ("decrypted", "in the clear (onnxruntime)")
     )
     verdict = "The likeliest token is the same." if p.get("top1_equal") else "The likeliest token differs."
     return section(
         "What the client read",
         f"<blockquote>{escape(p['prompt'])} <span class='caret'>▍</span></blockquote>"
-        "<table><thead><tr><th></th><th colspan='3'>decrypted</th><th colspan='3'>in the clear (onnxruntime)</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table><p>{verdict} In the clear, it leads the second by {value(p.get('clear_margin'))} "
-        f"in its logit; the mean error of all logits is {value(r.get('measured', {}).get('mean_abs_error'))}.</p>",
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<p>{verdict} In the clear, it leads the second by {value(p.get('clear_margin'))} in its logit; the mean error "
+        f"of all logits is {value(r.get('measured', {}).get('mean_abs_error'))}.</p>",
+    )
+
+
+def token_cells(row: Mapping[str, Any]) -> str:
+    return (
+        f"<td><code>{escape(repr(row['token']))}</code></td><td class='num'>{row['logit']:.4f}</td>"
+        f"<td class='num'>{row['probability']:.1%}</td>"
     )
 
 
 def security(r: Report) -> str:
+    """The security line: log2 QP against the limit, and who holds what."""
     s, params = r.get("security", {}), r.get("params", {})
     if not s:
         return ""
-    limit, log_qp = s.get("limit"), s.get("log_qp")
-    share = f"{100 * log_qp / limit:.0f}%" if limit and log_qp else "0%"
-    kind = "none: a test ring" if r.get("insecure") else "128-bit classical, weight-aware table"
+    limit, log_qp, chance = s.get("limit"), s.get("log_qp"), s.get("failure_log2")
+    ring = f"N = 2^{params.get('log_n', '?')}, {params.get('secret', '?')} secret"
     lines = [
-        ("Security", kind),
-        ("log₂ QP", f"{value(log_qp)} of {value(limit)} bits allowed for N = 2^{params.get('log_n', '?')}, {params.get('secret', '?')} secret"),
-        ("Chance that a request decrypts to nonsense", f"2^{s['failure_log2']:.0f}" if s.get("failure_log2") is not None else "–"),
-        ("Who holds what", "the secret key never left the client's process and folder; the server holds evaluation keys alone"),
+        ("Security", "none: a test ring" if r.get("insecure") else "128-bit classical, weight-aware table"),
+        (
+            "log₂ QP",
+            f"{value(log_qp)} of {value(limit)} bits allowed for {ring}" if limit else f"{value(log_qp)}, {ring}",
+        ),
+        ("Chance that a request decrypts to nonsense", power_of_two(chance)),
+        (
+            "Who holds what",
+            "the secret key stayed in the client's process and folder; the server holds evaluation keys",
+        ),
     ]
     table = "".join(f"<tr><th>{a}</th><td>{b}</td></tr>" for a, b in lines)
-    gauge = "" if r.get("insecure") else f"<div class='gauge'><i style='width:{share}'></i></div>"
+    gauge = f"<div class='gauge'><i style='width:{100 * log_qp / limit:.0f}%'></i></div>" if limit and log_qp else ""
     return section("Security", f"<table class='facts'>{table}</table>{gauge}")
 
 
@@ -196,20 +220,25 @@ def layers(r: Report) -> str:
         measured = sum(float(op.get("measured_s") or 0.0) for op in group)
         predicted = sum(float(op.get("predicted_s") or 0.0) for op in group)
         span = [int(op["level"]) for op in group]
-        rotations = sum(counts.get(n, 0) for n in ("rotate", "rotate_hoisted", "rotate_extended"))
-        body.append(
-            f"<tr><td>{escape(name)}</td><td class='num'>{len(group)}</td><td class='num'>{max(span)} → {min(span)}</td>"
-            f"<td class='num'>{rotations}</td><td class='num'>{counts.get('mul', 0) + counts.get('square', 0)}</td>"
-            f"<td class='num'>{counts.get('weighted_sum', 0) + counts.get('mul_plain', 0) + counts.get('mul_scalar', 0)}</td>"
-            f"<td class='num'>{figure(predicted)}</td><td class='num'>{figure(measured)}</td>"
-            f"<td><div class='share'><i style='width:{100 * measured / total:.1f}%'></i><span>{measured / total:.0%}</span></div></td></tr>"
-        )
+        cells = [
+            len(group),
+            f"{max(span)} → {min(span)}",
+            sum(counts.get(n, 0) for n in ("rotate", "rotate_hoisted", "rotate_extended")),
+            sum(counts.get(n, 0) for n in ("mul", "square")),
+            sum(counts.get(n, 0) for n in ("weighted_sum", "mul_plain", "mul_scalar")),
+            figure(predicted),
+            figure(measured),
+        ]
+        numbers = "".join(f"<td class='num'>{cell}</td>" for cell in cells)
+        share = f"<i style='width:{100 * measured / total:.1f}%'></i><span>{measured / total:.0%}</span>"
+        body.append(f"<tr><td>{escape(name)}</td>{numbers}<td><div class='share'>{share}</div></td></tr>")
     if not body:
         return ""
+    titles = ("ops", "levels", "rotations", "ct·ct", "ct·pt", "predicted s", "measured s")
+    head = "<th>layer</th>" + "".join(f"<th class='num'>{t}</th>" for t in titles) + "<th>share</th>"
     return section(
         "Layer by layer",
-        "<div class='scroll'><table><thead><tr><th>layer</th><th>ops</th><th>levels</th><th>rotations</th><th>ct·ct</th><th>ct·pt</th>"
-        f"<th>predicted s</th><th>measured s</th><th>share</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>",
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>",
     )
 
 
@@ -226,7 +255,9 @@ def promises(r: Report) -> str:
         ("largest error (bound)", r.get("error_bound") or p.get("error"), m.get("max_abs_error"), figure),
     ]
     body = "".join(
-        f"<tr><td>{name}</td><td class='num'>{show(a)}</td><td class='num'>{show(b)}</td><td class='num'>{b / a:.2f}</td></tr>"
+        f"<tr><td>{name}</td>"
+        + "".join(f"<td class='num'>{x}</td>" for x in (show(a), show(b), f"{b / a:.2f}"))
+        + "</tr>"
         for name, a, b, show in pairs
         if a and b is not None
     )
@@ -238,30 +269,42 @@ def promises(r: Report) -> str:
     plot = charts.scatter(points, x_label="predicted, s", y_label="measured, s") if points else ""
     if not body and not plot:
         return ""
+    head = "<th></th>" + "".join(f"<th class='num'>{t}</th>" for t in ("predicted", "measured", "ratio"))
     return section(
         "Predicted and measured",
-        "<div class='two'><table><thead><tr><th></th><th>predicted</th><th>measured</th><th>ratio</th></tr></thead>"
+        f"<div class='two'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table><figure>{plot}<figcaption>Each operator once, thread-seconds.</figcaption></figure></div>",
     )
 
 
 def setting(r: Report) -> str:
     """Everything that one would need to repeat the figures."""
+    measured = r.get("measured", {})
+    losses = {k: figure(v) for k, v in r.get("losses", {}).items() if v is not None}
+    sizes = {k.removesuffix("_bytes"): octets(v) for k, v in measured.items() if k.endswith("_bytes")}
+    memory = {
+        k.removeprefix("peak").removesuffix("gb").strip("_") or "together": value(v, "GB")
+        for k, v in measured.items()
+        if k.startswith("peak_") and v
+    }
     facts: list[tuple[str, Any]] = [
-        ("machine", ", ".join(f"{k} {v}" for k, v in r.get("machine", {}).items())),
-        ("versions", ", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items())),
+        ("machine", listed(r.get("machine", {}))),
+        ("versions", listed(r.get("versions", {}))),
         ("commit", r.get("commit")),
-        ("parameters", ", ".join(f"{k} {v}" for k, v in r.get("params", {}).items())),
+        ("parameters", listed(r.get("params", {}))),
         ("circuit", r.get("circuit_sha256")),
-        ("model", ", ".join(f"{k} {v}" for k, v in r.get("model", {}).items())),
-        ("held-out loss, nats a token", ", ".join(f"{k} {figure(v)}" for k, v in r.get("losses", {}).items() if v is not None)),
-        ("sizes", ", ".join(f"{k[:-6]} {octets(v)}" for k, v in r.get("measured", {}).items() if k.endswith("_bytes"))),
-        ("memory", ", ".join(f"{k[5:-3]} {figure(v)} GB" for k, v in r.get("measured", {}).items() if k.startswith("peak_") and v)),
+        ("model", listed(r.get("model", {}))),
+        ("held-out loss, nats a token", listed(losses)),
+        ("sizes", listed(sizes)),
+        ("peak memory", listed(memory)),
     ]
     table = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in facts if v)
     details = "".join(
         f"<details><summary>{title}</summary><pre>{escape(str(r[key]))}</pre></details>"
-        for key, title in (("certificate", "Polynomial certificate"), ("plan", "What the compiler chose, and the runner-up"))
+        for key, title in (
+            ("certificate", "Polynomial certificate"),
+            ("plan", "What the compiler chose, and the runner-up"),
+        )
         if r.get(key)
     )
     return section("Conditions", f"<table class='facts'>{table}</table>{details}")
@@ -310,6 +353,17 @@ def count_primitives(ops: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         for name, p in (op.get("primitives") or {}).items():
             total[name] = total.get(name, 0) + int(p["count"])
     return total
+
+
+def listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in facts.items())
+
+
+def power_of_two(exponent: Any) -> str:
+    """2^-133, or a dash; what is too small to matter is not written out."""
+    if exponent is None:
+        return "–"
+    return f"2^{exponent:.0f}" if exponent > -1000 else "below 2^-1000"
 
 
 def value(number: Any, unit: str = "") -> str:

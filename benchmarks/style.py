@@ -15,11 +15,11 @@ h2{font-size:1.15rem;letter-spacing:-.01em;margin:0 0 .7em}
 .kicker{color:var(--muted);font-size:.85rem;margin:0}
 .lead{font-size:1.1rem;max-width:62ch;margin:.2em 0 1.3em}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;margin:20px 0}
-section>p{margin:.1em 0 1em;color:var(--muted)}
+section>p{margin:.1em 0 1em;color:var(--muted)}section>p:last-child{margin:1em 0 0}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;display:flex;flex-direction:column}
 .tile span,.tile em{color:var(--muted);font-size:.85rem;font-style:normal}
-.tile strong{font-size:1.45rem;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+.tile strong{font-size:1.4rem;white-space:nowrap;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
 .danger{background:var(--danger);color:#fff;font-weight:600;border-radius:10px;padding:14px 18px;margin:14px 0}
 blockquote{margin:0 0 1.1em;padding:12px 16px;border-left:3px solid var(--accent);background:var(--band);border-radius:0 8px 8px 0;
 font-family:ui-serif,Georgia,serif;white-space:pre-wrap}
@@ -29,7 +29,7 @@ th{text-align:left;color:var(--muted);font-weight:550}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child>td,tr:last-child>th{border-bottom:0}
 thead th{border-bottom:1px solid var(--muted)}
-.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th.num{text-align:right}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts th{width:220px}
 .facts td{overflow-wrap:anywhere}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:.88em}

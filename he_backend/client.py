@@ -48,7 +48,9 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._http.close()
 
     def manifest(self) -> dict[str, Any]:
@@ -159,7 +161,9 @@ class Client:
                 self._wait_alive(patience)
         raise AssertionError("unreachable")
 
-    def _evaluate_once(self, request: bytes, max_reply: int, progress: Report | None, every: float) -> tuple[bytes, dict[str, Any]]:
+    def _evaluate_once(
+        self, request: bytes, max_reply: int, progress: Report | None, every: float
+    ) -> tuple[bytes, dict[str, Any]]:
         job = self._json("POST", "/evaluate", content=request, timeout=600.0)
         path = f"/jobs/{job['job']}"
         while job["state"] in ("queued", "running"):
@@ -203,7 +207,9 @@ class Client:
                     wire.check_length(len(data), max_bytes)
                 status = response.status_code
         except httpx.HTTPError as error:
-            raise ConnectError(f"no answer from {self.url}: {type(error).__name__}; is `polyformer serve` running?") from error
+            raise ConnectError(
+                f"no answer from {self.url}: {type(error).__name__}; is `polyformer serve` running?"
+            ) from error
         if status == 404 and path.startswith("/jobs/"):
             raise LostJobError("the server does not know this job; it was started again since")
         if status >= 400:

@@ -45,12 +45,17 @@ class CircuitEngine:
 
     def run(self, inputs: Mapping[Part, Sealed], progress: Progress, cancel: threading.Event) -> Result:
         """Import, evaluate, export."""
-        levels = {(s.name, i): s.level for s in self.executor.circuit.inputs for i in range(len(self._layout(s.layout)))}
+        levels = {
+            (s.name, i): s.level for s in self.executor.circuit.inputs for i in range(len(self._layout(s.layout)))
+        }
         ciphertexts = {
-            part: self.evaluator.import_ciphertext(sealed.residues, level=levels[part]) for part, sealed in inputs.items()
+            part: self.evaluator.import_ciphertext(sealed.residues, level=levels[part])
+            for part, sealed in inputs.items()
         }
         run = self.executor.run(ciphertexts, progress=progress, cancel=cancel)
-        outputs = {part: Sealed(self.evaluator.export_ciphertext(c), run.scales[part]) for part, c in run.outputs.items()}
+        outputs = {
+            part: Sealed(self.evaluator.export_ciphertext(c), run.scales[part]) for part, c in run.outputs.items()
+        }
         return Result(outputs=outputs, timing=self._timing(run.timing))
 
     def _layout(self, name: str) -> Any:
@@ -64,7 +69,8 @@ class CircuitEngine:
         data = asdict(timing)
         for row in data["ops"]:
             row["primitives"] = {
-                name: {"count": counts[row["op"], name] or 1, "seconds": seconds} for name, seconds in row["primitives"].items()
+                name: {"count": counts[row["op"], name] or 1, "seconds": seconds}
+                for name, seconds in row["primitives"].items()
             }
         totals = {name: {"count": data["counts"].get(name, 0), "seconds": s} for name, s in data["primitives"].items()}
         return {**data, "primitives": totals}

@@ -182,6 +182,9 @@ class Worker:
             job.error = {"error": type(error).__name__, "message": str(error)}
         except Exception as error:  # a fault of ours: the client learns its kind, the log its place, nobody its data
             log.exception("evaluation failed")
-            job.error = {"error": "HEError", "message": f"the evaluation failed inside the server: {type(error).__name__}"}
+            job.error = {
+                "error": "HEError",
+                "message": f"the evaluation failed inside the server: {type(error).__name__}",
+            }
         job.ended = time.monotonic()
         job.state = state

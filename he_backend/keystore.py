@@ -63,7 +63,9 @@ class KeyStore:
         if self.manifest is None:
             raise ManifestError("no keys here yet: send their manifest first")
         if self.manifest.key_id != key_id:
-            raise ManifestError("this server holds other keys", {"key_id": (key_id[:64], self.manifest.key_id[:4] + "…")})
+            raise ManifestError(
+                "this server holds other keys", {"key_id": (key_id[:64], self.manifest.key_id[:4] + "…")}
+            )
         return self.manifest
 
     def entry(self, key_id: str, name: str) -> KeyFile:
@@ -79,7 +81,11 @@ class KeyStore:
 
     def missing(self) -> list[str]:
         """Names of files that have not."""
-        return [] if self.manifest is None else [f.name for f in self.manifest.files if not (self.folder / f.name).exists()]
+        return (
+            []
+            if self.manifest is None
+            else [f.name for f in self.manifest.files if not (self.folder / f.name).exists()]
+        )
 
     @property
     def complete(self) -> bool:
@@ -101,7 +107,9 @@ class KeyStore:
                     digest.update(chunk)
                     stream.write(chunk)
             if size != file.bytes or digest.hexdigest() != file.sha256:
-                raise WireError(f"{file.name}: {size} bytes arrived of {file.bytes}, or their hash is not the manifest's")
+                raise WireError(
+                    f"{file.name}: {size} bytes arrived of {file.bytes}, or their hash is not the manifest's"
+                )
         except BaseException:
             part.unlink(missing_ok=True)
             raise

@@ -76,7 +76,9 @@ def embed(spec: ClientSpec, tokens: NDArray[np.int64]) -> dict[str, Array]:
     if tokens.shape != (wanted,):
         raise RangeError(f"{tokens.size} tokens; the circuit takes {wanted}")
     if not ((tokens >= 0) & (tokens < vocabulary)).all():
-        raise RangeError(f"token ids run from {tokens.min()} to {tokens.max()}; the vocabulary has 0 to {vocabulary - 1}")
+        raise RangeError(
+            f"token ids run from {tokens.min()} to {tokens.max()}; the vocabulary has 0 to {vocabulary - 1}"
+        )
     return {spec.inputs[0].name: spec.embed(tokens)}
 
 
@@ -92,7 +94,9 @@ def seal(spec: ClientSpec, owner: Owner, tensors: Mapping[str, Array]) -> bytes:
             raise RangeError(f"input {s.name!r} is missing; the circuit takes {[i.name for i in spec.inputs]}")
         largest = float(np.abs(tensors[s.name]).max(initial=0.0))
         if not largest <= s.bound:  # true for NaN too
-            raise RangeError(f"input {s.name!r} has elements up to {largest:.4g}; the circuit was made for {s.bound:.4g}")
+            raise RangeError(
+                f"input {s.name!r} has elements up to {largest:.4g}; the circuit was made for {s.bound:.4g}"
+            )
         for part, slots in enumerate(pack(np.asarray(tensors[s.name]), s, spec.arrays[s.layout])):
             ciphertexts[s.name, part] = owner.encrypt(slots, level=s.level)
     return wire.dumps(expected(spec, owner, "request"), ciphertexts)
@@ -141,9 +145,14 @@ class Counter:
             fcntl.flock(stream, fcntl.LOCK_EX)
             stream.seek(0)
             text = stream.read()
-            done = int(json.loads(text)["decryptions"]) if text else 0
+            try:
+                done = int(json.loads(text)["decryptions"]) if text else 0
+            except (ValueError, KeyError, TypeError) as error:
+                raise HEError(f"{self.path} is damaged, so nobody knows how often this key decrypted: make new keys") from error
             if done >= self.limit:
-                raise HEError(f"this key has decrypted {done} replies, its limit: make new keys with `polyformer keygen`")
+                raise HEError(
+                    f"this key has decrypted {done} replies, its limit: make new keys with `polyformer keygen`"
+                )
             stream.seek(0)
             stream.truncate()
             json.dump({"decryptions": done + 1}, stream)

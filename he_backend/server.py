@@ -32,9 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from fastapi.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
+from fastapi.responses import JSONResponse
 
 from . import wire
 from .base import HEError, ManifestError, ParamsError, WireError
@@ -45,17 +44,12 @@ from .keystore import KeyStore
 
 log = logging.getLogger("polyformer.server")
 
-# One thread inside each primitive (the executor runs primitives side by side), and an allocator that keeps the megabytes
-# of a dropped ciphertext instead of returning them to the kernel. The C library reads these when a process starts.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "4",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
+# One thread inside each primitive, because the executor runs primitives side by side; one heap for all threads, because
+# what one frees is what another wants next. Both are read when a process starts.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -191,7 +185,9 @@ class Server:
     def evaluate(self, data: bytes) -> Job:
         """Check a request frame and queue it."""
         if self.keys.state != "ready" or self.store.manifest is None:
-            raise ManifestError("the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())})
+            raise ManifestError(
+                "the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())}
+            )
         key_id = self.store.manifest.key_id
         inputs = wire.loads(data, self.expected("request", key_id))
         return self.worker.submit(inputs, self.expected("reply", key_id))
@@ -213,10 +209,6 @@ def create_app(server: Server) -> FastAPI:
         log.info("refused %s: %s", request.url.path, type(error).__name__)
         return JSONResponse(error_json(error), status_code=STATUS.get(type(error), 422))
 
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return JSONResponse({"error": "WireError", "message": "the client went away"}, status_code=400)
-
     @app.get("/manifest")
     async def manifest() -> dict[str, Any]:
         return server.manifest()
@@ -237,7 +229,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.put("/keys/{key_id}/{name}")
     async def put_key(key_id: str, name: str, request: Request) -> dict[str, Any]:
-        return await server.put_key(key_id, name, request.stream())
+        return await server.put_key(key_id, name, chunks(request))
 
     @app.delete("/keys/{key_id}")
     async def delete_keys(key_id: str) -> dict[str, Any]:
@@ -274,7 +266,9 @@ def create_app(server: Server) -> FastAPI:
     def find(job_id: str) -> Job:
         job = server.worker.job(job_id)
         if job is None:
-            raise UnknownJobError("no such job: it is too old, or the server was started again since; send the request anew")
+            raise UnknownJobError(
+                "no such job: it is too old, or the server was started again since; send the request anew"
+            )
         return job
 
     return app
@@ -296,10 +290,23 @@ async def read_body(request: Request, most: int) -> bytes:
     stated = request.headers.get("content-length", "0")
     wire.check_length(int(stated) if stated.isdecimal() and len(stated) < 20 else most + 1, most)
     data = bytearray()
-    async for chunk in request.stream():
+    async for chunk in chunks(request):
         wire.check_length(len(data) + len(chunk), most)
         data += chunk
     return bytes(data)
+
+
+async def chunks(request: Request) -> AsyncIterator[bytes]:
+    """A body as it arrives.
+
+    Raises:
+        WireError: the client went away in the middle.
+    """
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except Exception as error:
+        raise WireError(f"the body ended early: {type(error).__name__}") from error
 
 
 def parse_json(data: bytes) -> Any:
@@ -311,7 +318,11 @@ def parse_json(data: bytes) -> Any:
 
 def error_json(error: HEError) -> dict[str, Any]:
     differences: Mapping[str, Any] = getattr(error, "differences", {})
-    return {"error": type(error).__name__, "message": str(error), "differences": {k: list(v) for k, v in differences.items()}}
+    return {
+        "error": type(error).__name__,
+        "message": str(error),
+        "differences": {k: list(v) for k, v in differences.items()},
+    }
 
 
 def peak_rss() -> int:

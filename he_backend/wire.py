@@ -189,7 +189,9 @@ def _row(row: Any, expected: Expected) -> tuple[Part, int, float]:
             f"expected {ELEMENTS} at level {expected.parts[name, part]}"
         )
     if not (math.isfinite(scale) and 1 / MAX_DRIFT <= scale / expected.scale <= MAX_DRIFT):
-        raise WireError(f"ciphertext {name!r} part {part} claims scale {scale:.6g}; the nominal one is {expected.scale:.6g}")
+        raise WireError(
+            f"ciphertext {name!r} part {part} claims scale {scale:.6g}; the nominal one is {expected.scale:.6g}"
+        )
     return (name, part), level, scale
 
 
@@ -237,4 +239,3 @@ def _short(value: Any) -> str:
     """A foreign value for an error message: its first characters only."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-

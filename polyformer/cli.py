@@ -71,12 +71,18 @@ def explain(error: Exception) -> tuple[str, str]:
     if isinstance(error, Failure):
         return text, ""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed, and this command needs it.", "Install everything with: pip install 'polyformer[all]'"
+        return (
+            f"{error.name} is not installed, and this command needs it.",
+            "Install everything with: pip install 'polyformer[all]'",
+        )
     from he_backend.base import HEError
 
     if isinstance(error, (HEError, OSError, ValueError)):
         return f"{type(error).__name__}: {text}", ""
-    return f"{type(error).__name__}: {text}", "This was not foreseen; run the command again with --debug and report what it shows."
+    return (
+        f"{type(error).__name__}: {text}",
+        "This was not foreseen; run the command again with --debug and report what it shows.",
+    )
 
 
 def main() -> None:

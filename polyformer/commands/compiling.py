@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 def compile_(
     model: Annotated[Path, typer.Argument(help="ONNX file, from `polyformer export`.")],
-    calibration: Annotated[Path | None, typer.Option(help=".npz with `tokens` [n, T]; default: beside the model.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help=".npz with `tokens` [n, T]; default: beside the model.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Circuit file; default: beside the model.")] = None,
     backend: Annotated[str, typer.Option(help="openfhe or tenseal.")] = "openfhe",
     max_memory_gb: Annotated[float | None, typer.Option(help="RAM cap; default: 80 % of this machine's.")] = None,

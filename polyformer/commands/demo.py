@@ -27,7 +27,7 @@ from polyformer.commands.server_process import ServerProcess, server_process
 if TYPE_CHECKING:
     import numpy as np
 
-QUICK_LOG_N = 12
+QUICK_LOG_N = 14  # the vocabulary times the tokens must fit the slots
 SPARE_DISK = 1 << 30
 
 
@@ -76,7 +76,9 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="Train on this file or folder of .txt instead.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this instead of held-out text.")] = None,
     backend: Annotated[str, typer.Option(help="openfhe or tenseal.")] = "openfhe",
-    quick: Annotated[bool, typer.Option(help="A tiny model on a test-size INSECURE ring: the path, not the result.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A tiny model on a test-size INSECURE ring: the path, not the result.")
+    ] = False,
     retrain: Annotated[bool, typer.Option(help="Train again even if a model is there.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the server.")] = 2,
     max_memory_gb: Annotated[
@@ -147,14 +149,21 @@ def train(options: Options, story: Story) -> None:
             metrics = isolated(models.convert_model, folder, progress=advance)
     story.facts["metrics"] = metrics
     losses = [(name, metrics.get(f"heldout_loss_{name}")) for name in ("softmax", "power", "polynomial")]
-    say("  held-out loss, nats a token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None))
+    say(
+        "  held-out loss, nats a token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
+    )
 
 
 def export(options: Options, story: Story) -> None:
     """2: an ONNX file that onnxruntime agrees with."""
     say("[bold]2[/] export to ONNX")
     with story.phase("export"), bar("export") as advance:
-        result = isolated(models.export_checked, options.model, progress=advance)
+        try:
+            result = isolated(models.export_checked, options.model, progress=advance)
+        except Failure as error:
+            if not story.seconds("train"):
+                raise Failure(f"{error} (the model is of an earlier run; --retrain makes a new one)") from error
+            raise
     story.facts["export"] = result
     say(f"  onnxruntime and torch differ by at most {result['max_difference']:.2g}")
 
@@ -224,9 +233,7 @@ def serve_and_ask(options: Options, story: Story, tokens: np.ndarray) -> Any:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def ask(
-    options: Options, story: Story, server: ServerProcess, client: Path, folder: Path, tokens: np.ndarray
-) -> Any:
+def ask(options: Options, story: Story, server: ServerProcess, client: Path, folder: Path, tokens: np.ndarray) -> Any:
     """The client's part, with everything measured."""
     from he_backend import owner
     from he_backend.client import Client

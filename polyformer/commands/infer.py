@@ -196,9 +196,13 @@ def upload(client: Any, keys: Path, *, discard: bool = False) -> int:
 
     manifest = read_manifest(must_exist(keys, "polyformer keygen"))
     with bar("upload") as advance:
-        client.upload(manifest, keys / "evaluation", lambda done, total: advance(done, total, size(total)), discard=discard)
+        client.upload(
+            manifest, keys / "evaluation", lambda done, total: advance(done, total, size(total)), discard=discard
+        )
     with bar("server") as advance:
-        client.wait_ready(lambda status: advance(status["weights"]["done"], status["weights"]["total"], "encoding weights"))
+        client.wait_ready(
+            lambda status: advance(status["weights"]["done"], status["weights"]["total"], "encoding weights")
+        )
     return sum(f.bytes for f in manifest.files)
 
 

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Circuit, client file, request, reply, ONNX, keys, report, model folder.")],
+    path: Annotated[
+        Path, typer.Argument(help="Circuit, client file, request, reply, ONNX, keys, report, model folder.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     ops: Annotated[bool, typer.Option(help="Print a circuit's operators, one a line.")] = False,
 ) -> None:

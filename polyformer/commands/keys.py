@@ -11,9 +11,7 @@ from polyformer.commands.console import bar, emit, must_exist, say, size, warn_i
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
-        rich_help_panel="Client", epilog="Example: polyformer keygen runs/mine/model.client --out keys"
-    )(keygen)
+    app.command(rich_help_panel="Client", epilog="Example: polyformer keygen runs/mine/model.client --out keys")(keygen)
 
 
 def keygen(

@@ -76,7 +76,9 @@ def export(
         result = export_checked(out, model, progress=advance)
     if json:
         emit(result)
-    say(f"{result['path']}: onnxruntime and torch differ by at most {result['max_difference']:.2g} on {result['windows']} windows")
+    say(
+        f"{result['path']}: onnxruntime and torch differ by at most {result['max_difference']:.2g} on {result['windows']} windows"
+    )
 
 
 def export_checked(out: Path, model: str = "polynomial", *, progress: Advance) -> dict[str, Any]:
@@ -109,7 +111,9 @@ def export_checked(out: Path, model: str = "polynomial", *, progress: Advance) -
         progress(i + 1, len(windows), "onnxruntime against torch")
     difference = float(np.abs(ours - np.concatenate(theirs)).max())
     if not difference <= ONNX_TOLERANCE:
-        raise Failure(f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model")
+        raise Failure(
+            f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model"
+        )
     return {"path": str(path), "max_difference": difference, "windows": len(windows), "bytes": path.stat().st_size}
 
 

@@ -49,7 +49,13 @@ def server_process(
 
     port = free_port()
     command = [sys.executable, "-m", "polyformer", "serve", str(circuit), "--folder", str(folder), "--port", str(port)]
-    command += ["--threads", str(threads), "--plaintext-gb", f"{plaintext_gb:.3f}", *(["--insecure"] if insecure else [])]
+    command += [
+        "--threads",
+        str(threads),
+        "--plaintext-gb",
+        f"{plaintext_gb:.3f}",
+        *(["--insecure"] if insecure else []),
+    ]
     root = str(Path(__file__).resolve().parents[2])  # the child imports what we run, wherever it was started
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("wb") as output, terminated_cleanly():

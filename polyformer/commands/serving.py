@@ -13,14 +13,16 @@ PLAINTEXT_GB = 4.0
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
-        rich_help_panel="Server", epilog="Example: polyformer serve model.circuit --folder server --port 8000"
-    )(serve)
+    app.command(rich_help_panel="Server", epilog="Example: polyformer serve model.circuit --folder server --port 8000")(
+        serve
+    )
 
 
 def serve(
     circuit: Annotated[Path, typer.Argument(help="Circuit file, from `polyformer compile`.")],
-    folder: Annotated[Path, typer.Option(help="Where uploaded keys are kept; must hold no secret key.")] = Path("server"),
+    folder: Annotated[Path, typer.Option(help="Where uploaded keys are kept; must hold no secret key.")] = Path(
+        "server"
+    ),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="Primitives evaluated at once.")] = 2,
@@ -41,9 +43,7 @@ def serve(
     loaded = Circuit.load(circuit)
     if loaded.params.insecure:
         warn_insecure(loaded.params.name)
-    engine = CircuitEngine(
-        loaded, threads=threads, plaintext_budget=int(plaintext_gb * 1e9), allow_insecure=insecure
-    )
+    engine = CircuitEngine(loaded, threads=threads, plaintext_budget=int(plaintext_gb * 1e9), allow_insecure=insecure)
     server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue))
     say(f"serving {loaded.params.name} on http://{host}:{port}; keys in {folder}; Ctrl-C ends")
     run(server, host=host, port=port)

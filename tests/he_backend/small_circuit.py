@@ -34,7 +34,14 @@ def mlp(params: Params, seed: int = 0) -> Circuit:
     attrs = {"plan": plan, "bias": None}
     ops = (
         Op(id=0, kind="input", args=(), attrs={"name": "x", "part": 0}, level=LEVELS, source="x"),
-        Op(id=1, kind="linear", args=(0,), attrs={**attrs, "weights": "first", "bias": "bias"}, level=2, source="/up/MatMul"),
+        Op(
+            id=1,
+            kind="linear",
+            args=(0,),
+            attrs={**attrs, "weights": "first", "bias": "bias"},
+            level=2,
+            source="/up/MatMul",
+        ),
         Op(id=2, kind="mul", args=(1, 1), level=1, source="/square/Mul"),
         Op(id=3, kind="linear", args=(2,), attrs={**attrs, "weights": "second"}, level=0, source="/down/MatMul"),
         Op(id=4, kind="output", args=(3,), attrs={"name": "y", "part": 0}, level=0, source="y"),

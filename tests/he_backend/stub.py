@@ -42,7 +42,7 @@ def from_residues(residues: Residues) -> np.ndarray:
 class StubOwner:
     """`owner.Owner` without a key."""
 
-    moduli = MODULI
+    moduli: tuple[int, ...] = MODULI
 
     def __init__(self, key_id: str = "5" * 32) -> None:
         self.key_id = key_id
@@ -71,7 +71,7 @@ def make_keys(spec: ClientSpec, folder: Path, key_id: str, *, bad: str = "") -> 
 class StubEngine:
     """`jobs.Engine` in NumPy; POLYFORMER_STUB_SLOW gives each operator that many seconds."""
 
-    moduli = MODULI
+    moduli: tuple[int, ...] = MODULI
 
     def __init__(self, circuit: Circuit) -> None:
         self.circuit = circuit

@@ -27,7 +27,9 @@ EXPECTED = wire.Expected(
 def ciphertexts() -> dict[wire.Part, wire.Sealed]:
     rng = np.random.default_rng(7)
     limbs = [rng.integers(1, q, size=(2, 1, 32), dtype=np.uint64) for q in MODULI]
-    return {p: wire.Sealed(np.concatenate(limbs[: level + 1], axis=1), 2.0**40 + 1) for p, level in EXPECTED.parts.items()}
+    return {
+        p: wire.Sealed(np.concatenate(limbs[: level + 1], axis=1), 2.0**40 + 1) for p, level in EXPECTED.parts.items()
+    }
 
 
 FRAME = wire.dumps(EXPECTED, ciphertexts())
@@ -77,7 +79,10 @@ def test_foreign_frame_is_a_difference_by_field(field: str, value: object) -> No
     assert caught.value.differences == {field: (getattr(EXPECTED, field), value)}
 
 
-ROWS = [{"name": "x", "part": p, "level": level, "elements": 2, "scale": 2.0**40} for (_, p), level in EXPECTED.parts.items()]
+ROWS = [
+    {"name": "x", "part": p, "level": level, "elements": 2, "scale": 2.0**40}
+    for (_, p), level in EXPECTED.parts.items()
+]
 MALFORMED = {
     "no list": "x",
     "too few": ROWS[:1],

@@ -1,0 +1,169 @@
+"""The client: what it refuses to encrypt, how it reads a reply, and one real circuit at 128 bits through two processes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from he_backend import keys, owner
+from he_backend.base import HEError, ManifestError, RangeError, WireError
+from he_backend.circuit import ClientSpec
+from he_backend.client import Client, compare_manifest
+from he_backend.engine import KeyOwner
+from he_backend.openfhe_backend import available
+from tests.he_backend.running import free_port, running
+from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, mlp, reference
+from tests.he_backend.stub import StubOwner
+
+SPEC = mlp(TEST_PARAMS).spec()
+X = np.linspace(-1, 1, WIDTH, dtype=np.float64)
+
+
+def test_values_beyond_calibration_are_not_encrypted() -> None:
+    for bad in (X * 1.5, np.where(X == X[0], np.nan, X)):
+        with pytest.raises(RangeError, match="was made for"):
+            owner.seal(SPEC, StubOwner(), {"x": bad})
+    with pytest.raises(RangeError, match="missing"):
+        owner.seal(SPEC, StubOwner(), {"y": X})
+    with pytest.raises(WireError, match="shape"):
+        owner.seal(SPEC, StubOwner(), {"x": X[:3]})
+
+
+def token_spec() -> ClientSpec:
+    """A specification that embeds 4 tokens of a vocabulary of 10."""
+    arrays = {**SPEC.arrays, "embedding": np.zeros((10, 4), np.float32), "positions": np.zeros((4, 4), np.float32)}
+    return replace(SPEC, embedding=True, arrays=arrays)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"), [([1, 2, 3], "takes 4"), ([1, 2, 3, 10], "0 to 9"), ([-1, 2, 3, 4], "0 to 9")], ids=str
+)
+def test_token_ids_are_checked(tokens: list[int], says: str) -> None:
+    with pytest.raises(RangeError, match=says):
+        owner.embed(token_spec(), np.array(tokens))
+
+
+def test_a_circuit_without_embedding_takes_no_tokens() -> None:
+    with pytest.raises(HEError, match="no embedding"):
+        owner.embed(SPEC, np.array([1]))
+
+
+@pytest.mark.parametrize("accuracy", [1e-3, 0.25, 3.0])
+def test_rounding_hides_less_than_the_accuracy(accuracy: float) -> None:
+    values = np.random.default_rng(0).normal(size=100)
+    rounded = owner.round_to(values, accuracy)
+    assert np.abs(rounded - values).max() <= accuracy / 2
+    assert len(np.unique(rounded)) < 100 or accuracy < 0.01
+    np.testing.assert_array_equal(owner.round_to(values, 0.0), values)
+
+
+def test_decryptions_are_counted_and_end(tmp_path: Path) -> None:
+    counter = owner.Counter(tmp_path / "secret" / "count.json", limit=3)
+    assert [counter.count() for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(HEError, match="make new keys"):
+        counter.count()
+    with pytest.raises(HEError, match="make new keys"):  # the count outlives the process
+        owner.Counter(tmp_path / "secret" / "count.json", limit=3).count()
+
+
+def test_a_damaged_count_is_no_fresh_start(tmp_path: Path) -> None:
+    path = tmp_path / "count.json"
+    path.write_text("{")
+    with pytest.raises(HEError, match="damaged"):
+        owner.Counter(path).count()
+
+
+def manifest_of(spec: ClientSpec) -> dict[str, object]:
+    """What an honest server says."""
+    return {
+        "format": "manifest",
+        "version": 1,
+        "circuit_sha256": spec.circuit_sha256,
+        "params": spec.params.to_json(),
+        "keys": {str(k): level for k, level in spec.keys.items()},
+        "relin_level": spec.relin_level,
+        "inputs": [{**vars(s), "shape": list(s.shape)} for s in spec.inputs],
+        "outputs": [{**vars(s), "shape": list(s.shape)} for s in spec.outputs],
+        "moduli": list(StubOwner.moduli),
+    }
+
+
+CHANGES = {
+    "circuit_sha256": {"circuit_sha256": "00"},
+    "params.levels": {"params": {**SPEC.params.to_json(), "levels": 9}},
+    "params.insecure": {"params": {**SPEC.params.to_json(), "insecure": False}},
+    "keys": {"keys": {}},
+    "outputs": {"outputs": []},
+    "moduli": {"moduli": [3]},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_manifest_differences_are_named(field: str) -> None:
+    honest = manifest_of(SPEC)
+    compare_manifest(SPEC, honest, StubOwner.moduli)
+    with pytest.raises(ManifestError) as caught:
+        compare_manifest(SPEC, {**honest, **CHANGES[field]}, StubOwner.moduli)
+    assert set(caught.value.differences) == {field}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")
+def test_a_real_circuit_at_128_bits_through_two_processes(tmp_path: Path) -> None:
+    """Keys, request and reply of N = 2^14; the server is `polyformer serve`, and is killed and restarted in between."""
+    circuit = mlp(SECURE_PARAMS)
+    assert not circuit.params.insecure
+    circuit.save(tmp_path / "model.circuit")
+    spec = circuit.spec()
+    manifest = keys.generate(spec, tmp_path / "client")
+    who = KeyOwner(spec, tmp_path / "client")
+    port = free_port()
+    url, folder = f"http://127.0.0.1:{port}", tmp_path / "server"
+    command = ["-m", "polyformer", "serve", str(tmp_path / "model.circuit"), "--folder", str(folder), "--port", str(port)]
+
+    def ask(client: Client, x: np.ndarray) -> np.ndarray:
+        most = owner.expected(spec, who, "reply").max_bytes
+        reply, timing = client.evaluate(owner.seal(spec, who, {"x": x}), max_reply=most)
+        assert timing["primitives"]["rotate_extended"]["count"] > 0
+        opened = owner.open_reply(spec, who, reply, owner.Counter(who.counter_path))
+        assert np.abs(opened.tensors["y"] - opened.exact["y"]).max() <= spec.error_bound / 2
+        return np.asarray(opened.exact["y"])
+
+    with running(command, port) as process, Client(url) as client:
+        client.agree(spec, who.moduli)
+        client.upload(manifest, tmp_path / "client" / "evaluation")
+        client.wait_ready()
+        np.testing.assert_allclose(ask(client, X), reference(X), atol=1e-6)
+        process.kill()
+        process.wait()
+    assert keys.find_secret(folder) is None
+    with running(command, port), Client(url) as client:
+        client.wait_ready()
+        np.testing.assert_allclose(ask(client, X[::-1]), reference(X[::-1]), atol=1e-6)
+        other = replace(manifest, key_id="0" * 32)
+        with pytest.raises(ManifestError, match="holds other keys"):
+            client.upload(other, tmp_path / "client" / "evaluation")
+        np.testing.assert_allclose(ask(client, X), reference(X), atol=1e-6)
+
+
+@pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")
+def test_a_key_whose_residues_are_too_large_is_refused(tmp_path: Path) -> None:
+    """The right length, header and hash are not enough: the engine looks at every residue before the library does."""
+    import hashlib
+
+    from he_backend.engine import CircuitEngine
+
+    params = replace(TEST_PARAMS, log_n=11)
+    circuit = mlp(params)
+    spec = circuit.spec()
+    manifest = keys.generate(spec, tmp_path, allow_insecure=True)
+    engine = CircuitEngine(circuit, threads=1, plaintext_budget=0, allow_insecure=True)
+    path = tmp_path / "evaluation" / "relin.key"
+    data = bytearray(path.read_bytes())
+    data[-8:] = b"\xff" * 8
+    path.write_bytes(data)
+    file = replace(manifest.files[0], sha256=hashlib.sha256(data).hexdigest())
+    assert file.name == "relin.key"
+    with pytest.raises(WireError):
+        engine.load_key(path, file, manifest)

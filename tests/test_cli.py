@@ -14,7 +14,7 @@ from he_backend import owner
 from he_backend.openfhe_backend import available
 from polyformer import cli
 from polyformer.commands import infer, isolated
-from polyformer.commands.console import Failure
+from polyformer.commands.console import Advance, Failure
 from tests.he_backend.running import ROOT, free_port, running
 from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, mlp, reference
 from tests.he_backend.stub import StubOwner
@@ -137,7 +137,7 @@ def test_likeliest_tokens_are_those_of_the_last_position() -> None:
     assert rows[0]["probability"] == pytest.approx(np.exp(2) / (1 + np.e + np.exp(2)))
 
 
-def work(*, progress: isolated.Advance, fail: bool = False) -> int:
+def work(*, progress: Advance, fail: bool = False) -> int:
     """For the test below: importable by the process that runs it."""
     progress(1, 2, "half")
     if fail:

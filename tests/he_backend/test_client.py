@@ -89,7 +89,7 @@ def manifest_of(spec: ClientSpec) -> dict[str, object]:
     }
 
 
-CHANGES = {
+CHANGES: dict[str, dict[str, object]] = {
     "circuit_sha256": {"circuit_sha256": "00"},
     "params.levels": {"params": {**SPEC.params.to_json(), "levels": 9}},
     "params.insecure": {"params": {**SPEC.params.to_json(), "insecure": False}},

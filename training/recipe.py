@@ -19,10 +19,11 @@ class Recipe:
     """All numbers of a run. Steps are optimiser steps; a stage of 0 steps is skipped.
 
     Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of
-    `variance_ratio`, centred on what the model has. Their fitted intervals are the targets widened by the factor `margin`
-    at both ends. Denominators have a target and a fitted interval of their own, because their ends differ: a denominator
-    above the interval makes the reciprocal polynomial explode; one below it is harmless (the numerator is smaller still,
-    and the polynomial is finite at 0), so the lower target lies below the lower end of the fit.
+    `variance_ratio`, centred on what the model has. Their fitted intervals are the targets widened by the factor
+    `margin` at both ends. Denominators have a target and a fitted interval of their own, because their ends differ:
+    a denominator above the interval makes the reciprocal polynomial explode; one below it is harmless (the
+    numerator is smaller still, and the polynomial is finite at 0), so the lower target lies below the lower end of
+    the fit.
     """
 
     seed: int = 0
@@ -72,7 +73,7 @@ class Recipe:
 
     @classmethod
     def demo(cls) -> Recipe:
-        """The model of the demonstration: 2 blocks, width 128, 32 tokens; four minutes or less on 2 cores, 23 levels."""
+        """The model of the demonstration: 2 blocks, width 128, 32 tokens, 23 levels; about four minutes on 2 cores."""
         return cls()
 
     @classmethod

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .lower import Lowering, Placed
 
 
-def shifted(low: Lowering, node: Node, x: Placed, heads: Heads, name: str, weight: np.ndarray, factor: float) -> list[int]:
+def shifted(
+    low: Lowering, node: Node, x: Placed, heads: Heads, name: str, weight: np.ndarray, factor: float
+) -> list[int]:
     """Token shifts of a heads tensor: one op a ciphertext, slot (i, b, h, t) of part a = weight[h, t, j] * x[h, j, i], j = t - b - B a.
 
     Args:
@@ -31,7 +33,8 @@ def shifted(low: Lowering, node: Node, x: Placed, heads: Heads, name: str, weigh
     ops = []
     for part in range(heads.ciphertexts):
         head, token, shift = heads.per_slot(part)
-        rows, terms = [], []
+        rows: list[np.ndarray] = []
+        terms: list[list[int]] = []
         for wrap in (0, 1):  # key t - s, or T + t - s where that is negative
             inside = token >= shift if wrap == 0 else token < shift
             for b in range(shifts):

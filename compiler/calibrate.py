@@ -28,4 +28,7 @@ def calibrate(
             ranges[name] = (lo, hi)
         if progress is not None:
             progress(i + 1)
-    return {name: (lo - (margin - 1) * max(abs(lo), abs(hi)), hi + (margin - 1) * max(abs(lo), abs(hi))) for name, (lo, hi) in ranges.items()}
+    return {
+        name: (lo - (margin - 1) * max(abs(lo), abs(hi)), hi + (margin - 1) * max(abs(lo), abs(hi)))
+        for name, (lo, hi) in ranges.items()
+    }

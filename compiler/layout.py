@@ -53,7 +53,9 @@ class Heads:
     def __post_init__(self) -> None:
         for name in ("tokens", "heads", "channels"):
             if (n := getattr(self, name)) != power_of_two(n):
-                raise UnsupportedOpError(f"attention with {n} {name}: the layout wants a power of two; pad to {power_of_two(n)}")
+                raise UnsupportedOpError(
+                    f"attention with {n} {name}: the layout wants a power of two; pad to {power_of_two(n)}"
+                )
         if self.heads * self.channels > self.positions:
             raise UnsupportedOpError(
                 f"{self.heads} heads of {self.channels} channels need {self.heads * self.channels} positions of {self.tokens} "

@@ -114,7 +114,12 @@ class Lowering:
         norms: dict[str, float] = {}
         for node in self.graph.nodes:
             square = self.nodes.get(node.inputs[0])
-            if node.op == "reduce_sum" and square is not None and square.op == "polynomial" and square.inputs[0] in parent:
+            if (
+                node.op == "reduce_sum"
+                and square is not None
+                and square.op == "polynomial"
+                and square.inputs[0] in parent
+            ):
                 group = root(square.inputs[0])
                 norms[group] = max(norms.get(group, 0.0), self.bound(node.name) ** 0.5)
         peaks: dict[str, float] = {}
@@ -162,10 +167,9 @@ class Lowering:
             for part, op in enumerate(placed.ops):
                 self.tensors[op] = (node.name, part)
         outputs = (self._output(),)
-        for i, op in enumerate(self.ops):
-            if op.id in self.tensors:
-                name, part = self.tensors[op.id]
-                self.ops[i] = replace(op, layout=self._layout_name(self.placed[name].layout[part]))
+        for op, (name, part) in self.tensors.items():
+            layout = self._layout_name(self.placed[name].layout[part])
+            self.ops[op] = replace(self.ops[op], layout=layout)
         return Lowered(
             ops=tuple(self.ops),
             arrays=self.arrays,
@@ -342,7 +346,9 @@ def _reduce_sum(low: Lowering, node: Node) -> Placed:
         if feature is None or not np.array_equal(feature, periodic(shape[-1], low.positions)):
             raise UnsupportedOpError(f"{node}: sums are taken over features in the periodic layout, or over keys")
         if (feature < 0).any() and not x.clean:
-            raise UnsupportedOpError(f"{node}: {shape[-1]} features are padded with values that are not 0; use a power of two")
+            raise UnsupportedOpError(
+                f"{node}: {shape[-1]} features are padded with values that are not 0; use a power of two"
+            )
         period = 1 << (shape[-1] - 1).bit_length()
         steps = [low.tokens << k for k in range(period.bit_length() - 1)]
     if steps:
@@ -368,7 +374,9 @@ def _reshape(low: Lowering, node: Node) -> Placed:
 def _matmul(low: Lowering, node: Node) -> Placed:
     a, b = (low.placed[name] for name in node.inputs)
     if a.heads is None or a.heads != b.heads:
-        raise UnsupportedOpError(f"{node}: products of two encrypted matrices are compiled for attention heads of equal shape")
+        raise UnsupportedOpError(
+            f"{node}: products of two encrypted matrices are compiled for attention heads of equal shape"
+        )
     return (lower_values if a.scores else lower_scores)(low, node, a, b, a.heads)
 
 

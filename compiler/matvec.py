@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -81,7 +82,9 @@ def cover(source: np.ndarray, folds: int, period: int, features: int) -> tuple[n
     return np.array(chosen), owner
 
 
-def split(rotations: np.ndarray, cost: Callable[[int, int], float]) -> tuple[tuple[int, tuple[tuple[int, int], ...]], ...]:
+def split(
+    rotations: np.ndarray, cost: Callable[[int, int], float]
+) -> tuple[tuple[int, tuple[tuple[int, int], ...]], ...]:
     """Cheapest baby-step giant-step split of a set of rotations that is a sum set babies + giants."""
     best: tuple[float, int] = (float("inf"), len(rotations))
     row = {int(r): i for i, r in enumerate(rotations)}
@@ -116,7 +119,7 @@ def plan_matvec(source: np.ndarray, target: np.ndarray, matrix: np.ndarray, cost
         found = cover(source, folds, period, features)
         if found is not None:
             rotations, owner = found
-            plan = split(rotations, lambda b, g, r=len(rotations), f=folds: cost(r, b, g, f.bit_length() - 1))  # type: ignore[misc]
+            plan = split(rotations, partial(_split_cost, cost, len(rotations), folds.bit_length() - 1))
             babies = len({b for _, terms in plan for b, _ in terms})
             seconds = cost(len(rotations), babies, len(plan), folds.bit_length() - 1)
             if best is None or seconds < best[0]:
@@ -129,7 +132,13 @@ def plan_matvec(source: np.ndarray, target: np.ndarray, matrix: np.ndarray, cost
     return best[1]
 
 
-def _weights(source: np.ndarray, target: np.ndarray, matrix: np.ndarray, rotations: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def _split_cost(cost: PlanCost, diagonals: int, folds: int, babies: int, giants: int) -> float:
+    return cost(diagonals, babies, giants, folds)
+
+
+def _weights(
+    source: np.ndarray, target: np.ndarray, matrix: np.ndarray, rotations: np.ndarray, owner: np.ndarray
+) -> np.ndarray:
     positions = source.size
     feature = source[(np.arange(positions)[None, :] + rotations[:, None]) % positions]  # [R, P]
     use = owner & (feature >= 0) & (target >= 0)[None, :]

@@ -42,9 +42,7 @@ class Importer:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.functions = {(f.domain, f.name) for f in model.functions}
-        self.constants: dict[str, np.ndarray] = {
-            t.name: numpy_helper.to_array(t) for t in model.graph.initializer
-        }
+        self.constants: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         inputs = [v for v in model.graph.input if v.name not in self.constants]
         if len(inputs) != 1 or len(model.graph.output) != 1:
             raise UnsupportedOpError(
@@ -83,10 +81,18 @@ class Importer:
         if proto.op_type in TABLE and proto.domain in ("", "ai.onnx"):
             return TABLE[proto.op_type]
         instead = INSTEAD.get(proto.op_type)
-        hint = f"use {instead} instead" if instead else f"the compiler reads {', '.join(sorted(TABLE))} and Polynomial functions"
-        raise UnsupportedOpError(f"node {source!r} is a {proto.op_type}, which is not a polynomial this compiler knows: {hint}")
+        hint = (
+            f"use {instead} instead"
+            if instead
+            else f"the compiler reads {', '.join(sorted(TABLE))} and Polynomial functions"
+        )
+        raise UnsupportedOpError(
+            f"node {source!r} is a {proto.op_type}, which is not a polynomial this compiler knows: {hint}"
+        )
 
-    def emit(self, proto: onnx.NodeProto, source: str, op: str, inputs: tuple[str, ...], shape: Any, **fields: Any) -> None:
+    def emit(
+        self, proto: onnx.NodeProto, source: str, op: str, inputs: tuple[str, ...], shape: Any, **fields: Any
+    ) -> None:
         name = fields.pop("name", proto.output[0])
         self.shapes[name] = tuple(int(n) for n in shape)
         self.nodes.append(Node(name=name, op=op, inputs=inputs, shape=self.shapes[name], source=source, **fields))
@@ -139,7 +145,9 @@ def _pow(g: Importer, proto: onnx.NodeProto, source: str) -> None:
     a, b = proto.input
     exponent = float(g.constants[b].reshape(())) if b in g.constants else float("nan")
     if exponent != int(exponent if np.isfinite(exponent) else 0) or exponent < 1:
-        raise UnsupportedOpError(f"node {source!r} is a power with exponent {exponent}; only whole exponents >= 1 are polynomials")
+        raise UnsupportedOpError(
+            f"node {source!r} is a power with exponent {exponent}; only whole exponents >= 1 are polynomials"
+        )
     coefficients = np.zeros(int(exponent) + 1)
     coefficients[-1] = 1.0
     g.emit(proto, source, "polynomial", (a,), g.shapes[a], attrs={"coefficients": coefficients, "interval": None})
@@ -148,7 +156,9 @@ def _pow(g: Importer, proto: onnx.NodeProto, source: str) -> None:
 def _matmul(g: Importer, proto: onnx.NodeProto, source: str) -> None:
     a, b = proto.input
     if a in g.constants:
-        raise UnsupportedOpError(f"node {source!r} multiplies a constant from the left; transpose it: x @ W is compiled")
+        raise UnsupportedOpError(
+            f"node {source!r} multiplies a constant from the left; transpose it: x @ W is compiled"
+        )
     if b in g.constants:
         const = g.constants[b].astype(np.float64)
         if const.ndim != 2:
@@ -176,7 +186,9 @@ def _reduce(mean: bool) -> Callable[[Importer, onnx.NodeProto, str], None]:
         a = proto.input[0]
         rank, axes = len(g.shapes[a]), _axes(g, proto)
         if [x % rank for x in axes] != [rank - 1] or not _attributes(proto).get("keepdims", 1):
-            raise UnsupportedOpError(f"node {source!r} reduces axes {axes} of rank {rank}; the last one, kept, is compiled")
+            raise UnsupportedOpError(
+                f"node {source!r} reduces axes {axes} of rank {rank}; the last one, kept, is compiled"
+            )
         shape = (*g.shapes[a][:-1], 1)
         if not mean:
             g.emit(proto, source, "reduce_sum", (a,), shape)
@@ -207,7 +219,9 @@ def _reshape(g: Importer, proto: onnx.NodeProto, source: str) -> None:
 def _gather(g: Importer, proto: onnx.NodeProto, source: str) -> None:
     table, ids = proto.input
     if table not in g.constants or ids != g.input or _attributes(proto).get("axis", 0):
-        raise UnsupportedOpError(f"node {source!r} gathers with an encrypted index; only the embedding of the input is compiled")
+        raise UnsupportedOpError(
+            f"node {source!r} gathers with an encrypted index; only the embedding of the input is compiled"
+        )
     const = g.constants[table].astype(np.float64)
     g.emit(proto, source, "gather", (ids,), (*g.shapes[ids], const.shape[1]), const=const)
 
@@ -226,8 +240,10 @@ def _polynomial(g: Importer, proto: onnx.NodeProto, source: str) -> None:
     x, *scalars = proto.input
     a, b, *c = (float(g.constants[s].reshape(())) for s in scalars)
     basis = np.polynomial.Chebyshev if "chebyshev" in proto.op_type else np.polynomial.Polynomial
-    power = basis(c).convert(kind=np.polynomial.Polynomial)(np.polynomial.Polynomial([b, a])) if "chebyshev" in proto.op_type else basis(c)(
-        np.polynomial.Polynomial([b, a])
+    power = (
+        basis(c).convert(kind=np.polynomial.Polynomial)(np.polynomial.Polynomial([b, a]))
+        if "chebyshev" in proto.op_type
+        else basis(c)(np.polynomial.Polynomial([b, a]))
     )
     interval = sorted(((-1.0 - b) / a, (1.0 - b) / a)) if "chebyshev" in proto.op_type else None
     attrs = {"coefficients": np.atleast_1d(power.coef), "interval": interval}

@@ -69,7 +69,9 @@ def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]
     return split, embedding
 
 
-def compile_onnx(path: Path, calibration: np.ndarray, *, target: Target | None = None, progress: Progress | None = None) -> Compiled:
+def compile_onnx(
+    path: Path, calibration: np.ndarray, *, target: Target | None = None, progress: Progress | None = None
+) -> Compiled:
     """Compile an ONNX file of polynomial ops.
 
     Args:
@@ -94,7 +96,9 @@ def compile_onnx(path: Path, calibration: np.ndarray, *, target: Target | None =
     levels = 0
     reason: Exception | None = None
     chosen: tuple[Candidate, Lowered, Circuit, float] | None = None
-    rings = [target.insecure_log_n] if target.insecure_log_n is not None else range(13, LARGEST_RING[target.backend] + 1)
+    rings = (
+        [target.insecure_log_n] if target.insecure_log_n is not None else range(13, LARGEST_RING[target.backend] + 1)
+    )
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
         slots = 1 << (log_n - 1)
@@ -111,11 +115,12 @@ def compile_onnx(path: Path, calibration: np.ndarray, *, target: Target | None =
             circuit = as_circuit(built, candidate.params)
             report("noise", 0, 1)
             assert candidate.trace is not None
-            error = predicted_error(circuit, candidate.trace, samples[:ERROR_SAMPLES])
-            if error <= target.max_error:
-                chosen = candidate, built, circuit, error
+            promised = predicted_error(circuit, candidate.trace, samples[:ERROR_SAMPLES])
+            if promised <= target.max_error:
+                chosen = candidate, built, circuit, promised
                 break
-            rows[rows.index(candidate)] = replace(candidate, why=f"predicted error {error:.2g} above {target.max_error:.2g}")
+            why = f"predicted error {promised:.2g} above {target.max_error:.2g}"
+            rows[rows.index(candidate)] = replace(candidate, why=why)
         if chosen is not None:
             break
     if chosen is None:
@@ -126,7 +131,9 @@ def compile_onnx(path: Path, calibration: np.ndarray, *, target: Target | None =
     verified = verify.against_graph(circuit, built, graph, samples[:2])
     circuit = _finish(with_bounds(circuit, samples[:8]), candidate, error_bound, embedding, graph, path)
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
-    others = tuple(c for c in sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s)) if c.params != candidate.params)
+    others = tuple(
+        c for c in sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s)) if c.params != candidate.params
+    )
     assert candidate.forecast is not None
     return Compiled(
         circuit=circuit,

@@ -133,7 +133,9 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
         if rest < 0:
             memory = (target.max_memory_gb * GB - rest) / GB
             why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"
-            rows.append(Candidate(params=params, log_qp=params.log_qp, limit=limit, why=why, memory_gb=memory, key_gb=keys / GB))
+            rows.append(
+                Candidate(params=params, log_qp=params.log_qp, limit=limit, why=why, memory_gb=memory, key_gb=keys / GB)
+            )
             continue
         f = forecast(t, params, table, threads=target.threads, plaintext_budget=int(rest))
         memory = (target.max_memory_gb * GB - rest + f.kept) / GB
@@ -170,10 +172,12 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
 def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> Circuit:
     """Largest stored slot of every op over samples, times a margin."""
     name = circuit.inputs[0].name
-    peaks = np.zeros(len(circuit.ops))
+    peaks: np.ndarray = np.zeros(len(circuit.ops))
     for x in samples:
         peaks = np.maximum(peaks, [np.max(np.abs(v)) for v in simulate(circuit, {name: x}).values])
-    return replace(circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, peaks, strict=True)))
+    return replace(
+        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, peaks, strict=True))
+    )
 
 
 def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
@@ -196,12 +200,16 @@ def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsErro
             "Use --backend openfhe, or a shallower model"
         )
     nearest = "\n  ".join(str(c) for c in rows[:5])
-    return ParamsError(f"no parameters hold {levels} levels within 128 bits and {target.max_memory_gb} GB:\n  {nearest}")
+    return ParamsError(
+        f"no parameters hold {levels} levels within 128 bits and {target.max_memory_gb} GB:\n  {nearest}"
+    )
 
 
 def levels_at_most(backend: str, log_n: int, scale: int = 40) -> int:
     """Most levels of a ring at 128 bits and the smallest scale."""
     levels = 1
-    while any(p.log_qp <= security.limit(p) for p in candidates(backend, log_n, levels + 1, False) if p.scale_bits == scale):
+    while any(
+        p.log_qp <= security.limit(p) for p in candidates(backend, log_n, levels + 1, False) if p.scale_bits == scale
+    ):
         levels += 1
     return levels

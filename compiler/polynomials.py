@@ -18,7 +18,9 @@ MAX_FACTORED_DEGREE = 8  # beyond it the spread of the factors costs digits
 TOLERANCE = 1e-9  # relative to the largest value on the interval
 
 
-def prepare(coefficients: Sequence[float], factor: float, interval: tuple[float, float]) -> tuple[dict[str, Any], float]:
+def prepare(
+    coefficients: Sequence[float], factor: float, interval: tuple[float, float]
+) -> tuple[dict[str, Any], float]:
     """Attributes of a `polynomial` op and the factor of its result.
 
     Args:
@@ -31,27 +33,29 @@ def prepare(coefficients: Sequence[float], factor: float, interval: tuple[float,
     """
     if max(map(abs, interval)) < 1e-9:  # calibration saw zeros only: any interval will do
         interval = (-1.0, 1.0)
-    p = Polynomial(np.asarray(coefficients) * factor ** np.arange(len(coefficients)))
-    scale = np.max(np.abs(p.coef) * max(abs(interval[0]), abs(interval[1])) ** np.arange(len(p.coef)))
-    keep = [i for i, c in enumerate(p.coef) if abs(c) * max(map(abs, interval)) ** i > 1e-12 * scale]
-    p = Polynomial(p.coef[: keep[-1] + 1])
-    if p.degree() < 1:
+    powers = np.arange(len(coefficients))
+    c = np.asarray(coefficients, dtype=np.float64) * factor**powers
+    weight = np.abs(c) * max(map(abs, interval)) ** powers  # what each term can contribute
+    highest = int(np.flatnonzero(weight > 1e-12 * weight.max())[-1])
+    if highest < 1:
         raise ValueError(f"polynomial {coefficients} is constant on {interval}")
+    p = Polynomial(c[: highest + 1])
     if p.degree() <= MAX_FACTORED_DEGREE:
-        lead = float(p.coef[-1])
-        factors = monic_factors(p / lead)
-        if error_of(factors, p / lead, interval) < TOLERANCE:
+        lead = float(c[highest])
+        monic = Polynomial(c[: highest + 1] / lead)
+        factors = monic_factors(monic)
+        if error_of(factors, monic, interval) < TOLERANCE:
             return {"factors": factors}, lead
     lo, hi = interval
-    series = p.convert(kind=Chebyshev, domain=[lo, hi])
-    size = float(np.max(np.abs(series.coef)))
+    series = np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)
+    size = float(np.max(np.abs(series)))
     domain = [2.0 / (hi - lo), -(hi + lo) / (hi - lo)]
-    return {"chebyshev": [float(c) for c in series.coef / size], "domain": domain}, size
+    return {"chebyshev": [float(c) for c in series / size], "domain": domain}, size
 
 
 def monic_factors(p: Polynomial) -> list[list[float | None]]:
     """[[alpha, beta], ...] with product (x + alpha)^2 + beta, and [alpha, None] for x + alpha, which comes first."""
-    roots = p.roots()
+    roots = [complex(r) for r in p.roots()]
     pairs = sorted((r for r in roots if r.imag > 1e-12 * max(1.0, abs(r))), key=lambda r: r.real)
     real = sorted(r.real for r in roots if abs(r.imag) <= 1e-12 * max(1.0, abs(r)))
     factors: list[list[float | None]] = []

@@ -37,7 +37,11 @@ def forecast(trace: Trace, params: Params, table: CostTable, *, threads: int, pl
         plaintext_budget: bytes for plaintexts encoded ahead; those that save most seconds a byte are kept.
     """
     encode = {n.id: table.encodings(n, params) for n in trace.nodes if n.plains}
-    sizes = {n.id: plaintext_bytes(n, params) * sum(not isinstance(p, float) for p in n.plains) for n in trace.nodes if n.plains}
+    sizes = {
+        n.id: plaintext_bytes(n, params) * sum(not isinstance(p, float) for p in n.plains)
+        for n in trace.nodes
+        if n.plains
+    }
     kept_seconds = kept_bytes = 0.0
     for node in sorted((i for i in encode if sizes[i]), key=lambda i: -encode[i] / sizes[i]):
         if kept_bytes + sizes[node] <= plaintext_budget:

@@ -30,7 +30,9 @@ def same_meaning(before: Graph, after: Graph, x: np.ndarray, y: np.ndarray, name
     a, b = evaluate(before, x)[before.output], evaluate(after, y)[after.output]
     gap = float(np.max(np.abs(a - b)) / max(1e-30, float(np.max(np.abs(a)))))
     if not gap < TOLERANCE:
-        raise VerificationError(f"pass {name!r} changed the output by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding")
+        raise VerificationError(
+            f"pass {name!r} changed the output by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
+        )
 
 
 def levels(circuit: Circuit) -> None:
@@ -63,7 +65,9 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
             layout = circuit.arrays[op.layout]
             flat = wanted[tensor].reshape(-1)
             used = layout >= 0
-            gap = np.max(np.abs(values[op.id][used] * op.factor - flat[layout[used]])) / max(1e-30, np.max(np.abs(flat)))
+            gap = np.max(np.abs(values[op.id][used] * op.factor - flat[layout[used]])) / max(
+                1e-30, np.max(np.abs(flat))
+            )
             if not gap < TOLERANCE:
                 raise VerificationError(
                     f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"

@@ -127,7 +127,7 @@ class ClientSpec:
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], arrays: Arrays) -> ClientSpec:
-        with _parsing(header, "client-spec"):
+        with _Parsing(header, "client-spec"):
             return cls(
                 circuit_sha256=str(header["circuit_sha256"]),
                 params=Params.from_json(header["params"]),
@@ -198,7 +198,7 @@ class Circuit:
     @classmethod
     def load(cls, path: Path) -> Circuit:
         header, arrays, _ = container.read(path)
-        with _parsing(header, "circuit"):
+        with _Parsing(header, "circuit"):
             client = set(header["client_arrays"])
             return cls(
                 params=Params.from_json(header["params"]),
@@ -239,7 +239,9 @@ def pack(tensor: np.ndarray, signature: Signature, layout: np.ndarray) -> np.nda
         WireError: the tensor has another shape than the signature.
     """
     if tuple(tensor.shape) != tuple(signature.shape):
-        raise WireError(f"input {signature.name!r} has shape {tuple(tensor.shape)}, the circuit wants {signature.shape}")
+        raise WireError(
+            f"input {signature.name!r} has shape {tuple(tensor.shape)}, the circuit wants {signature.shape}"
+        )
     flat = np.asarray(tensor, dtype=np.float64).reshape(-1)
     return np.where(layout >= 0, flat[np.maximum(layout, 0)], 0.0) / signature.factor
 
@@ -269,7 +271,7 @@ def _op(index: int, row: Mapping[str, Any]) -> Op:
     return op
 
 
-class _parsing:
+class _Parsing:
     """Turns the errors of a malformed header into one WireError, and checks format and version first."""
 
     def __init__(self, header: Mapping[str, Any], expected: str) -> None:
@@ -278,7 +280,9 @@ class _parsing:
     def __enter__(self) -> None:
         found, version = self.header.get("format"), self.header.get("version")
         if found != self.expected or version != VERSION:
-            raise WireError(f"holds a {found!r} of version {version!r}; expected a {self.expected!r} of version {VERSION}")
+            raise WireError(
+                f"holds a {found!r} of version {version!r}; expected a {self.expected!r} of version {VERSION}"
+            )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (KeyError, TypeError, ValueError, AttributeError)) and not isinstance(error, WireError):

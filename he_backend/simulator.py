@@ -75,6 +75,7 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
 
 
 def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
+    y: Array
     slots, arrays, a = circuit.params.slots, circuit.arrays, op.attrs
 
     def expand(array: np.ndarray) -> Array:

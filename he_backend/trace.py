@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .base import LevelError, ScaleError
@@ -251,8 +251,7 @@ def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisti
     relin = -1
     final = []
     for n in nodes:
-        args = tuple(renumber[a] for a in n.args)
-        final.append(Node(**{**{f: getattr(n, f) for f in Node.__slots__}, "id": renumber[n.id], "args": args}))
+        final.append(replace(n, id=renumber[n.id], args=tuple(renumber[a] for a in n.args)))
         if n.k:
             keys[n.k] = max(keys.get(n.k, 0), n.level)
         if n.op == "relinearize":
@@ -311,7 +310,9 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float) -> Scales:
                 gap = abs(s[0] / s[1] - 1.0)
                 worst = max(worst, gap)
                 if gap > SCALE_TOLERANCE:
-                    raise ScaleError(f"node {n.id} adds scales 2^{_log2(s[0]):.4f} and 2^{_log2(s[1]):.4f} (op {n.source})")
+                    raise ScaleError(
+                        f"node {n.id} adds scales 2^{_log2(s[0]):.4f} and 2^{_log2(s[1]):.4f} (op {n.source})"
+                    )
                 out = s[0]
             case "mul":
                 out = s[0] * s[1]

@@ -224,7 +224,7 @@ def goldschmidt_reciprocal(x: T, start: Any, steps: int) -> T:
 
     The relative error is |e0|^(2^steps), the degree 2^steps - 1; both products of a step run in parallel.
     """
-    e = 1.0 - x * start  # type: ignore[operator]
+    e = 1.0 - x * start
     y = start + e * 0.0
     for step in range(steps):
         y = y * (1.0 + e)

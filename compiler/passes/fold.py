@@ -1,14 +1,14 @@
 """Fold plaintext constants into weights, and move per-token factors behind linear maps.
 
-    (x . c) W         -> x (c W)              affine parts of norms, scales
-    (x + c) W         -> x W + c W
-    (x W + b) . c     -> x (W c) + b c
-    (x W) + c         -> x W + c
-    (x . r) W         -> (x W) . r            r one number a token: the inverse square root of a norm is then computed
-                                              beside the product by W instead of before it, which saves a level
-    (A B) . M         -> masked product       attention masks, row factors and 1/sqrt(d) join the matmul node
-    (x U + v) W       -> x (U W) + v W        where nobody else reads the inner map
-    reshape of reshape, transpose of transpose -> one
+(x . c) W         -> x (c W)              affine parts of norms, scales
+(x + c) W         -> x W + c W
+(x W + b) . c     -> x (W c) + b c
+(x W) + c         -> x W + c
+(x . r) W         -> (x W) . r            r one number a token: the inverse square root of a norm is then computed
+                                          beside the product by W instead of before it, which saves a level
+(A B) . M         -> masked product       attention masks, row factors and 1/sqrt(d) join the matmul node
+(x U + v) W       -> x (U W) + v W        where nobody else reads the inner map
+reshape of reshape, transpose of transpose -> one
 """
 
 from __future__ import annotations

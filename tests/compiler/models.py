@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ class Builder:
         self.constants.append(numpy_helper.from_array(np.asarray(values, dtype=kind), name))
         return name
 
-    def op(self, kind: str, *inputs: str | np.ndarray, name: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str | np.ndarray, name: str = "", **attributes: Any) -> str:
         names = [i if isinstance(i, str) else self.constant(i) for i in inputs]
         output = name or f"{kind.lower()}{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, names, [output], name=output, **attributes))
@@ -77,7 +78,14 @@ def norm_mlp(path: Path, *, layer_norm: bool, tokens: int = 4, width: int = 16) 
 
 
 def attention(
-    path: Path, *, tokens: int = 8, heads: int = 2, channels: int = 4, power: int = 2, causal: bool = True, out: bool = True
+    path: Path,
+    *,
+    tokens: int = 8,
+    heads: int = 2,
+    channels: int = 4,
+    power: int = 2,
+    causal: bool = True,
+    out: bool = True,
 ) -> Path:
     """One PowerSoftmax attention block: scores^p, sum, a quadratic for the reciprocal, values, output projection."""
     width = heads * channels

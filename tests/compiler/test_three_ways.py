@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 
 from compiler import Target, compile_onnx
+from compiler.passes.levels import assign_levels
 from he_backend import keys
 from he_backend.base import ParamsError, UnsupportedOpError
 from he_backend.circuit import Circuit
@@ -39,13 +40,16 @@ def encrypted(circuit: Circuit, x: np.ndarray) -> np.ndarray:
             server.load_key(kind, k, level, client.make_key(kind, k, level))
         sent = {
             part: server.import_ciphertext(
-                client.export_ciphertext(client.encrypt(slots, level=circuit.inputs[0].level)), level=circuit.inputs[0].level
+                client.export_ciphertext(client.encrypt(slots, level=circuit.inputs[0].level)),
+                level=circuit.inputs[0].level,
             )
             for part, slots in input_slots(circuit, {"x": x}).items()
         }
         run = Executor(circuit, server).run(sent)
         back = {
-            part: client.decrypt(client.import_ciphertext(server.export_ciphertext(c), level=c.level), scale=run.scales[part])
+            part: client.decrypt(
+                client.import_ciphertext(server.export_ciphertext(c), level=c.level), scale=run.scales[part]
+            )
             for part, c in run.outputs.items()
         }
     finally:
@@ -104,14 +108,12 @@ def test_tenseal_at_128_bits(tmp_path, name):
 
 
 def test_too_deep_for_tenseal_says_by_how_many_levels(tmp_path, monkeypatch):
-    import compiler.pipeline as pipeline
-
-    real = pipeline.assign_levels
+    real = assign_levels
 
     def deeper(ops, arrays, slots):
         return tuple(replace(op, level=op.level + 30) for op in real(ops, arrays, slots))
 
-    monkeypatch.setattr(pipeline, "assign_levels", deeper)
+    monkeypatch.setattr("compiler.pipeline.assign_levels", deeper)
     path = mlp(tmp_path / "m.onnx")
     with pytest.raises(ParamsError, match=r"needs \d+ levels, TenSEAL has at most \d+ at 128 bits: \d+ too many"):
         compile_onnx(path, np.zeros((2, 64), dtype=np.float32), target=Target(backend="tenseal"))

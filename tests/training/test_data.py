@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_overlap_is_removed_from_the_training_side():
 def test_listops_value_is_that_of_its_tokens(seed):
     tokens, value = datasets.listops(np.random.default_rng(seed), lo=20, hi=80)
     assert 20 <= len(tokens) <= 80
-    ops = {"[MIN": min, "[MAX": max, "[MED": lambda v: int(np.median(v)), "[SM": lambda v: sum(v) % 10}
+    ops: dict[str, Any] = {"[MIN": min, "[MAX": max, "[MED": lambda v: int(np.median(v)), "[SM": lambda v: sum(v) % 10}
     stack: list[list] = [[]]
     for t in tokens:
         if t in ops:

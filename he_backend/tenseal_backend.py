@@ -160,7 +160,11 @@ def _to_bytes(thing: Any) -> bytes:
 
 
 def _from_bytes(thing: Any, context: Any, data: bytes | memoryview, what: str) -> Any:
-    """SEAL's checked `load`."""
+    """SEAL's checked `load`, after a check that the stream is as long as it says (SEAL ignores what follows it)."""
+    size = memoryview(data).nbytes
+    magic, head, *_, claimed = HEADER.unpack_from(data) if size >= HEADER.size else (0, 0, 0)
+    if (magic, head, claimed) != (MAGIC, HEADER.size, size):
+        raise WireError(f"{what}: {size} bytes that are not one SEAL stream (its header says {claimed} bytes)")
     with tempfile.NamedTemporaryFile(dir=_memory()) as file:
         file.write(data)
         file.flush()

@@ -107,11 +107,12 @@ def plan_matvec(source: np.ndarray, target: np.ndarray, matrix: np.ndarray, cost
     Raises:
         UnsupportedOpError: no rotations cover the map.
     """
-    positions, features = source.size, matrix.shape[0]
+    features = matrix.shape[0]
     period = _period(target)
+    reach = max(period, _period(source))  # folds beyond the source's own period meet the same features again
     best: tuple[float, MatVec] | None = None
     folds = 1
-    while folds * period <= positions:
+    while folds * period <= reach:
         found = cover(source, folds, period, features)
         if found is not None:
             rotations, owner = found

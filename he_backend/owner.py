@@ -148,7 +148,9 @@ class Counter:
             try:
                 done = int(json.loads(text)["decryptions"]) if text else 0
             except (ValueError, KeyError, TypeError) as error:
-                raise HEError(f"{self.path} is damaged, so nobody knows how often this key decrypted: make new keys") from error
+                raise HEError(
+                    f"{self.path} is damaged, so nobody knows how often this key decrypted: make new keys"
+                ) from error
             if done >= self.limit:
                 raise HEError(
                     f"this key has decrypted {done} replies, its limit: make new keys with `polyformer keygen`"

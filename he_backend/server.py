@@ -92,7 +92,8 @@ class Server:
         self.limits = limits
         self.store = KeyStore(folder, self.spec)
         self.worker = Worker(engine, max_queue=limits.max_queue, max_replies=limits.max_replies)
-        self.keys = Stage()
+        present = len(self.store.present())
+        self.keys = Stage(state="running", total=present) if present else Stage()  # `start` loads them
         self.key_lock = asyncio.Lock()
 
     async def start(self) -> None:
@@ -105,6 +106,7 @@ class Server:
                 except HEError:
                     log.warning("%s is damaged and was removed", file.name)
                     self.store.reject(file)
+                self.keys.done += 1
             self.update_keys()
 
     def manifest(self) -> dict[str, Any]:

@@ -138,23 +138,40 @@ def coefficient_noise(op: str, params: Params, level: int) -> float:
     return 0.0
 
 
-def rotation_bias(params: Params, rng: np.random.Generator) -> Array:
-    """Slots [slots] of the bias that a rotation leaves, before division by the scale: see `openfhe_rounding`.
+class KeySwitchBias:
+    """The part of a key switch's error that is no rounding noise: an offset common to all coefficients.
 
-    With an odd number of special primes half a unit stays in every coefficient; times a secret drawn here it is a fixed pattern,
-    large where a slot's root is near 1.
+    Times the secret (or a key's error) it lies in the few slots whose root of unity z is near 1, since 1 + X + ... + X^(N-1) is
+    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects whole units where
+    no pending rescale divides the offset away (`openfhe_rounding`). SEAL decomposes into digits in [0, q), half of q too
+    high on average, which a key's error multiplies.
     """
-    n = 1 << params.log_n
-    if params.backend != "openfhe" or params.special_limbs % 2 == 0:
-        return np.zeros(params.slots)
-    exponent = np.empty(params.slots, dtype=np.int64)
-    exponent[0] = 1
-    for j in range(1, params.slots):
-        exponent[j] = exponent[j - 1] * 5 % (2 * n)
-    root = np.exp(1j * np.pi * exponent / n)
-    weight = 192 if params.secret == "sparse192" else 2 * n / 3
-    secret = math.sqrt(weight / 2) * (rng.normal(size=params.slots) + 1j * rng.normal(size=params.slots))
-    return np.real(0.5 * (1 + secret) * 2 / (1 - root))
+
+    def __init__(self, params: Params, rng: np.random.Generator) -> None:
+        n = 1 << params.log_n
+        self.params, self.rng = params, rng
+        exponent = np.array([pow(5, j, 2 * n) for j in range(params.slots)])
+        self.ones = 2 / (1 - np.exp(1j * np.pi * exponent / n))
+        weight = 192 if params.secret == "sparse192" else 2 * n / 3
+        self.secret = self._spread(math.sqrt(weight))
+
+    def _spread(self, norm: float) -> np.ndarray:
+        """Values in the slots of a random polynomial of that Euclidean norm, [slots] complex."""
+        pair = self.rng.normal(size=(2, self.params.slots))
+        return norm / math.sqrt(2) * (pair[0] + 1j * pair[1])
+
+    def __call__(self, op: str, degree: int) -> Array | float:
+        """Offset [slots] that an op adds, before division by the scale."""
+        params = self.params
+        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down"):
+            return 0.0
+        if params.backend == "openfhe":
+            half = params.special_limbs / 2
+            if degree == 1 and op != "relinearize":
+                half -= round(half + 0.25)  # what the correction leaves: half a unit where their number is odd
+            return -half * np.real((1 + self.secret) * self.ones) if half else 0.0
+        ratio = 2.0 ** (params.first_bits - SPECIAL_PRIME_BITS)
+        return ratio / 2 * np.real(self._spread(ERROR_STD * math.sqrt(2.0**params.log_n)) * self.ones)
 
 
 def simulate_noise(
@@ -169,7 +186,7 @@ def simulate_noise(
     packed = input_slots(circuit, tensors)
     names = {node: key for key, node in t.inputs.items()}
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
-    bias = rotation_bias(params, rng)
+    bias = KeySwitchBias(params, rng)
     values: dict[int, Array] = {}
     uses = np.zeros(len(t.nodes), dtype=int)
     for node in t.nodes:
@@ -182,8 +199,7 @@ def simulate_noise(
         else:
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
-        if node.op == "rotate" and node.degree == 1:
-            y = y + bias / scales.result[node.id]
+        y = y + bias(node.op, node.degree) / scales.result[node.id]
         values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
         for a in set(node.args):
             uses[a] -= 1

@@ -116,7 +116,14 @@ class Tracer:
         n = self.nodes[a]
         return n.level - (n.degree - 1)
 
+    def _relinearized(self, a: int) -> int:
+        """The relinearised form of a product if some rotation already asked for it: a sum with it needs no second one."""
+        n = self.nodes[a]
+        key = ("relinearize", (a,), n.level, 0, ())
+        return self._seen.get(key, a)
+
     def _pair(self, a: int, b: int) -> tuple[int, int]:
+        a, b = self._relinearized(a), self._relinearized(b)
         na, nb = self.nodes[a], self.nodes[b]
         if (na.level, na.degree) == (nb.level, nb.degree):
             return a, b

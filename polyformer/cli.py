@@ -23,6 +23,8 @@ import typer
 from polyformer.commands import bench, compiling, demo, infer, inspecting, keys, models, reporting, serving
 from polyformer.commands.console import Failure, error_paragraph
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="polyformer",
     help="Inference on encrypted data: train, export, compile, and let a server evaluate what it cannot read.",
@@ -46,15 +48,13 @@ demo.register(app)
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code."""
     debug = "--debug" in arguments or bool(os.environ.get("POLYFORMER_DEBUG"))
-    arguments = [a for a in arguments if a != "--debug"]
     try:
-        result = app(args=arguments, standalone_mode=False, prog_name="polyformer")
-        return result if isinstance(result, int) else 0
+        result = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="polyformer")
+        code = result if isinstance(result, int) else 0
     except typer.Exit as stop:
-        return int(stop.exit_code)
+        code = int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        error_paragraph("Interrupted.")
-        return 130
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage; the class depends on Typer's version
             error.show()
@@ -63,6 +63,9 @@ def run(arguments: Sequence[str]) -> int:
             raise
         error_paragraph(*explain(error))
         return 1
+    if code == INTERRUPTED:  # Typer catches Ctrl-C itself and gives this code
+        error_paragraph("interrupted")
+    return code
 
 
 def explain(error: Exception) -> tuple[str, str]:

@@ -19,10 +19,11 @@ class Recipe:
     """All numbers of a run. Steps are optimiser steps; a stage of 0 steps is skipped.
 
     Targets of the range losses: activations within +-`activation_bound`; variances within a ratio hi/lo of
-    `variance_ratio`, centred on what the model has. Their fitted intervals are the targets widened by the factor `margin`
-    at both ends. Denominators have a target and a fitted interval of their own, because their ends differ: a denominator
-    above the interval makes the reciprocal polynomial explode; one below it is harmless (the numerator is smaller still,
-    and the polynomial is finite at 0), so the lower target lies below the lower end of the fit.
+    `variance_ratio`, centred on what the model has. Their fitted intervals are the targets widened by the factor
+    `margin` at both ends. Denominators have a target and a fitted interval of their own, because their ends differ:
+    a denominator above the interval makes the reciprocal polynomial explode; one below it is harmless (the
+    numerator is smaller still, and the polynomial is finite at 0), so the lower target lies below the lower end of
+    the fit.
     """
 
     seed: int = 0
@@ -49,7 +50,7 @@ class Recipe:
     # optimiser
     batch: int = 64
     padded: int = 4
-    noise: int = 4  # windows of arbitrary tokens a batch, conversion only
+    noise: int = 6  # windows of arbitrary tokens a batch, conversion only
     lr: float = 3e-3
     tune_lr: float = 1.5e-3
     warmup: int = 60
@@ -58,21 +59,21 @@ class Recipe:
     softmax_steps: int = 1200
     power_steps: int = 1200
     range_steps: int = 500
-    tune_steps: int = 800
+    tune_steps: int = 1000
     checkpoint_every: int = 200
     # ranges
     activation_bound: float = 4.0
     variance_ratio: float = 4.0
     margin: float = 1.5
     denominator_target: tuple[float, float] = (0.05, 3.0)  # the row factors centre log denominators on 0
-    denominator_interval: tuple[float, float] = (0.15, 6.0)
+    denominator_interval: tuple[float, float] = (0.15, 8.0)
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
 
     @classmethod
     def demo(cls) -> Recipe:
-        """The model of the demonstration: 2 blocks, width 128, 32 tokens; about four minutes on 2 cores."""
+        """The model of the demonstration: 2 blocks, width 128, 32 tokens, 23 levels; about four minutes on 2 cores."""
         return cls()
 
     @classmethod

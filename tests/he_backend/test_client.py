@@ -21,7 +21,7 @@ X = np.linspace(-1, 1, WIDTH, dtype=np.float64)
 
 
 def test_values_beyond_calibration_are_not_encrypted() -> None:
-    for bad in (X * 1.5, np.where(X == X[0], np.nan, X)):
+    for bad in (X * 1.5, np.where(X[0] == X, np.nan, X)):
         with pytest.raises(RangeError, match="was made for"):
             owner.seal(SPEC, StubOwner(), {"x": bad})
     with pytest.raises(RangeError, match="missing"):
@@ -89,7 +89,7 @@ def manifest_of(spec: ClientSpec) -> dict[str, object]:
     }
 
 
-CHANGES = {
+CHANGES: dict[str, dict[str, object]] = {
     "circuit_sha256": {"circuit_sha256": "00"},
     "params.levels": {"params": {**SPEC.params.to_json(), "levels": 9}},
     "params.insecure": {"params": {**SPEC.params.to_json(), "insecure": False}},
@@ -120,7 +120,16 @@ def test_a_real_circuit_at_128_bits_through_two_processes(tmp_path: Path) -> Non
     who = KeyOwner(spec, tmp_path / "client")
     port = free_port()
     url, folder = f"http://127.0.0.1:{port}", tmp_path / "server"
-    command = ["-m", "polyformer", "serve", str(tmp_path / "model.circuit"), "--folder", str(folder), "--port", str(port)]
+    command = [
+        "-m",
+        "polyformer",
+        "serve",
+        str(tmp_path / "model.circuit"),
+        "--folder",
+        str(folder),
+        "--port",
+        str(port),
+    ]
 
     def ask(client: Client, x: np.ndarray) -> np.ndarray:
         most = owner.expected(spec, who, "reply").max_bytes

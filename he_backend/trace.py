@@ -254,8 +254,8 @@ def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisti
     relin = -1
     final = []
     for n in nodes:
-        args = tuple(renumber[a] for a in n.args)
-        final.append(Node(**{**{f: getattr(n, f) for f in Node.__slots__}, "id": renumber[n.id], "args": args}))
+        operands = tuple(renumber[a] for a in n.args)
+        final.append(Node(**{**{f: getattr(n, f) for f in Node.__slots__}, "id": renumber[n.id], "args": operands}))
         if n.k:
             keys[n.k] = max(keys.get(n.k, 0), n.level)
         if n.op == "relinearize":

@@ -1,5 +1,7 @@
 """Conformance: one table of cases, run by every backend against NumPy. What a backend lacks is listed here and nowhere else."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -10,11 +12,6 @@ from tests.he_backend.parties import LEVELS, RINGS, parties, receive, shared, to
 
 EXTENDED = ("hoist", "rotate_hoisted", "rotate_extended", "extend", "mod_down")
 LACKS = {"openfhe": (), "tenseal": EXTENDED}
-
-
-def spend(ev, a):
-    """Rescale a product and say what its scale is now."""
-    return ev.rescale(a)
 
 
 def times(ev, a, w, **kw):
@@ -122,7 +119,9 @@ def test_primitive_equals_numpy(pair, case):
     on_ciphertexts, on_arrays = CASES[case]
     result = on_ciphertexts(pair.ev, pair.send(x), pair.send(y), w)
     scale = pair.ev.scale**2 / pair.ev.moduli[LEVELS] if case in PRODUCTS else None
-    np.testing.assert_allclose(receive(pair, result, scale), on_arrays(x, y, w), atol=4 * tolerance(pair.params), rtol=0)
+    np.testing.assert_allclose(
+        receive(pair, result, scale), on_arrays(x, y, w), atol=4 * tolerance(pair.params), rtol=0
+    )
 
 
 def test_what_a_backend_lacks_is_listed(pair):
@@ -179,7 +178,7 @@ def test_residues_from_an_enemy_are_refused(pair):
     assert good.shape == (2, 3, 2 * pair.ev.slots) and good.dtype == np.uint64
     high = good.copy()
     high[1, 2, [5, 9]] = pair.ev.moduli[2]
-    with pytest.raises(WireError, match="2 .*residues at or above"):
+    with pytest.raises(WireError, match=r"2 .*residues at or above"):
         pair.ev.import_ciphertext(high, level=2)
     for bad in (good[:1], good[:, :2], good[..., :-1], good.astype(np.float64)):
         with pytest.raises(WireError):
@@ -212,17 +211,17 @@ def test_two_clients_in_one_process_do_not_mix(name):
     limit = tolerance(two.params)
     np.testing.assert_allclose(receive(two, two.ev.rotate(b, 1)), np.roll(y, -1), atol=limit, rtol=0)
     np.testing.assert_allclose(receive(one, a), x, atol=limit, rtol=0)
-    try:  # under the other's key there is nothing to see
+    with contextlib.suppress(HEError):  # under the other's key there is nothing to see
         assert np.abs(receive(two, a) - x).max() > 1e3
-    except HEError:
-        pass
     two.ev.close()
 
 
 def test_a_saved_secret_key_decrypts(pair):
     module = keys.backend(pair.params.backend)
     x, _, _ = vectors(pair.ev.slots)
-    again = module.Client(pair.params, secret=pair.client.secret_bytes(), key_id=pair.client.key_id, allow_insecure=True)
+    again = module.Client(
+        pair.params, secret=pair.client.secret_bytes(), key_id=pair.client.key_id, allow_insecure=True
+    )
     residues = pair.client.export_ciphertext(pair.client.encrypt(x, level=1))
     np.testing.assert_allclose(
         again.decrypt(again.import_ciphertext(residues, level=1)), x, atol=tolerance(pair.params), rtol=0
@@ -246,7 +245,7 @@ def test_primes_are_those_of_the_parameters(pair):
 
 def test_seal_says_by_how_many_levels_a_circuit_is_too_deep():
     deep = Params(backend="tenseal", log_n=16, levels=30, scale_bits=40, first_bits=50, digits=31)
-    with pytest.raises(ParamsError, match="leave 19 levels .* wants 30 levels .* 11 too many"):
+    with pytest.raises(ParamsError, match=r"leave 19 levels .* wants 30 levels .* 11 too many"):
         keys.backend("tenseal").Client(deep)
 
 

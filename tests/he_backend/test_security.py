@@ -15,7 +15,13 @@ def params(**changes):
 
 @pytest.mark.parametrize(
     ("log_n", "secret", "bits"),
-    [(14, "uniform", 438), (15, "uniform", 881), (16, "uniform", 1747), (15, "sparse192", 768), (16, "sparse192", 1550)],
+    [
+        (14, "uniform", 438),
+        (15, "uniform", 881),
+        (16, "uniform", 1747),
+        (15, "sparse192", 768),
+        (16, "sparse192", 1550),
+    ],
 )
 def test_limits(log_n, secret, bits):
     assert security.limit(params(log_n=log_n, secret=secret)) == bits

@@ -53,9 +53,13 @@ def test_levels_degrees_and_elements_are_consistent():
     assert found.nodes[found.outputs["y", 0]].level == 4
 
 
-@pytest.mark.parametrize("capabilities", [BOTH, frozenset({"hoisting"}), frozenset()], ids=["double", "hoisting", "none"])
+@pytest.mark.parametrize(
+    "capabilities", [BOTH, frozenset({"hoisting"}), frozenset()], ids=["double", "hoisting", "none"]
+)
 def test_keys_are_the_rotations_at_their_highest_level(capabilities):
-    found = trace(circuit(LINEAR, ("rotate", (1,), {"k": 9}, 3), ("rotate", (0,), {"k": 9}, 6)), capabilities=capabilities)
+    found = trace(
+        circuit(LINEAR, ("rotate", (1,), {"k": 9}, 3), ("rotate", (0,), {"k": 9}, 6)), capabilities=capabilities
+    )
     assert found.keys == {9: 6}  # the linear map and the first rotation feed nothing: they are not there
     found = trace(circuit(LINEAR, ("rotate", (1,), {"k": 9}, 3)), capabilities=capabilities)
     assert set(found.keys) == {1, 2, 3, 4, 9} and found.keys[1] == 6 and found.keys[9] <= 6
@@ -133,7 +137,7 @@ def interpret(found, x):
     def plain(p):
         return p if isinstance(p, float) else p.slots()
 
-    values = []
+    values: list[np.ndarray] = []
     for n in found.nodes:
         a = [values[i] for i in n.args]
         match n.op:

@@ -34,7 +34,7 @@ def dumps(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> byte
     """Serialise; the same header and arrays give the same bytes."""
     table, chunks, offset = [], [], 0
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")  # ascontiguousarray would make a scalar an array
         if array.dtype.name not in DTYPES:
             raise WireError(f"array {name!r} has dtype {array.dtype.name}; a container holds {sorted(DTYPES)}")
         raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

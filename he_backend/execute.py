@@ -28,7 +28,7 @@ Part = tuple[str, int]  # (tensor name, ciphertext number)
 ENCODED = ("mul_plain", "add_plain", "weighted_sum")
 
 
-class Cancelled(HEError):
+class Cancelled(HEError):  # noqa: N818, it is no error
     """The caller's event was set; the evaluation stopped between two primitives."""
 
 
@@ -104,7 +104,9 @@ class Executor:
             return  # an evaluator that needs none
         missing = {k: level for k, level in self.trace.keys.items() if have.get(k, -1) < level}
         if missing:
-            some = ", ".join(f"{k} (needs level {level}, has {have.get(k, 'none')})" for k, level in list(missing.items())[:8])
+            some = ", ".join(
+                f"{k} (needs level {level}, has {have.get(k, 'none')})" for k, level in list(missing.items())[:8]
+            )
             raise MissingKeyError(
                 f"{len(missing)} of {len(self.trace.keys)} rotation keys are missing or too low: {some}; run keygen for this circuit"
             )
@@ -170,11 +172,15 @@ class Executor:
     def _encode(self, node: Node, row: Any) -> Any:
         if isinstance(row, float):
             row = _Constant(row, self.circuit.params.slots)
-        return self.evaluator.encode(row.slots(), level=node.level, scale=self.scales.plain[node.id], extended=node.extended)
+        return self.evaluator.encode(
+            row.slots(), level=node.level, scale=self.scales.plain[node.id], extended=node.extended
+        )
 
     # ---- running
 
-    def run(self, inputs: Mapping[Part, Any], *, progress: Progress | None = None, cancel: threading.Event | None = None) -> Run:
+    def run(
+        self, inputs: Mapping[Part, Any], *, progress: Progress | None = None, cancel: threading.Event | None = None
+    ) -> Run:
         """Evaluate the circuit.
 
         Args:
@@ -199,7 +205,9 @@ class Executor:
         if state.error is not None:
             raise state.error
         outputs = {part: state.values[n] for part, n in self.trace.outputs.items()}
-        return Run(outputs=outputs, scales=dict(self.output_scales), timing=self._timing(state, time.perf_counter() - start))
+        return Run(
+            outputs=outputs, scales=dict(self.output_scales), timing=self._timing(state, time.perf_counter() - start)
+        )
 
     def _check_inputs(self, inputs: Mapping[Part, Any]) -> None:
         if set(inputs) != set(self.trace.inputs):
@@ -208,13 +216,15 @@ class Executor:
         for part, n in self.trace.inputs.items():
             level, expected = self.evaluator.level(inputs[part]), self.trace.nodes[n].level
             if level != expected:
-                raise LevelError(f"input {part[0]!r} part {part[1]} arrives at level {level}; the circuit starts at {expected}")
+                raise LevelError(
+                    f"input {part[0]!r} part {part[1]} arrives at level {level}; the circuit starts at {expected}"
+                )
 
     def _timing(self, state: _State, wall: float) -> Timing:
         by_op: dict[int, dict[str, float]] = defaultdict(dict)
         primitives: dict[str, float] = defaultdict(float)
-        for (op, name), seconds in state.seconds.items():
-            by_op[op][name] = seconds
+        for (source, name), seconds in state.seconds.items():
+            by_op[source][name] = seconds
             primitives[name] += seconds
         rows = []
         for op in self.circuit.ops:
@@ -278,8 +288,8 @@ class _State:
             for a in set(n.args):
                 self.users[a].append(n.id)
         self.uses = [len(users) for users in self.users]
-        for n in self.executor.trace.outputs.values():
-            self.uses[n] += 1  # outputs are never freed
+        for kept in self.executor.trace.outputs.values():
+            self.uses[kept] += 1  # outputs are never freed
         self.parts = {n: part for part, n in self.executor.trace.inputs.items()}
         self.ready = [n.id for n in nodes if not n.args]
         heapq.heapify(self.ready)

@@ -122,7 +122,9 @@ class Manifest:
             if have.get((kind, k), -1) < level:
                 differences[f"{kind} {k} level"] = (level, have.get((kind, k), "no key"))
         if differences:
-            raise ManifestError("these keys are not for this circuit; run keygen with this circuit's client file", differences)
+            raise ManifestError(
+                "these keys are not for this circuit; run keygen with this circuit's client file", differences
+            )
 
 
 def _row(row: Any) -> KeyFile:
@@ -155,7 +157,9 @@ def evaluation_bytes(spec: ClientSpec) -> int:
 # ---- the client's side
 
 
-def generate(spec: ClientSpec, folder: Path, *, progress: Progress | None = None, allow_insecure: bool = False) -> Manifest:
+def generate(
+    spec: ClientSpec, folder: Path, *, progress: Progress | None = None, allow_insecure: bool = False
+) -> Manifest:
     """Make the secret key and every evaluation key of a circuit, each at the highest level where it is used.
 
     One key is in memory at a time, while the one before it is written. Interrupted, it goes on where it stopped, under the
@@ -301,12 +305,16 @@ def check_file(path: Path, row: KeyFile, manifest: Manifest) -> None:
     if manifest.params.backend == "openfhe":
         expected = HEADER + manifest.params.key_bytes(row.level)
         if row.bytes != expected:
-            raise WireError(f"{row.name}: the manifest says {row.bytes} bytes, a key for level {row.level} has {expected}")
+            raise WireError(
+                f"{row.name}: the manifest says {row.bytes} bytes, a key for level {row.level} has {expected}"
+            )
     if size != row.bytes:
         raise WireError(f"{row.name}: {size} bytes on disk, {row.bytes} in the manifest (-1: no file)")
     with path.open("rb") as source:
         if source.read(HEADER) != _header(row.kind, row.k, row.level, manifest.key_id):
-            raise WireError(f"{row.name}: its header is not that of {row.kind} k={row.k} level={row.level} of these keys")
+            raise WireError(
+                f"{row.name}: its header is not that of {row.kind} k={row.k} level={row.level} of these keys"
+            )
 
 
 def load(evaluator: Any, folder: Path, *, progress: Progress | None = None) -> Manifest:

@@ -78,7 +78,9 @@ class _Party:
     def export_ciphertext(self, a: Ciphertext) -> Residues:
         """uint64 residues [elements, limbs, N], limb i modulo moduli[i], in evaluation (NTT) order."""
         if a.extended or a.degree != 1:
-            raise WireError(f"a ciphertext of degree {a.degree}{', extended,' * a.extended} is not for export: rescale it first")
+            raise WireError(
+                f"a ciphertext of degree {a.degree}{', extended,' * a.extended} is not for export: rescale it first"
+            )
         return self._ring.export(a.handle, a.level, a.elements)
 
     def import_ciphertext(self, residues: Residues, *, level: int) -> Ciphertext:
@@ -125,9 +127,13 @@ class Evaluator(_Party):
             WireError: it is malformed, or was loaded before; keys loaded before stay as they were.
         """
         if (kind == "relin" and self.relin_level >= 0) or (kind == "rotation" and k % self.slots in self.key_levels):
-            raise WireError(f"the {kind} key k={k} is loaded already: new keys need a new evaluator")  # the library keeps the old one
+            raise WireError(
+                f"the {kind} key k={k} is loaded already: new keys need a new evaluator"
+            )  # the library keeps the old one
         if kind not in ("relin", "rotation") or not 0 <= level <= self.params.levels:
-            raise WireError(f"a {kind!r} key at level {level}: known are relin and rotation, levels 0 to {self.params.levels}")
+            raise WireError(
+                f"a {kind!r} key at level {level}: known are relin and rotation, levels 0 to {self.params.levels}"
+            )
         raw = memoryview(body).cast("B")
         rows = len(self._ring.key_primes(level))
         if raw.nbytes != rows * 16 * self.slots:
@@ -149,7 +155,9 @@ class Evaluator(_Party):
         have = self.key_levels.get(k, -1)
         if have < level:
             found = f"made for level {have}" if have >= 0 else "absent"
-            raise MissingKeyError(f"rotation by {k} at level {level}: its key is {found}; generate it for level {level}")
+            raise MissingKeyError(
+                f"rotation by {k} at level {level}: its key is {found}; generate it for level {level}"
+            )
 
     # ---- plaintexts
 
@@ -161,7 +169,9 @@ class Evaluator(_Party):
             handle = self._ring.plaintext(corrected, level=level, degree=degree, extended=extended)
         except RuntimeError as error:
             most = float(np.abs(values).max())
-            raise HEError(f"encoding values up to {most:.3g} at scale 2^{math.log2(scale):.1f}, level {level}: {error}") from error
+            raise HEError(
+                f"encoding values up to {most:.3g} at scale 2^{math.log2(scale):.1f}, level {level}: {error}"
+            ) from error
         return Plaintext(handle, level, degree, extended)
 
     def plaintext_bytes(self, level: int, *, extended: bool = False) -> int:
@@ -241,7 +251,9 @@ class Evaluator(_Party):
             raise LevelError(f"relinearisation of {a.elements} elements: only a product has 3")
         if self.relin_level < a.level:
             have = f"made for level {self.relin_level}" if self.relin_level >= 0 else "absent"
-            raise MissingKeyError(f"relinearisation at level {a.level}: its key is {have}; generate it for level {a.level}")
+            raise MissingKeyError(
+                f"relinearisation at level {a.level}: its key is {have}; generate it for level {a.level}"
+            )
         with KEY_MAPS.read():
             return replace(a, handle=self._cc.Relinearize(a.handle), elements=2)
 
@@ -253,13 +265,19 @@ class Evaluator(_Party):
     def drop(self, a: Ciphertext, *, level: int) -> Ciphertext:
         if not 0 <= level <= a.level or a.extended:
             raise LevelError(f"drop from level {a.level} to {level}: levels only go down, to 0")
-        return a if level == a.level else replace(a, handle=self._cc.LevelReduce(a.handle, None, a.level - level), level=level)
+        return (
+            a
+            if level == a.level
+            else replace(a, handle=self._cc.LevelReduce(a.handle, None, a.level - level), level=level)
+        )
 
     # ---- rotations
 
     def _rotatable(self, a: Ciphertext, k: int) -> None:
         if a.elements != 2 or a.extended:
-            raise LevelError(f"rotation of {a.elements} elements{', extended' * a.extended}: relinearise or mod_down first")
+            raise LevelError(
+                f"rotation of {a.elements} elements{', extended' * a.extended}: relinearise or mod_down first"
+            )
         self._need(k, a.level)
 
     def _unbiased(self, a: Ciphertext) -> Ciphertext:
@@ -304,7 +322,9 @@ class Client(_Party):
     secret  the bytes that `secret_bytes` gave; a new key is made without them.
     """
 
-    def __init__(self, params: Params, *, secret: bytes | None = None, key_id: str = "", allow_insecure: bool = False) -> None:
+    def __init__(
+        self, params: Params, *, secret: bytes | None = None, key_id: str = "", allow_insecure: bool = False
+    ) -> None:
         self.key_id = key_id or secrets.token_hex(16)
         super().__init__(params, self.key_id, allow_insecure)
         o = library()

@@ -34,7 +34,8 @@ def blocks(data: bytes, n: int, primes: Sequence[int]) -> list[int]:
     Raises:
         CapabilityError: the layout is not the one that this file documents (another OpenFHE version).
     """
-    head, found, at = struct.pack("<Q", n), [], 0
+    head, at = struct.pack("<Q", n), 0
+    found: list[int] = []
     for prime in primes:
         tail = struct.pack("<Q", prime)
         while True:
@@ -90,7 +91,7 @@ class Template:
             if row is None:
                 parts.append(EMPTY)
             else:
-                parts += [head, memoryview(np.ascontiguousarray(row, dtype="<u8")).cast("B")]
+                parts += [head, np.ascontiguousarray(row, dtype="<u8").data.cast("B")]
         return b"".join([*parts, self.pieces[-1]])
 
 

@@ -234,7 +234,11 @@ class Ring:
         Raises:
             WireError: wrong shape, or residues at or above their prime.
         """
-        rows = np.asarray(residues).reshape(-1, self.n) if np.asarray(residues).size % self.n == 0 else np.asarray(residues)
+        rows = (
+            np.asarray(residues).reshape(-1, self.n)
+            if np.asarray(residues).size % self.n == 0
+            else np.asarray(residues)
+        )
         template = self.ciphertext_template(level)
         openfhe_bytes.check(rows, template.primes, self.n, f"ciphertext at level {level}")
         o = library()

@@ -51,7 +51,7 @@ def all_ones(primes: Sequence[tuple[int, int]], n: int) -> Words:
     rows = []
     for q, root in primes:
         power = evaluation_points(q, root, n)
-        total = np.ones(n, dtype=np.uint64)
+        total: Words = np.ones(n, dtype=np.uint64)
         for _ in range(n.bit_length() - 1):
             total = mul_mod(total, (power + np.uint64(1)) % np.uint64(q), q)
             power = mul_mod(power, power, q)

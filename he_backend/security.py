@@ -116,7 +116,9 @@ def decryption_failure(params: Params, *, bound: float, scale: float | None = No
     return min(0.0, params.log_n + 1 - ratio * ratio / 2 / math.log(2))
 
 
-def circuit_failure(params: Params, output_bounds: Sequence[float], *, refresh_log2: float = 0.0, refreshes: int = 0) -> float:
+def circuit_failure(
+    params: Params, output_bounds: Sequence[float], *, refresh_log2: float = 0.0, refreshes: int = 0
+) -> float:
     """log2 of a union bound on the failure probability of one request.
 
     Args:

@@ -160,7 +160,11 @@ def _to_bytes(thing: Any) -> bytes:
 
 
 def _from_bytes(thing: Any, context: Any, data: bytes | memoryview, what: str) -> Any:
-    """SEAL's checked `load`."""
+    """SEAL's checked `load`, after a check that the stream is as long as it says (SEAL ignores what follows it)."""
+    size = memoryview(data).nbytes
+    magic, head, *_, claimed = HEADER.unpack_from(data) if size >= HEADER.size else (0, 0, 0)
+    if (magic, head, claimed) != (MAGIC, HEADER.size, size):
+        raise WireError(f"{what}: {size} bytes that are not one SEAL stream (its header says {claimed} bytes)")
     with tempfile.NamedTemporaryFile(dir=_memory()) as file:
         file.write(data)
         file.flush()
@@ -209,7 +213,9 @@ class _Party:
             raise WireError(f"ciphertext at level {level} has shape {np.shape(residues)}, expected {shape} of uint64")
         for i, prime in enumerate(self.moduli[: level + 1]):
             if bad := int(np.count_nonzero(residues[:, i] >= np.uint64(prime))):
-                raise WireError(f"ciphertext at level {level}: limb {i} has {bad} residues at or above its prime {prime}")
+                raise WireError(
+                    f"ciphertext at level {level}: limb {i} has {bad} residues at or above its prime {prime}"
+                )
         data = self._ring.stream(residues, level, self.scale)
         return Ciphertext(_from_bytes(library().Ciphertext(), self._ring.context, data, "ciphertext"), level)
 
@@ -309,7 +315,9 @@ class Evaluator(_Party):
 
     def _settled(self, a: Ciphertext, what: str) -> None:
         if a.degree != 1 or a.elements != 2:
-            raise LevelError(f"{what} of a ciphertext of degree {a.degree}, {a.elements} elements: relinearise and rescale it first")
+            raise LevelError(
+                f"{what} of a ciphertext of degree {a.degree}, {a.elements} elements: relinearise and rescale it first"
+            )
 
     def mul_plain(self, a: Ciphertext, plain: Plaintext) -> Ciphertext:
         self._settled(a, "product")
@@ -376,7 +384,9 @@ class Evaluator(_Party):
         return self._make("rotate_vector", a.handle, k, self._rotation[k], level=a.level, degree=a.degree, elements=2)
 
     def _lacks(self, *_: Any) -> Any:
-        raise CapabilityError("SEAL has neither hoisted rotations nor the extended basis; trace with the evaluator's capabilities")
+        raise CapabilityError(
+            "SEAL has neither hoisted rotations nor the extended basis; trace with the evaluator's capabilities"
+        )
 
     hoist = rotate_hoisted = rotate_extended = extend = mod_down = _lacks
 
@@ -384,7 +394,9 @@ class Evaluator(_Party):
 class Client(_Party):
     """The owner's half; the interface of `openfhe_backend.Client`."""
 
-    def __init__(self, params: Params, *, secret: bytes | None = None, key_id: str = "", allow_insecure: bool = False) -> None:
+    def __init__(
+        self, params: Params, *, secret: bytes | None = None, key_id: str = "", allow_insecure: bool = False
+    ) -> None:
         super().__init__(params, allow_insecure)
         seal = library()
         context = self._ring.context
@@ -423,5 +435,7 @@ class Client(_Party):
         if kind == "relin":
             key = self._keys.create_relin_keys()
         else:
-            key = self._keys.create_galois_keys([pow(3, k, 4 * self.slots)])  # SEAL's generator is 3; the list holds elements
+            key = self._keys.create_galois_keys(
+                [pow(3, k, 4 * self.slots)]
+            )  # SEAL's generator is 3; the list holds elements
         return np.frombuffer(_to_bytes(key), dtype=np.uint8)

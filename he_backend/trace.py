@@ -85,19 +85,22 @@ class Tracer:
         key = (op, args, fields["level"], fields.get("k", 0), fields.get("plains", ()))
         if op == "input" or key not in self._seen:
             self._seen[key] = len(self.nodes)
-            self.nodes.append(Node(id=len(self.nodes), op=op, args=args, source=self.source, **fields))
+            self.nodes.append(Node(id=len(self.nodes), op=op, args=args, **{"source": self.source, **fields}))
         return self._seen[key]
 
     def settle(self, a: int) -> int:
-        """Two elements, degree one: pending relinearisation first, then the pending rescale."""
+        """Two elements, degree one: pending relinearisation first, then the pending rescale.
+
+        Both count for the op that left them pending, not for the one that happens to need the value first.
+        """
         n = self.nodes[a]
         if n.elements == 3:
-            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree)
+            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree, source=n.source)
             n = self.nodes[a]
         if n.degree == 2:
             if n.level < 1:
                 raise LevelError(f"op {self.source} needs a rescale at level 0: the circuit has too few levels")
-            a = self.emit("rescale", (a,), level=n.level - 1)
+            a = self.emit("rescale", (a,), level=n.level - 1, source=n.source)
         return a
 
     def at(self, a: int, level: int) -> int:
@@ -160,7 +163,7 @@ class Tracer:
         slot 0 the error of a rotation at degree 1 is 2^-15 at N = 2^16, scale 2^40; at degree 2 it is 2^-24)."""
         n = self.nodes[a]
         if n.elements == 3:
-            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree)
+            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree, source=n.source)
         k %= self.slots
         return self.emit("rotate", (a,), level=n.level, degree=n.degree, k=k) if k else a
 

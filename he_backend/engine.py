@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import keys
+from . import keycheck, keys
 from .base import Array
 from .circuit import Circuit, ClientSpec
 from .execute import Executor, Timing
@@ -38,6 +38,7 @@ class CircuitEngine:
             WireError: size, header or residues are wrong; keys loaded before stay.
         """
         keys.check_file(path, file, manifest)
+        keycheck.rehearse(manifest.params, file, path)
         self.evaluator.load_key(file.kind, file.k, file.level, memoryview(path.read_bytes())[keys.HEADER :])
 
     def forget_keys(self) -> None:

@@ -68,7 +68,8 @@ class ManifestError(HEError):
 
     def __init__(self, message: str, differences: dict[str, tuple[Any, Any]] | None = None) -> None:
         self.differences = dict(differences or {})
-        rows = "".join(f"\n  {name}: ours {ours!r}, theirs {theirs!r}" for name, (ours, theirs) in self.differences.items())
+        pairs = self.differences.items()
+        rows = "".join(f"\n  {name}: ours {ours!r}, theirs {theirs!r}" for name, (ours, theirs) in pairs)
         super().__init__(message + rows)
 
 
@@ -112,7 +113,7 @@ class Evaluator(Protocol[C]):
     capabilities: frozenset[str]  # of {"hoisting", "double_hoisting", "bootstrap", "conjugate"}
     slots: int
     scale: float  # the nominal scale, 2^scale_bits
-    moduli: tuple[int, ...]  # moduli[i] is the prime that the rescale from level i to i - 1 divides by; [0] is the first
+    moduli: tuple[int, ...]  # the prime that the rescale from level i to i - 1 divides by; [0] is the last one standing
 
     def level(self, a: C) -> int: ...
     def encode(self, values: Array, *, level: int, scale: float, extended: bool = False) -> Any: ...

@@ -81,7 +81,9 @@ def _array(data: bytes, start: int, row: Mapping[str, Any]) -> NDArray[Any]:
         count *= n
     kind = np.dtype(dtype).newbyteorder("<")
     if start + offset + count * kind.itemsize > len(data):
-        raise WireError(f"array {name!r} ends at byte {start + offset + count * kind.itemsize} of {len(data)}: truncated")
+        raise WireError(
+            f"array {name!r} ends at byte {start + offset + count * kind.itemsize} of {len(data)}: truncated"
+        )
     return np.frombuffer(data, dtype=kind, count=count, offset=start + offset).reshape(shape).astype(dtype, copy=False)
 
 

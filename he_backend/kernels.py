@@ -41,7 +41,9 @@ def linear(ops: SlotOps[C], x: C, *, name: str, weights: np.ndarray, plan: Seque
     Args:
         weights: [rows, m] with m dividing ops.slots.
     """
-    groups = [(int(g), [(int(b), Row(name, int(r), int(g), ops.slots, weights)) for b, r in terms]) for g, terms in plan]
+    groups = [
+        (int(g), [(int(b), Row(name, int(r), int(g), ops.slots, weights)) for b, r in terms]) for g, terms in plan
+    ]
     y = ops.weighted_rotations(x, groups)
     return y if bias is None else ops.add(y, Row(f"{name}.bias", 0, 0, ops.slots, bias.reshape(1, -1)))
 

@@ -72,7 +72,9 @@ def test_the_server_ends_with_its_block_whatever_happens(tmp_path: Path) -> None
     seen = []
 
     def interrupted() -> None:
-        with server_process(circuit, tmp_path / "s", tmp_path / "log", threads=1, plaintext_gb=0.1, insecure=True) as server:
+        with server_process(
+            circuit, tmp_path / "s", tmp_path / "log", threads=1, plaintext_gb=0.1, insecure=True
+        ) as server:
             seen.append(server.process)
             assert server.process.poll() is None
             raise KeyboardInterrupt

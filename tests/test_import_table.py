@@ -29,7 +29,10 @@ class Rule:
 
 EVERYTHING = ("*",)
 COMMAND_LINE = ("polyformer.cli", "polyformer.commands", "polyformer.__main__")
-COMPILER_SEES = tuple(f"he_backend.{name}" for name in ("base", "circuit", "kernels", "params", "security", "trace"))
+COMPILER_SEES = tuple(
+    f"he_backend.{name}"
+    for name in ("base", "circuit", "container", "kernels", "params", "security", "simulator", "trace")
+)
 
 # The first rule one of whose patterns matches a file is the file's rule.
 TABLE = (
@@ -44,9 +47,9 @@ TABLE = (
         may=("training", "polyformer", "torch", "numpy", "safetensors", "tokenizers"),
         never=COMMAND_LINE,
     ),
-    Rule(paths=("he_backend/openfhe_backend.py",), may=("he_backend", "numpy", "openfhe")),
+    Rule(paths=("he_backend/openfhe_backend.py", "he_backend/openfhe_ring.py"), may=("he_backend", "numpy", "openfhe")),
     Rule(paths=("he_backend/tenseal_backend.py",), may=("he_backend", "numpy", "tenseal")),
-    Rule(paths=("he_backend/server.py",), may=("he_backend", "numpy", "fastapi", "pydantic", "uvicorn")),
+    Rule(paths=("he_backend/server.py",), may=("he_backend", "numpy", "fastapi", "pydantic", "starlette", "uvicorn")),
     Rule(paths=("he_backend/client.py",), may=("he_backend", "numpy", "httpx")),
     Rule(paths=("he_backend/**",), may=("he_backend", "numpy")),
     Rule(paths=("compiler/onnx_import.py",), may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES)),

@@ -16,7 +16,7 @@ from polyformer.model import ModelConfig
 BASE = ModelConfig(vocab=16, length=12, width=16, heads=2, hidden=16, blocks=1, norms=("affine",) * 3, eps=0.7)
 
 
-def make(**changes: object) -> PowerSoftmax:
+def make(**changes):
     """A mixer in float64 with scores of order one, the same weights for every form."""
     torch.manual_seed(0)
     mixer = mixers.load(str(changes.pop("mixer", "power_softmax")))(replace(BASE, **changes)).double()

@@ -146,7 +146,7 @@ REFUSED = {
     "compiler sees the model": ("compiler/lower.py", "from polyformer.model import Transformer"),
     "compiler sees a concrete backend": ("compiler/lower.py", "from he_backend.openfhe_backend import OpenFHE"),
     "compiler sees all of he_backend": ("compiler/lower.py", "import he_backend"),
-    "compiler takes a backend out of he_backend": ("compiler/lower.py", "from he_backend import simulator"),
+    "compiler takes a backend out of he_backend": ("compiler/lower.py", "from he_backend import openfhe_backend"),
     "onnx outside the importer": ("compiler/passes/fuse.py", "import onnx"),
     "onnx outside export": ("polyformer/model.py", "from onnx import helper"),
     "model sees the compiler, inside a function": ("polyformer/model.py", "def f():\n    import compiler.lower"),

@@ -70,7 +70,7 @@ def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]
 
 
 def compile_onnx(
-    path: Path, calibration: np.ndarray, *, target: Target | None = None, progress: Progress | None = None
+    path: Path | str, calibration: np.ndarray, *, target: Target | None = None, progress: Progress | None = None
 ) -> Compiled:
     """Compile an ONNX file of polynomial ops.
 
@@ -82,7 +82,7 @@ def compile_onnx(
         ParamsError: no parameters hold the circuit at 128 bits within the memory.
         VerificationError: a pass changed the meaning (a bug of the compiler).
     """
-    target = target or Target()
+    path, target = Path(path), target or Target()
     report = progress or (lambda stage, done, total: None)
     table = CostTable.load(target.costs)
     report("import", 0, 1)

@@ -200,4 +200,4 @@ def _finish(
 def _failure(circuit: Circuit) -> float:
     """log2 of the probability that a reply decrypts to nonsense; see `security`."""
     bounds = [op.bound for op in circuit.ops if op.kind == "output"]
-    return max(-1e9, security.circuit_failure(circuit.params, bounds))  # JSON has no infinity
+    return max(-1000.0, security.circuit_failure(circuit.params, bounds))  # JSON has no infinity; 2^-1000 is never

@@ -16,7 +16,7 @@ h2{font-size:1.15rem;letter-spacing:-.01em;margin:0 0 .7em}
 .lead{font-size:1.1rem;max-width:62ch;margin:.2em 0 1.3em}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;margin:20px 0}
 section>p{margin:.1em 0 1em;color:var(--muted)}section>p:last-child{margin:1em 0 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(176px,1fr));gap:14px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;display:flex;flex-direction:column}
 .tile span,.tile em{color:var(--muted);font-size:.85rem;font-style:normal}
 .tile strong{font-size:1.4rem;white-space:nowrap;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}

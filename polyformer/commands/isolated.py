@@ -40,10 +40,10 @@ def isolated(function: Callable[..., Any], *arguments: Any, progress: Advance, *
         process.join()
         raise Failure(f"{function.__name__} ended with status {process.exitcode} before it was done") from None
     finally:
+        process.terminate()  # after a result there is nothing left for it to do; after Ctrl-C it must not go on
+        process.join(timeout=5)
         if process.is_alive():
-            process.join(timeout=5)
-        if process.is_alive():
-            process.terminate()
+            process.kill()
         process.join()
 
 

@@ -58,7 +58,7 @@ def server_process(
     ]
     root = str(Path(__file__).resolve().parents[2])  # the child imports what we run, wherever it was started
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with log.open("wb") as output, terminated_cleanly():
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

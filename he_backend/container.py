@@ -65,7 +65,7 @@ def loads(data: bytes) -> tuple[dict[str, Any], Arrays]:
         arrays = {row["name"]: _array(data, 16 + length, row) for row in table}
     except WireError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WireError(f"header is not what a container needs: {error!r}") from error
     return header, arrays
 

@@ -27,7 +27,7 @@ BACKENDS = {
     "tenseal": frozenset(),
 }
 LARGEST_RING = {"openfhe": 16, "tenseal": 15}
-PROCESS_BYTES = 2.5 * GB  # client and server without keys and ciphertexts: interpreters, libraries, context, circuit, heap slack
+PROCESS_BYTES = 2.5 * GB  # client and server without keys and ciphertexts: libraries, context, circuit, heap slack
 ERROR_MARGIN = 4.0  # promised error over the largest one of a few simulated runs
 
 

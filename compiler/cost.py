@@ -18,6 +18,7 @@ from he_backend.base import HEError
 from he_backend.params import Params
 from he_backend.trace import Node, Trace
 
+REFERENCE = "intel-r-xeon-r-processor-openfhe-128-bit-N65536-L30-s40-d5.json"
 COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "costs"
 
 
@@ -58,24 +59,23 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path | None = None) -> CostTable:
-        """A table by path, or the reference table of the package.
+        """A table by path; without one the newest of a processor of this name, else the reference machine's.
 
         Raises:
-            HEError: there is no table.
+            HEError: there is no table, or it is not one.
         """
-        if path is None:
-            found = sorted(COSTS.glob("*.json"))
-            if not found:
-                raise HEError(f"no cost table in {COSTS}; measure one with: polyformer bench ops")
-            path = found[0]
-        data = json.loads(path.read_text())
-        return cls(
-            name=path.name,
-            cpu=data["cpu"],
-            params=Params.from_json(data["params"]),
-            ms={op: {int(level): float(v) for level, v in row.items()} for op, row in data["ms"].items()},
-            contention=float(data.get("contention", 1.0)),
-        )
+        path = path or default_table()
+        try:
+            data = json.loads(path.read_text())
+            return cls(
+                name=path.name,
+                cpu=data["cpu"],
+                params=Params.from_json(data["params"]),
+                ms={op: {int(level): float(v) for level, v in row.items()} for op, row in data["ms"].items()},
+                contention=float(data.get("contention", 1.0)),
+            )
+        except (OSError, ValueError, KeyError, AttributeError, HEError) as error:
+            raise HEError(f"{path} is no cost table ({error!r}); measure one with: polyformer bench ops") from error
 
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
@@ -98,6 +98,20 @@ class CostTable:
         """Seconds to encode the node's plaintexts, if none is cached."""
         vectors = sum(not isinstance(p, float) for p in node.plains)
         return vectors * self.seconds("encode_extended" if node.extended else "encode", params, node.level)
+
+
+def default_table() -> Path:
+    """The newest table of this machine's processor, else the reference."""
+    try:
+        here = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        here = ""
+    mine = []
+    for path in sorted(COSTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        if not record["params"]["insecure"] and f": {record['cpu']}\n" in here:
+            mine.append((record["created"], path))
+    return max(mine)[1] if mine else COSTS / REFERENCE
 
 
 def plaintext_bytes(node: Node, params: Params) -> int:

@@ -87,4 +87,7 @@ class Params:
         known = set(cls.__dataclass_fields__)
         if unknown := set(data) - known:
             raise ParamsError(f"unknown parameter fields {sorted(unknown)}; known are {sorted(known)}")
-        return cls(**data)
+        try:
+            return cls(**data)
+        except TypeError as error:  # a field is missing, or is not the number that it should be
+            raise ParamsError(f"parameters {data} are incomplete or malformed: {error}") from error

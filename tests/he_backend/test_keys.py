@@ -104,7 +104,7 @@ def test_differences_are_named_field_by_field(made):
 BROKEN = {
     "truncated": lambda f: f.write_bytes(f.read_bytes()[:-1]),
     "longer": lambda f: f.write_bytes(f.read_bytes() + b"\0"),
-    "bit flipped": lambda f: f.write_bytes(f.read_bytes()[:-9] + b"\x01" + f.read_bytes()[-8:]),
+    "bit flipped": lambda f: f.write_bytes(f.read_bytes()[:-9] + bytes([f.read_bytes()[-9] ^ 1]) + f.read_bytes()[-8:]),
     "another key's header": lambda f: f.write_bytes(b"\0" * HEADER + f.read_bytes()[HEADER:]),
     "gone": lambda f: f.unlink(),
 }

@@ -1,8 +1,8 @@
 """The certificate that a model is a polynomial: which ops it holds, its degree, and the depth that the degree forces.
 
 Importing has already refused everything else. The degree is that of the output in the entries of the embedded input, counted
-along the graph: sums take the larger, products add, a polynomial of degree n multiplies. No circuit can have fewer levels of
-ciphertext products than ceil(log2 degree) (methods of 2502.02209, used here as a bound for the compiler).
+along the graph: sums take the larger, products add, a polynomial of degree n multiplies. Unless terms cancel, that is the degree,
+and no circuit has fewer levels of ciphertext products than ceil(log2 degree) (the argument of arXiv 2502.02209).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .ir import Graph
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """ops counts the graph's nodes by kind; degree is exact as an upper bound; bound is ceil(log2 degree)."""
+    """ops counts the graph's nodes by kind; degree is an upper bound, reached unless terms cancel; bound is ceil(log2 degree)."""
 
     ops: dict[str, int]
     degree: int

@@ -283,8 +283,13 @@ def import_onnx(path: Path) -> Graph:
     """Read an ONNX file.
 
     Raises:
-        UnsupportedOpError: a node is not a polynomial; the message names it and what to use instead.
+        UnsupportedOpError: it is not an ONNX file, or a node is not a polynomial; the message names it and what to use instead.
     """
-    model = onnx.load(str(path))
-    onnx.checker.check_model(model)
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # protobuf and the checker raise types of their own
+        raise UnsupportedOpError(f"{path} is not an ONNX file that the checker accepts: {error}") from error
     return Importer(model).run()

@@ -1,13 +1,13 @@
 """The compiler, read aloud:
 
 import -> certify -> fold means -> fuse polynomials -> fold constants -> split off the client -> calibrate ranges
-       -> lower to layouts -> levels -> parameters and keys; with a verification after each.
+       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from he_backend import security
-from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Circuit
 
 from . import verify
@@ -23,19 +22,14 @@ from .calibrate import calibrate
 from .certificate import Certificate, certify
 from .cost import CostTable
 from .ir import Graph
-from .lower import Lowered, lower
-from .matvec import PlanCost
 from .passes.center import center
 from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
-from .passes.levels import assign_levels
-from .plan import LARGEST_RING, Candidate, Plan, Target, as_circuit, choose, predicted_error, refuse, with_bounds
+from .plan import Candidate, Plan, Target, with_bounds
+from .search import Progress, search
 
 SAMPLES = 48  # windows that ranges are calibrated on
-ERROR_SAMPLES = 3  # of them, those that noise is simulated on
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,72 +85,22 @@ def compile_onnx(
     graph, embedding = simplify(graph, calibration[:1])
     samples = [embedding(row) if embedding is not None else row for row in calibration[:SAMPLES]]
     ranges = calibrate(graph, [x[None] for x in samples], progress=lambda i: report("calibrate", i, len(samples)))
-
-    rows: list[Candidate] = []
-    levels = 0
-    reason: Exception | None = None
-    chosen: tuple[Candidate, Lowered, Circuit, float] | None = None
-    rings = (
-        [target.insecure_log_n] if target.insecure_log_n is not None else range(13, LARGEST_RING[target.backend] + 1)
-    )
-    for log_n in rings:
-        report(f"lower at N = 2^{log_n}", 0, 1)
-        slots = 1 << (log_n - 1)
-        try:
-            built = lower(graph, ranges, slots, plan_cost(table, log_n))
-        except UnsupportedOpError as error:
-            reason = error
-            continue
-        built = replace(built, ops=assign_levels(built.ops, built.arrays, slots))
-        levels = built.ops[0].level
-        found = choose(built, levels, log_n, target, table)
-        rows += found
-        for candidate in (c for c in found if c.forecast is not None):
-            circuit = as_circuit(built, candidate.params)
-            report("noise", 0, 1)
-            assert candidate.trace is not None
-            promised = predicted_error(circuit, candidate.trace, samples[:ERROR_SAMPLES])
-            if promised <= target.max_error:
-                chosen = candidate, built, circuit, promised
-                break
-            why = f"predicted error {promised:.2g} above {target.max_error:.2g}"
-            rows[rows.index(candidate)] = replace(candidate, why=why)
-        if chosen is not None:
-            break
-    if chosen is None:
-        raise reason if reason is not None and not rows else refuse(rows, levels, target)
-    candidate, built, circuit, error_bound = chosen
+    found = search(graph, ranges, samples, target, table, report)
     report("verify", 0, 1)
-    verify.levels(circuit)
-    verified = verify.against_graph(circuit, built, graph, samples[:2])
-    circuit = _finish(with_bounds(circuit, samples[:8]), candidate, error_bound, embedding, graph, path)
+    verify.levels(found.circuit)
+    verified = verify.against_graph(found.circuit, found.lowered, graph, samples[:2])
+    chosen = found.plan.chosen
+    circuit = _finish(with_bounds(found.circuit, samples[:8]), chosen, found.error, embedding, graph, path)
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
-    others = tuple(
-        c for c in sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s)) if c.params != candidate.params
-    )
-    assert candidate.forecast is not None
+    assert chosen.forecast is not None
     return Compiled(
         circuit=circuit,
         certificate=certificate,
-        plan=Plan(chosen=candidate, others=others, costs=table.name),
-        op_seconds=candidate.forecast.by_op,
+        plan=found.plan,
+        op_seconds=chosen.forecast.by_op,
         graph=graph,
         verified=verified,
     )
-
-
-def plan_cost(table: CostTable, log_n: int) -> PlanCost:
-    """Seconds of a linear map by its counts, at the middle of the table's chain: only the ratios matter for a plan."""
-    params = replace(table.params, log_n=log_n)
-    level = params.levels // 2
-    cost = {op: table.seconds(op, params, level) for op in ("hoist", "rotate_extended", "mod_down", "rotate")}
-    term = table.seconds("weighted_sum_extended", params, level)
-
-    def seconds(diagonals: int, babies: int, giants: int, folds: int) -> float:
-        giant = cost["mod_down"] + cost["hoist"] + cost["rotate_extended"]
-        return diagonals * term + babies * cost["rotate_extended"] + (giants - 1) * giant + folds * cost["rotate"]
-
-    return seconds
 
 
 def _finish(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from he_backend import security
-from he_backend.base import ParamsError
+from he_backend.base import CapabilityError, ParamsError
 from he_backend.circuit import Circuit
 from he_backend.params import Params
 from he_backend.simulator import simulate, simulate_noise
@@ -47,6 +47,16 @@ class Target:
     threads: int = 2
     insecure_log_n: int | None = None
     costs: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise CapabilityError(f"backend {self.backend!r} is unknown; known are {', '.join(BACKENDS)}")
+        if self.threads < 1 or self.max_memory_gb <= 0 or self.max_error <= 0:
+            raise ParamsError(
+                f"a target of {self.threads} threads, {self.max_memory_gb} GB and error {self.max_error}: all must be positive"
+            )
+        if self.insecure_log_n is not None and not 10 <= self.insecure_log_n <= 17:
+            raise ParamsError(f"test ring 2^{self.insecure_log_n}: from 2^10 to 2^17 can be made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +100,6 @@ def candidates(backend: str, log_n: int, levels: int, insecure: bool) -> list[Pa
     for scale in SCALES:
         seen: set[int] = set()
         for digits in range(levels + 1 if backend == "tenseal" else 1, levels + 2):
-            if (levels + 1) // digits < 1:
-                continue
             params = Params(
                 backend=backend,
                 log_n=log_n,
@@ -192,14 +200,16 @@ def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -
 
 
 def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsError:
-    """The error when nothing fits: by how much the nearest candidate misses."""
+    """The error when nothing fits: by how much the nearest candidates miss."""
     if target.backend == "tenseal":
         fits = max((levels_at_most(target.backend, n) for n in range(13, 16)), default=0)
         return ParamsError(
             f"the circuit needs {levels} levels, TenSEAL has at most {fits} at 128 bits: {levels - fits} too many. "
             "Use --backend openfhe, or a shallower model"
         )
-    nearest = "\n  ".join(str(c) for c in rows[:5])
+    # Those that security allows come first, by the memory that they lack; then the nearest to the limit.
+    ordered = sorted(rows, key=lambda c: (c.memory_gb == 0.0, c.memory_gb, c.log_qp - (c.limit or 0)))
+    nearest = "\n  ".join(str(c) for c in ordered[:5])
     return ParamsError(
         f"no parameters hold {levels} levels within 128 bits and {target.max_memory_gb} GB:\n  {nearest}"
     )

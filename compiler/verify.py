@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from he_backend.base import HEError, LevelError
+from he_backend.base import HEError
 from he_backend.circuit import Circuit
 from he_backend.kernels import depth
 from he_backend.simulator import simulate
@@ -45,7 +45,7 @@ def levels(circuit: Circuit) -> None:
         need = op.level + depth(op, circuit.arrays, circuit.params.slots)
         for a in op.args:
             if circuit.ops[a].level < need:
-                raise LevelError(f"{op} needs its operand at level {need}; %{a} has {circuit.ops[a].level}")
+                raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {circuit.ops[a].level}")
 
 
 def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Sequence[np.ndarray]) -> float:

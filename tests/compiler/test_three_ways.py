@@ -10,7 +10,7 @@ import pytest
 from compiler import Target, compile_onnx
 from compiler.passes.levels import assign_levels
 from he_backend import keys
-from he_backend.base import ParamsError, UnsupportedOpError
+from he_backend.base import HEError, ParamsError, UnsupportedOpError
 from he_backend.circuit import Circuit
 from he_backend.execute import Executor
 from he_backend.simulator import input_slots, output_tensors, simulate
@@ -113,7 +113,7 @@ def test_too_deep_for_tenseal_says_by_how_many_levels(tmp_path, monkeypatch):
     def deeper(ops, arrays, slots):
         return tuple(replace(op, level=op.level + 30) for op in real(ops, arrays, slots))
 
-    monkeypatch.setattr("compiler.pipeline.assign_levels", deeper)
+    monkeypatch.setattr("compiler.search.assign_levels", deeper)
     path = mlp(tmp_path / "m.onnx")
     with pytest.raises(ParamsError, match=r"needs \d+ levels, TenSEAL has at most \d+ at 128 bits: \d+ too many"):
         compile_onnx(path, np.zeros((2, 64), dtype=np.float32), target=Target(backend="tenseal"))
@@ -124,3 +124,31 @@ def test_a_model_too_wide_is_refused_with_both_numbers(tmp_path):
     x = np.zeros((2, 16, 64), dtype=np.float32)
     with pytest.raises(UnsupportedOpError, match="128 features need 128 positions, a ciphertext has 64"):
         compile_onnx(path, x, target=Target(insecure_log_n=11))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"backend": "seal"}, "known are openfhe, tenseal"),
+        ({"threads": 0}, "0 threads"),
+        ({"max_memory_gb": -1.0}, "-1.0 GB"),
+        ({"insecure_log_n": 3}, r"2\^3"),
+    ],
+    ids=["backend", "threads", "memory", "ring"],
+)
+def test_impossible_targets_are_refused(wrong, says):
+    with pytest.raises(HEError, match=says):
+        Target(**wrong)
+
+
+def test_what_is_no_onnx_file_is_named(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(UnsupportedOpError, match=r"m\.onnx is not an ONNX file"):
+        compile_onnx(path, np.zeros((1, 4)))
+
+
+def test_memory_too_small_says_how_much_is_needed(tmp_path):
+    path = mlp(tmp_path / "m.onnx")
+    with pytest.raises(ParamsError, match=r"needs \d+\.\d GB of 0\.1"):
+        compile_onnx(path, np.zeros((2, 64), dtype=np.float32), target=Target(max_memory_gb=0.1))

@@ -71,5 +71,7 @@ def test_decryption_failure_is_monotone_and_zero_room_is_certain():
     assert security.decryption_failure(p, bound=512.0) == 0.0
     assert security.circuit_failure(p, [1.0, 512.0]) == 0.0
     assert security.circuit_failure(p, [1.0]) < -1000
+    assert security.circuit_failure(p, [1.0], noise_bits=48.0) == logs[3] > -20
+    assert security.decryption_failure(p, bound=1.0, noise_bits=-500.0) == -math.inf
     both = security.circuit_failure(p, [], refresh_log2=-39.0, refreshes=4)
     assert math.isclose(both, -37.0)

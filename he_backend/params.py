@@ -47,7 +47,8 @@ class Params:
 
     def __post_init__(self) -> None:
         for name, kind in FIELD_TYPES.items():
-            if type(value := getattr(self, name)) is not kind:  # exact: a bool is an int, and 14.0 == 14 breaks shifts later
+            value = getattr(self, name)
+            if type(value) is not kind:  # exact: a bool is an int, and 14.0 breaks shifts later
                 raise ParamsError(f"parameter {name} is {value!r}; it must be of type {kind.__name__}")
         if not MIN_LOG_N <= self.log_n <= MAX_LOG_N:
             raise ParamsError(f"log_n is {self.log_n}; rings are 2^{MIN_LOG_N} to 2^{MAX_LOG_N}")

@@ -79,8 +79,10 @@ def test_decryption_failure_is_monotone_and_zero_room_is_certain():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("log_n", 14.0), ("levels", True), ("digits", "5"), ("insecure", 0), ("backend", None), ("secret", 1)]
-    + [("log_n", 9), ("log_n", 18), ("log_n", 1 << 40)],
+    [
+        *[("log_n", 14.0), ("levels", True), ("digits", "5"), ("insecure", 0), ("backend", None), ("secret", 1)],
+        *[("log_n", 9), ("log_n", 18), ("log_n", 1 << 40)],
+    ],
 )
 def test_a_field_of_another_type_or_size_is_named(field, value):
     with pytest.raises(ParamsError, match=field):

@@ -138,7 +138,7 @@ def security(r: Report) -> str:
             "log₂ QP",
             f"{value(log_qp)} of {value(limit)} bits allowed for {ring}" if limit else f"{value(log_qp)}, {ring}",
         ),
-        ("Chance that a request decrypts to nonsense", power_of_two(chance)),
+        ("Chance that noise wraps the modulus, if values stay within the calibrated ranges", power_of_two(chance)),
         (
             "Who holds what",
             "the secret key stayed in the client's process and folder; the server holds evaluation keys",
@@ -360,10 +360,10 @@ def listed(facts: Mapping[str, Any]) -> str:
 
 
 def power_of_two(exponent: Any) -> str:
-    """2^-133, or a dash; what is too small to matter is not written out."""
+    """2^-33, or a dash; below 2^-128 the model of the noise, not the number, is what one relies on."""
     if exponent is None:
         return "–"
-    return f"2^{exponent:.0f}" if exponent > -1000 else "below 2^-1000"
+    return f"2^{exponent:.0f}" if exponent >= -128 else "below 2^-128"
 
 
 def value(number: Any, unit: str = "") -> str:

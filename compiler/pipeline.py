@@ -7,6 +7,7 @@ import -> certify -> fold means -> fuse polynomials -> fold constants -> split o
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def _finish(
         "input_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.inputs)),
         "reply_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.outputs)),
         "error": error,
-        "failure_log2": _failure(circuit),
+        "failure_log2": _failure(circuit, error),
     }
     model: Mapping[str, Any] = {
         "onnx_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -141,7 +142,16 @@ def _finish(
     )
 
 
-def _failure(circuit: Circuit) -> float:
-    """log2 of the probability that a reply decrypts to nonsense; see `security`."""
+def _failure(circuit: Circuit, error: float) -> float:
+    """log2 of the chance that noise wraps the modulus of a reply; see `security`.
+
+    The noise is the simulated one: the promised error, in stored slots, spread over coefficients. A promise is above the
+    largest error seen, so that taking it for a standard deviation errs on the safe side.
+    """
+    params = circuit.params
     bounds = [op.bound for op in circuit.ops if op.kind == "output"]
-    return max(-1000.0, security.circuit_failure(circuit.params, bounds))  # JSON has no infinity; 2^-1000 is never
+    slot = max(error / abs(signature.factor) for signature in circuit.outputs)
+    noise = slot * 2.0**params.scale_bits / math.sqrt(params.slots)
+    noise_bits = math.log2(max(noise, 2.0**security.FRESH_NOISE_BITS))
+    log2 = security.circuit_failure(params, bounds, noise_bits=noise_bits)
+    return max(-1000.0, log2)  # JSON has no infinity; 2^-1000 is never

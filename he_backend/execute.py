@@ -362,7 +362,8 @@ class _State:
     def _plain(self, node: Node, row: Any, encoding: list[float]) -> Any:
         ready = self.executor._encoded.get(self.executor._key(node, row))
         if ready is not None:
-            self.ahead += 1
+            with self.condition:
+                self.ahead += 1
             return ready
         start = time.perf_counter()
         plain = self.executor._encode(node, row)

@@ -281,7 +281,10 @@ class Evaluator(_Party):
         self._need(k, a.level)
 
     def _unbiased(self, a: Ciphertext) -> Ciphertext:
-        """Take the bias of a key switch off a fresh result; while a rescale is pending it would be divided away anyway."""
+        """Take the bias of a key switch off a fresh result; while a rescale is pending it would be divided away anyway.
+
+        Not under KEY_MAPS: it takes the ring's lock, under which a loading client waits for the readers of KEY_MAPS to go.
+        """
         if a.degree == 1:
             with self._lock:
                 if a.level not in self._bias:
@@ -293,7 +296,8 @@ class Evaluator(_Party):
     def rotate(self, a: Ciphertext, k: int) -> Ciphertext:
         self._rotatable(a, k)
         with KEY_MAPS.read():
-            return self._unbiased(replace(a, handle=self._cc.EvalRotate(a.handle, k)))
+            handle = self._cc.EvalRotate(a.handle, k)
+        return self._unbiased(replace(a, handle=handle))
 
     def hoist(self, a: Ciphertext) -> Any:
         """Digits of the second element, shared by all rotations of `a`."""
@@ -302,7 +306,8 @@ class Evaluator(_Party):
     def rotate_hoisted(self, a: Ciphertext, digits: Any, k: int) -> Ciphertext:
         self._rotatable(a, k)
         with KEY_MAPS.read():
-            return self._unbiased(replace(a, handle=self._cc.EvalFastRotation(a.handle, k, 4 * self.slots, digits)))
+            handle = self._cc.EvalFastRotation(a.handle, k, 4 * self.slots, digits)
+        return self._unbiased(replace(a, handle=handle))
 
     def rotate_extended(self, a: Ciphertext, digits: Any, k: int) -> Ciphertext:
         self._rotatable(a, k)

@@ -9,6 +9,17 @@ from typing import Any
 from .base import ParamsError
 
 SPECIAL_PRIME_BITS = 60  # size of each key-switching prime in OpenFHE's hybrid key switching
+MIN_LOG_N, MAX_LOG_N = 10, 17  # the smallest ring of a test, the largest with a known limit
+FIELD_TYPES: dict[str, type] = {
+    "backend": str,
+    "log_n": int,
+    "levels": int,
+    "scale_bits": int,
+    "first_bits": int,
+    "digits": int,
+    "secret": str,
+    "insecure": bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,12 @@ class Params:
     insecure: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in FIELD_TYPES.items():
+            value = getattr(self, name)
+            if type(value) is not kind:  # exact: a bool is an int, and 14.0 breaks shifts later
+                raise ParamsError(f"parameter {name} is {value!r}; it must be of type {kind.__name__}")
+        if not MIN_LOG_N <= self.log_n <= MAX_LOG_N:
+            raise ParamsError(f"log_n is {self.log_n}; rings are 2^{MIN_LOG_N} to 2^{MAX_LOG_N}")
         if self.levels < 1 or not 1 <= self.digits <= self.levels + 1:
             raise ParamsError(f"{self.levels} levels in {self.digits} digits: need 1 <= digits <= levels + 1")
 
@@ -89,5 +106,5 @@ class Params:
             raise ParamsError(f"unknown parameter fields {sorted(unknown)}; known are {sorted(known)}")
         try:
             return cls(**data)
-        except TypeError as error:  # a field is missing, or is not the number that it should be
+        except TypeError as error:  # a field is missing, or a name is no string
             raise ParamsError(f"parameters {data} are incomplete or malformed: {error}") from error

@@ -1,4 +1,4 @@
-"""128-bit limits on the modulus, weight-aware, and the chance that a circuit decrypts to nonsense.
+"""128-bit limits on the modulus, weight-aware, and the chance that noise wraps the modulus at an output.
 
 The limits are on log2(Q·P), the largest modulus under which anything is published (evaluation keys are):
 
@@ -30,6 +30,9 @@ LIMITS: dict[str, dict[int, int]] = {
 }
 WEIGHT = {"sparse192": 192}
 ERROR_STD = 3.19  # of the discrete Gaussian in every fresh ciphertext and key
+# log2 of a coefficient's noise that no circuit amplified, generously: a rescale leaves about 2^6 to 2^8 (the secret's norm
+# over sqrt(12)), an encryption less than 2^11, and key switching adds less than that again.
+FRESH_NOISE_BITS = 20.0
 
 
 def limit(params: Params) -> int:
@@ -91,14 +94,13 @@ def secret_norm(params: Params) -> float:
     return math.sqrt(WEIGHT.get(params.secret, (2 << params.log_n) / 3))
 
 
-def decryption_failure(params: Params, *, bound: float, scale: float | None = None, noise_bits: float = 20.0) -> float:
-    """log2 of a bound on the probability that message plus noise wraps around the first modulus at an output.
+def decryption_failure(params: Params, *, bound: float, noise_bits: float = FRESH_NOISE_BITS) -> float:
+    """log2 of the chance that noise wraps the first modulus at an output, if values stay within the calibrated ranges.
 
     Decryption is right when every coefficient of scale * message + noise is below q_0 / 2 in magnitude. The message's
     coefficients are at most scale * bound, because the canonical embedding's infinity norm bounds the coefficients'. The
-    noise's coefficients are sums of many independent terms, taken as sub-Gaussian with standard deviation at most
-    2^noise_bits (20 is generous: a rescale leaves sqrt(N / 12) * |s| / sqrt(N), about 2^6 to 2^8, and key switching
-    adds less than that again). A union bound over N coefficients with P(|X| > t) <= 2 exp(-t^2 / 2 sigma^2) gives the result.
+    noise's are taken as sub-Gaussian, each a sum of many independent terms: P(|X| > t) <= 2 exp(-t^2 / 2 sigma^2), and a
+    union bound over N coefficients gives the result. A message above `bound` wraps without any noise; that is not in it.
 
     Args:
         bound: largest |slot| of the output, with the compiler's margin.
@@ -107,25 +109,31 @@ def decryption_failure(params: Params, *, bound: float, scale: float | None = No
     Returns:
         log2(probability), at most 0; 0 where the message alone does not fit.
     """
-    room = 2.0 ** (params.first_bits - 1) - (scale or 2.0**params.scale_bits) * bound
+    room = 2.0 ** (params.first_bits - 1) - 2.0**params.scale_bits * bound
     if room <= 0:
         return 0.0
     ratio = room / 2.0**noise_bits
-    if ratio > 1e6:
-        return -math.inf if ratio > 1e150 else min(0.0, params.log_n + 1 - ratio * ratio / (2 * math.log(2)))
+    if ratio > 1e150:  # its square is no float any more
+        return -math.inf
     return min(0.0, params.log_n + 1 - ratio * ratio / 2 / math.log(2))
 
 
 def circuit_failure(
-    params: Params, output_bounds: Sequence[float], *, refresh_log2: float = 0.0, refreshes: int = 0
+    params: Params,
+    output_bounds: Sequence[float],
+    *,
+    noise_bits: float = FRESH_NOISE_BITS,
+    refresh_log2: float = 0.0,
+    refreshes: int = 0,
 ) -> float:
-    """log2 of a union bound on the failure probability of one request.
+    """log2 of a union bound on the failure probability of one request; see `decryption_failure` for what it covers.
 
     Args:
         output_bounds: largest |slot| of each output ciphertext.
+        noise_bits: log2 of the noise's standard deviation per coefficient, at the noisiest output.
         refresh_log2: log2 of one refresh's failure probability (parameters' K and secret; 0 refreshes: unused).
     """
-    logs = [decryption_failure(params, bound=b) for b in output_bounds]
+    logs = [decryption_failure(params, bound=b, noise_bits=noise_bits) for b in output_bounds]
     if refreshes:
         logs.append(refresh_log2 + math.log2(refreshes))
     top = max(logs, default=-math.inf)

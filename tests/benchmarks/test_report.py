@@ -33,7 +33,7 @@ FULL: dict[str, Any] = {
     "model": {"blocks": 1, "width": 8, "length": 4},
     "losses": {"softmax": 1.0, "power": 1.1, "polynomial": None},
     "params": {"backend": "openfhe", "log_n": 16, "levels": 3},
-    "security": {"log_qp": 1700.0, "limit": 1747, "failure_log2": -133.0},
+    "security": {"log_qp": 1700.0, "limit": 1747, "failure_log2": -33.0},
     "measured": {
         "evaluate_s": 12.3456,
         "peak_gb": 9.0,
@@ -93,7 +93,16 @@ def page(data: dict[str, Any]) -> str:
 
 def test_full_report() -> None:
     text = page(FULL)
-    for piece in ("12.3 s", "3.94·10⁻⁶", "1,700 of 1,747", "2^-133", "blocks.0.mixer", "&lt;CPU&gt;", "something new"):
+    for piece in (
+        "12.3 s",
+        "3.94·10⁻⁶",
+        "1,700 of 1,747",
+        "2^-33",
+        "calibrated ranges",
+        "blocks.0.mixer",
+        "&lt;CPU&gt;",
+        "something new",
+    ):
         assert piece in text
     assert "INSECURE" not in text
 
@@ -103,7 +112,7 @@ def test_insecure_is_said_in_red() -> None:
     assert "<div class='danger'>INSECURE TEST RING" in text
     assert "at no security" in text
     assert "128-bit security" not in text
-    assert "below 2^-1000" in text
+    assert "below 2^-128" in text
 
 
 @pytest.mark.parametrize("missing", sorted(FULL))

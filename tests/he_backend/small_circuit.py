@@ -69,5 +69,5 @@ def diagonals(matrix: np.ndarray) -> np.ndarray:
     return np.stack([matrix[i, (i + d) % WIDTH] for d in range(WIDTH)])
 
 
-TEST_PARAMS = Params(log_n=5, levels=LEVELS, scale_bits=40, first_bits=50, digits=2, insecure=True)
+TEST_PARAMS = Params(log_n=10, levels=LEVELS, scale_bits=40, first_bits=50, digits=2, insecure=True)
 SECURE_PARAMS = Params(log_n=14, levels=LEVELS, scale_bits=40, first_bits=50, digits=2)

@@ -269,3 +269,22 @@ def test_a_secure_ring_is_accepted_and_enforced(name):
     p = Params(backend=name, log_n=14, levels=3, scale_bits=40, first_bits=50, digits=digits)
     client = keys.backend(name).Client(p)
     assert client.log_qp <= security.limit(p)
+
+
+def test_a_rotation_takes_the_rings_lock_only_outside_the_key_maps(monkeypatch):
+    """A loading client waits for the readers of the key maps under the ring's lock: a reader that wants it never ends."""
+    from he_backend import openfhe_ring
+
+    pair, load, readers = parties("openfhe"), openfhe_ring.Ring.load, []
+    x = pair.send(np.ones(pair.params.slots))
+
+    def watched(*args, **kw):
+        readers.append(openfhe_ring.KEY_MAPS._readers)
+        return load(*args, **kw)
+
+    monkeypatch.setattr(openfhe_ring.Ring, "load", watched)
+    pair.ev.rotate(x, 1)
+    pair.ev._bias.clear()
+    pair.ev.rotate_hoisted(x, pair.ev.hoist(x), 1)
+    assert readers == [0, 0]
+    pair.ev.close()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from he_backend import keys
+from he_backend import execute, keys
 from he_backend.base import HEError, LevelError, ManifestError, MissingKeyError
 from he_backend.execute import Cancelled, Executor
 from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp, reference
@@ -108,3 +108,18 @@ def test_an_error_names_the_op_and_its_source(world, monkeypatch):
     monkeypatch.setattr(world.ev, "relinearize", broken)
     with pytest.raises(HEError, match=r"mul.*# /square/Mul failed in relinearize.*boom"):
         Executor(world.circuit, world.ev).run(inputs(world))
+
+
+def test_what_a_run_counts_is_counted_under_its_lock(world, monkeypatch):
+    loose = []
+
+    class Watched(execute._State):
+        def __setattr__(self, name, value):
+            if name == "ahead" and "condition" in vars(self) and not self.condition._is_owned():
+                loose.append(value)
+            super().__setattr__(name, value)
+
+    monkeypatch.setattr(execute, "_State", Watched)
+    executor = Executor(world.circuit, world.ev)
+    executor.prepare()
+    assert executor.run(inputs(world)).timing.encoded_ahead > 0 and not loose

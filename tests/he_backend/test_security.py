@@ -71,5 +71,19 @@ def test_decryption_failure_is_monotone_and_zero_room_is_certain():
     assert security.decryption_failure(p, bound=512.0) == 0.0
     assert security.circuit_failure(p, [1.0, 512.0]) == 0.0
     assert security.circuit_failure(p, [1.0]) < -1000
+    assert security.circuit_failure(p, [1.0], noise_bits=48.0) == logs[3] > -20
+    assert security.decryption_failure(p, bound=1.0, noise_bits=-500.0) == -math.inf
     both = security.circuit_failure(p, [], refresh_log2=-39.0, refreshes=4)
     assert math.isclose(both, -37.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("log_n", 14.0), ("levels", True), ("digits", "5"), ("insecure", 0), ("backend", None), ("secret", 1)],
+        *[("log_n", 9), ("log_n", 18), ("log_n", 1 << 40)],
+    ],
+)
+def test_a_field_of_another_type_or_size_is_named(field, value):
+    with pytest.raises(ParamsError, match=field):
+        Params.from_json({**params().to_json(), field: value})

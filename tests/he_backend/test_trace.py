@@ -9,7 +9,7 @@ from he_backend.kernels import apply
 from he_backend.params import Params
 from he_backend.trace import Tracer, assign_scales, trace
 
-PARAMS = Params(log_n=6, levels=6, scale_bits=40, first_bits=50, digits=3, insecure=True)
+PARAMS = Params(log_n=10, levels=6, scale_bits=40, first_bits=50, digits=3, insecure=True)
 SLOTS = PARAMS.slots
 MODULI = tuple((1 << (50 if i == 0 else 40)) + (-1) ** i * 129 * (i + 1) for i in range(7))
 SCALE = 2.0**40

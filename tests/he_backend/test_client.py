@@ -67,11 +67,32 @@ def test_decryptions_are_counted_and_end(tmp_path: Path) -> None:
         owner.Counter(tmp_path / "secret" / "count.json", limit=3).count()
 
 
-def test_a_damaged_count_is_no_fresh_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"decryptions": true}', '{"decryptions": -5}'])
+def test_a_damaged_count_is_no_fresh_start(text: str, tmp_path: Path) -> None:
     path = tmp_path / "count.json"
-    path.write_text("{")
+    path.write_text(text)
     with pytest.raises(HEError, match="damaged"):
         owner.Counter(path).count()
+
+
+def test_a_crash_while_counting_loses_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = owner.Counter(tmp_path / "count.json")
+    counter.count()
+    with monkeypatch.context() as patched:
+        patched.setattr("he_backend.owner.json.dump", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            counter.count()
+    assert counter.count() == 2
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, np.inf, np.nan])
+def test_nothing_is_decrypted_that_could_not_be_rounded(bound: float, tmp_path: Path) -> None:
+    with pytest.raises(HEError, match="error bound"):
+        owner.open_reply(replace(SPEC, error_bound=bound), StubOwner(), b"", owner.Counter(tmp_path / "count.json"))
 
 
 def manifest_of(spec: ClientSpec) -> dict[str, object]:

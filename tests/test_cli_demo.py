@@ -53,6 +53,11 @@ def test_operators_join_prediction_and_measurement() -> None:
     assert [(r["predicted_s"], r["measured_s"]) for r in rows] == [(None, None), (2.0, 3.0)]
 
 
+def test_stored_errors_do_not_publish_the_noise() -> None:
+    facts = {"max_abs_error": 0.0123456789, "mean_abs_error": 1.23456789e-5}
+    assert demo_report.errors(facts) == {"max_abs_error": 0.012, "mean_abs_error": 1.2e-5}
+
+
 def test_training_text_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     before = demo.fingerprint(tmp_path)

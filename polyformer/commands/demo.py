@@ -324,7 +324,7 @@ def compare(options: Options, story: Story, prompt: str, encrypted: Any, clear: 
     out.print(table)
     p = story.facts["prediction"]
     say(
-        f"  error of the logits: largest {error.max():.3g}, mean {error.mean():.3g}, promised "
+        f"  error of the logits: largest {error.max():.2g}, mean {error.mean():.2g}, promised "
         f"{story.facts['plan']['error_bound']:.3g}; likeliest token {'equal' if p['top1_equal'] else 'DIFFERENT'}"
     )
 

@@ -21,7 +21,6 @@ Errors are JSON: {"error": class, "message": text, "differences": {field: [ours,
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -221,7 +220,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.put("/keys")
     async def put_index(request: Request) -> dict[str, Any]:
-        server.store.offer(parse_json(await read_body(request, server.limits.max_json_bytes)))
+        server.store.offer(wire.parse_json(await read_body(request, server.limits.max_json_bytes)))
         return server.key_state()
 
     @app.get("/keys/{key_id}")
@@ -309,13 +308,6 @@ async def chunks(request: Request) -> AsyncIterator[bytes]:
             yield chunk
     except Exception as error:
         raise WireError(f"the body ended early: {type(error).__name__}") from error
-
-
-def parse_json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise WireError("the body is not JSON") from error
 
 
 def error_json(error: HEError) -> dict[str, Any]:

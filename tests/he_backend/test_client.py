@@ -1,15 +1,17 @@
 """The client: what it refuses to encrypt, how it reads a reply, and one real circuit at 128 bits through two processes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from he_backend import keycheck, keys, openfhe_backend, owner, tenseal_backend
 from he_backend.base import HEError, ManifestError, RangeError, WireError
 from he_backend.circuit import ClientSpec
-from he_backend.client import Client, compare_manifest
+from he_backend.client import Client, ConnectError, compare_manifest
 from he_backend.engine import KeyOwner
 from he_backend.params import Params
 from tests.he_backend.running import free_port, running
@@ -127,6 +129,71 @@ def test_manifest_differences_are_named(field: str) -> None:
     with pytest.raises(ManifestError) as caught:
         compare_manifest(SPEC, {**honest, **CHANGES[field]}, StubOwner.moduli)
     assert set(caught.value.differences) == {field}
+
+
+def says(*answers: object, status: int = 200) -> Client:
+    """A client of a server that gives these answers, the last one for ever."""
+    left = [json.dumps(a).encode() for a in answers]
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, stream=httpx.ByteStream(left.pop(0) if len(left) > 1 else left[0]))
+
+    return Client("http://x", transport=httpx.MockTransport(answer))
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"job": 1}, {"job": "a", "state": "running"}, {"job": "\n", "state": "running"}]
+)
+def test_an_answer_of_another_shape_is_a_wire_error(answer: dict[str, object]) -> None:
+    with says(answer, {}) as client, pytest.raises(WireError, match="not what a polyformer server says"):
+        client.evaluate(b"", max_reply=9, every=0.0, progress=lambda job: None)
+
+
+@pytest.mark.parametrize("answer", [{}, {"weights": 1, "keys": 2}, {"weights": {}, "keys": {"state": "waiting"}}])
+def test_a_status_of_another_shape_is_a_wire_error(answer: dict[str, object]) -> None:
+    with says(answer) as client, pytest.raises(WireError, match="not what a polyformer server says"):
+        client.wait_ready()
+
+
+def test_a_servers_text_cannot_write_to_the_terminal() -> None:
+    evil = "\x1b[2J\r\u202eok" + "x" * 5000
+    stage = {"state": "failed", "error": evil}
+    job = {"job": "1", "state": "failed", "error": {"message": evil}}
+    for client, call in (
+        (says({"message": evil}, status=400), Client.status),
+        (says({"weights": stage, "keys": stage}), Client.wait_ready),
+        (says(job), lambda c: c.evaluate(b"", max_reply=9)),
+    ):
+        with client, pytest.raises(HEError) as caught:
+            call(client)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 2100
+    seen: list[str] = []
+    running_job = {"job": "1", "state": "running", "current": evil}
+    with says(running_job, running_job, job) as client, pytest.raises(HEError):
+        client.evaluate(b"", max_reply=9, every=0.0, progress=lambda j: seen.append(j["current"]))
+    assert seen[0].isprintable()
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "http://", "http://a:b", "ftp://a", "http://\x00"])
+def test_what_is_not_an_address(url: str) -> None:
+    with pytest.raises(ConnectError, match="is not an address"):
+        Client(url)
+
+
+def test_waiting_for_a_server_that_does_not_answer_yet() -> None:
+    def late(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if len(asked) < 3:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200, stream=httpx.ByteStream(b"{}"))
+
+    asked: list[httpx.Request] = []
+    with Client("http://x", transport=httpx.MockTransport(late)) as client:
+        with pytest.raises(ConnectError):
+            client.wait_answer(0.0)
+        client.wait_answer(10.0)
+    assert len(asked) == 3
 
 
 def backends() -> list[object]:

@@ -1,6 +1,8 @@
 """The client: what it refuses to encrypt, how it reads a reply, and one real circuit at 128 bits through two processes."""
 
+import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from he_backend import keycheck, keys, openfhe_backend, owner, tenseal_backend
 from he_backend.base import HEError, ManifestError, RangeError, WireError
 from he_backend.circuit import ClientSpec
 from he_backend.client import Client, ConnectError, compare_manifest
-from he_backend.engine import KeyOwner
+from he_backend.engine import CircuitEngine, KeyOwner
 from he_backend.params import Params
+from he_backend.server import Limits, Server
 from tests.he_backend.running import free_port, running
 from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, mlp, reference
 from tests.he_backend.stub import StubOwner
@@ -283,8 +286,6 @@ def test_a_key_whose_residues_are_too_large_is_refused(tmp_path: Path) -> None:
     """The right length, header and hash are not enough: the engine looks at every residue before the library does."""
     import hashlib
 
-    from he_backend.engine import CircuitEngine
-
     params = replace(TEST_PARAMS, log_n=11)
     circuit = mlp(params)
     spec = circuit.spec()
@@ -298,3 +299,20 @@ def test_a_key_whose_residues_are_too_large_is_refused(tmp_path: Path) -> None:
     assert file.name == "relin.key"
     with pytest.raises(WireError):
         engine.load_key(path, file, manifest)
+
+
+@pytest.mark.skipif(openfhe_backend.available() is not None, reason="OpenFHE is not installed")
+def test_a_key_that_the_disk_changed_must_be_sent_again(tmp_path: Path) -> None:
+    """One flipped bit leaves a residue below its prime, so that only the hash tells."""
+    circuit = mlp(replace(TEST_PARAMS, log_n=11))
+    keys.generate(circuit.spec(), tmp_path / "client", allow_insecure=True)
+    stored = tmp_path / "server" / "keys"
+    shutil.copytree(tmp_path / "client" / "evaluation", stored)
+    data = bytearray((stored / "relin.key").read_bytes())
+    data[-8] ^= 1
+    (stored / "relin.key").write_bytes(data)
+    engine = CircuitEngine(circuit, threads=1, plaintext_budget=0, allow_insecure=True)
+    server = Server(circuit, engine, tmp_path / "server", limits=Limits())
+    asyncio.run(server.start())
+    assert server.store.missing() == ["relin.key"]
+    assert server.keys.state == "waiting"

@@ -82,7 +82,7 @@ def demo(
     to: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("runs/demo"),
     text: Annotated[Path | None, typer.Option(help="Train on this file or folder of .txt instead.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this instead of held-out text.")] = None,
-    backend: Annotated[str, typer.Option(help="openfhe or tenseal.")] = "openfhe",
+    backend: compiling.Backend = "openfhe",
     quick: Annotated[
         bool, typer.Option(help="A tiny model on a test-size INSECURE ring: the path, not the result.")
     ] = False,

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyformer.commands.console import Advance, Failure, bar, emit, must_exist, out, say, size, warn_insecure
+from polyformer.commands.console import (
+    Advance,
+    Failure,
+    bar,
+    emit,
+    load_array,
+    must_exist,
+    out,
+    say,
+    size,
+    warn_insecure,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +168,10 @@ def read_input(
     if sum(x is not None for x in (text, tokens, tensor)) != 1:
         raise Failure("give exactly one of --text, --tokens and --tensor")
     if tensor is not None:
-        return {spec.inputs[0].name: np.load(tensor, allow_pickle=False).astype(np.float64)}
+        values = load_array(must_exist(tensor, "numpy.save"))
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+            raise Failure(f"{tensor} is not one array of real numbers; save it with numpy.save")
+        return {spec.inputs[0].name: values.astype(np.float64)}
     if tokens is not None:
         return owner.embed(spec, np.array([int(t) for t in tokens.replace(",", " ").split()], dtype=np.int64))
     ids = load_tokenizer(client, tokenizer).encode(text).ids
@@ -198,6 +212,8 @@ def upload(client: Any, keys: Path, *, discard: bool = False) -> int:
     """Send evaluation keys, then wait until the server is ready; bytes of the bundle."""
     from he_backend.keys import read_manifest
 
+    if keys.name == "evaluation" and not (keys / "evaluation").exists():
+        keys = keys.parent  # the folder of the bundle was meant
     manifest = read_manifest(must_exist(keys, "polyformer keygen"))
     with bar("upload") as advance:
         client.upload(

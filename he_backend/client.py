@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,7 +43,12 @@ class Client:
 
     def __init__(self, url: str, *, timeout: float = 60.0, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, transport=transport, trust_env=False)
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=timeout, transport=transport, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise ConnectError(f"{url!r} is not an address") from error
+        if self._http.base_url.scheme not in ("http", "https") or not self._http.base_url.host:
+            raise ConnectError(f"{url!r} is not an address; one is http://127.0.0.1:8000")
         self._http.headers["accept-encoding"] = "identity"  # an answer that unpacks itself could pass every cap
 
     def __enter__(self) -> Client:
@@ -52,6 +58,22 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._http.close()
+
+    def wait_answer(self, patience: float) -> None:
+        """Until the server answers at all, for one that was started a moment ago.
+
+        Raises:
+            ConnectError: it does not within `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.status()
+                return
+            except ConnectError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.2)
 
     def manifest(self) -> dict[str, Any]:
         """What the server serves."""
@@ -85,7 +107,8 @@ class Client:
             discard: delete each file once the server has it; for client and server on one disk.
         """
         state = self._json("PUT", "/keys", content=json.dumps(manifest.to_json()).encode())
-        missing = set(state.get("missing", ()))
+        with _understood():
+            missing = {str(name) for name in state["missing"]}
         total = sum(f.bytes for f in manifest.files)
         done = sum(f.bytes for f in manifest.files if f.name not in missing)
         if progress is not None:
@@ -120,16 +143,17 @@ class Client:
         """
         while True:
             status = self.status()
-            stages = {name: status[name] for name in ("weights", "keys")}
-            if progress is not None:
-                progress(status)
-            for name, stage in stages.items():
-                if stage["state"] == "failed":
-                    raise HEError(f"the server could not load its {name}: {stage['error']}")
-            if stages["keys"]["state"] == "waiting" and not stages["keys"]["total"]:
-                raise ManifestError("the server has no keys: upload them first")
-            if all(stage["state"] == "ready" for stage in stages.values()):
-                return status
+            with _understood():
+                stages = {name: status[name] for name in ("weights", "keys")}
+                if progress is not None:
+                    progress(status)
+                for name, stage in stages.items():
+                    if stage["state"] == "failed":
+                        raise HEError(f"the server could not load its {name}: {clean(stage['error'])}")
+                if stages["keys"]["state"] == "waiting" and not stages["keys"]["total"]:
+                    raise ManifestError("the server has no keys: upload them first")
+                if all(stage["state"] == "ready" for stage in stages.values()):
+                    return status
             time.sleep(every)
 
     def evaluate(
@@ -165,14 +189,15 @@ class Client:
         self, request: bytes, max_reply: int, progress: Report | None, every: float
     ) -> tuple[bytes, dict[str, Any]]:
         job = self._json("POST", "/evaluate", content=request, timeout=600.0)
-        path = f"/jobs/{job['job']}"
-        while job["state"] in ("queued", "running"):
-            time.sleep(every)
-            job = self._json("GET", path)
-            if progress is not None:
-                progress(job)
-        if job["state"] != "done":
-            raise _error(job.get("error") or {"message": f"the job is {job['state']}"})
+        with _understood():
+            path = f"/jobs/{int(job['job'], 16):032x}"  # a number, so that it cannot name another path
+            while job["state"] in ("queued", "running"):
+                time.sleep(every)
+                job = self._json("GET", path)
+                if progress is not None:
+                    progress({**job, "current": clean(job["current"], 100)})
+            if job["state"] != "done":
+                raise _error(job.get("error") or {"message": f"the job is {job['state']}"})
         reply = self._request("GET", f"{path}/result", max_bytes=max_reply)
         return reply, self._json("GET", f"{path}/timing")
 
@@ -190,8 +215,8 @@ class Client:
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         data = self._request(method, path, max_bytes=MAX_JSON, **options)
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            value = wire.parse_json(data)
+        except WireError as error:
             raise WireError(f"the server's answer to {method} {path.split('/')[1]} is not JSON") from error
         if not isinstance(value, dict):
             raise WireError("the server's answer is not an object")
@@ -214,10 +239,25 @@ class Client:
             raise LostJobError("the server does not know this job; it was started again since")
         if status >= 400:
             try:
-                raise _error(json.loads(bytes(data)))
-            except ValueError as error:
+                said = wire.parse_json(bytes(data))
+            except WireError as error:
                 raise WireError(f"the server answered {status} without saying why") from error
+            raise _error(said)
         return bytes(data)
+
+
+def clean(text: Any, most: int = 2000) -> str:
+    """A server's text, fit for a terminal: nothing that moves the cursor or hides what else is shown."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:most])
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Whatever goes wrong with a field of the server's JSON is the server's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WireError("the server's answer is not what a polyformer server says") from error
 
 
 def compare_manifest(spec: ClientSpec, manifest: Mapping[str, Any], moduli: tuple[int, ...] | None = None) -> None:
@@ -244,4 +284,4 @@ def _error(data: Any) -> HEError:
     if not isinstance(data, dict):
         return HEError("the server refused without saying why")
     kind = ERRORS.get(str(data.get("error")), HEError)
-    return kind(f"server: {str(data.get('message', ''))[:2000]}")
+    return kind(f"server: {clean(data.get('message', ''))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import keycheck, keys
-from .base import Array
+from .base import Array, WireError
 from .circuit import Circuit, ClientSpec
 from .execute import Executor, Timing
 from .jobs import Progress, Result
@@ -35,11 +36,16 @@ class CircuitEngine:
         """Load one key whose bytes may come from an enemy.
 
         Raises:
-            WireError: size, header or residues are wrong; keys loaded before stay.
+            WireError: size, header, hash or residues are wrong; keys loaded before stay.
         """
         keys.check_file(path, file, manifest)
+        data = path.read_bytes()
+        if (
+            hashlib.sha256(data).hexdigest() != file.sha256
+        ):  # a file of an earlier process: the disk may have changed it
+            raise WireError(f"{file.name}: its hash is not the manifest's")
         keycheck.rehearse(manifest.params, file, path)
-        self.evaluator.load_key(file.kind, file.k, file.level, memoryview(path.read_bytes())[keys.HEADER :])
+        self.evaluator.load_key(file.kind, file.k, file.level, memoryview(data)[keys.HEADER :])
 
     def forget_keys(self) -> None:
         self.evaluator.close()

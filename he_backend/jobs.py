@@ -122,8 +122,7 @@ class Worker:
             BusyError: the queue is full.
         """
         with self._lock:
-            if sum(j.state in ("queued", "running") for j in self._jobs.values()) >= self._max_queue:
-                raise BusyError(f"{self._max_queue} evaluations are queued already; try again later")
+            self._check_room()
             job = Job(id=secrets.token_hex(16))
             self._jobs[job.id] = job
             finished = [j.id for j in self._jobs.values() if j.state in ("done", "failed", "cancelled")]
@@ -131,6 +130,15 @@ class Worker:
                 del self._jobs[name]
         self._tasks.put(lambda: self._evaluate(job, inputs, expected_reply))
         return job
+
+    def check_room(self) -> None:
+        """BusyError when `submit` would raise it, for who wants to know before reading a request."""
+        with self._lock:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        if sum(j.state in ("queued", "running") for j in self._jobs.values()) >= self._max_queue:
+            raise BusyError(f"{self._max_queue} evaluations are queued already; try again later")
 
     def job(self, name: str) -> Job | None:
         with self._lock:

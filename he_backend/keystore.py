@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import keys, wire
 from .base import ManifestError, WireError
@@ -53,7 +54,9 @@ class KeyStore:
                 {"key_id": (manifest.key_id, self.manifest.key_id[:4] + "…")},
             )
         part = self.folder / "manifest.json.part"
-        part.write_text(json.dumps(manifest.to_json()))
+        with part.open("w") as stream:
+            json.dump(manifest.to_json(), stream)
+            _to_disk(stream)
         part.replace(self.folder / "manifest.json")
         self.manifest = manifest
         return manifest
@@ -106,6 +109,7 @@ class KeyStore:
                     wire.check_length(size, file.bytes)
                     digest.update(chunk)
                     stream.write(chunk)
+                _to_disk(stream)
             if size != file.bytes or digest.hexdigest() != file.sha256:
                 raise WireError(
                     f"{file.name}: {size} bytes arrived of {file.bytes}, or their hash is not the manifest's"
@@ -141,3 +145,9 @@ class KeyStore:
             if wanted.get((f.kind, f.k)) != f.level:
                 raise WireError(f"{f.name} for level {f.level} is not a key that this circuit asks for")
             wire.check_length(f.bytes, most)
+
+
+def _to_disk(stream: IO[Any]) -> None:
+    """Before the file gets its name: a name must not outlive a power cut that the contents did not."""
+    stream.flush()
+    os.fsync(stream.fileno())

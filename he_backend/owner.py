@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,10 @@ def open_reply(spec: ClientSpec, owner: Owner, data: bytes, counter: Counter) ->
 
     Raises:
         WireError, ManifestError: the frame is not a reply to this client.
-        HEError: the key has decrypted as often as it may.
+        HEError: the key has decrypted as often as it may, or the circuit promises no accuracy to round to.
     """
+    if not (math.isfinite(spec.error_bound) and spec.error_bound > 0.0):
+        raise HEError(f"error bound {spec.error_bound}: without rounding, a decrypted reply would show its noise")
     ciphertexts = wire.loads(data, expected(spec, owner, "reply"))
     counter.count()
     exact, rounded = {}, {}
@@ -141,21 +144,29 @@ class Counter:
             HEError: the limit is reached.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            stream.seek(0)
-            text = stream.read()
-            try:
-                done = int(json.loads(text)["decryptions"]) if text else 0
-            except (ValueError, KeyError, TypeError) as error:
-                raise HEError(
-                    f"{self.path} is damaged, so nobody knows how often this key decrypted: make new keys"
-                ) from error
+        with self.path.with_suffix(".lock").open("w") as lock:  # its own file: the count's is replaced under it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = self._done()
             if done >= self.limit:
                 raise HEError(
                     f"this key has decrypted {done} replies, its limit: make new keys with `polyformer keygen`"
                 )
-            stream.seek(0)
-            stream.truncate()
-            json.dump({"decryptions": done + 1}, stream)
+            part = self.path.with_suffix(".part")
+            with part.open("w") as stream:
+                json.dump({"decryptions": done + 1}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(self.path)
         return done + 1
+
+    def _done(self) -> int:
+        """The count so far; only a file that was never there means none."""
+        try:
+            done = json.loads(self.path.read_bytes())["decryptions"]
+        except FileNotFoundError:
+            return 0
+        except (ValueError, KeyError, TypeError):
+            done = None
+        if type(done) is not int or done < 1:
+            raise HEError(f"{self.path} is damaged, so nobody knows how often this key decrypted: make new keys")
+        return done

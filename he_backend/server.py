@@ -21,7 +21,6 @@ Errors are JSON: {"error": class, "message": text, "differences": {field: [ours,
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -39,7 +38,7 @@ from . import wire
 from .base import HEError, ManifestError, ParamsError, WireError
 from .circuit import Circuit
 from .jobs import BusyError, Engine, Job, Stage, Worker
-from .keys import KeyFile, find_secret
+from .keys import KeyFile, Manifest, find_secret
 from .keystore import KeyStore
 
 log = logging.getLogger("polyformer.server")
@@ -47,6 +46,8 @@ log = logging.getLogger("polyformer.server")
 # One thread inside each primitive, because the executor runs primitives side by side; one heap for all threads, because
 # what one frees is what another wants next. Both are read when a process starts.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+MAX_CONNECTIONS = 32
 
 STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
 
@@ -57,6 +58,7 @@ class Limits:
 
     max_queue: int = 4
     max_replies: int = 8
+    max_bodies: int = 4  # requests held in memory while they arrive
     max_json_bytes: int = 4 << 20
 
 
@@ -95,19 +97,27 @@ class Server:
         present = len(self.store.present())
         self.keys = Stage(state="running", total=present) if present else Stage()  # `start` loads them
         self.key_lock = asyncio.Lock()
+        self.bodies = asyncio.Semaphore(limits.max_bodies)
 
     async def start(self) -> None:
         """Encode weights, and load the keys that an earlier process received; one that is damaged must be sent again."""
         self.worker.start()
         async with self.key_lock:
-            for file in self.store.present():
-                try:
-                    await self.load_key(self.store.folder / file.name, file)
-                except HEError:
-                    log.warning("%s is damaged and was removed", file.name)
-                    self.store.reject(file)
-                self.keys.done += 1
-            self.update_keys()
+            try:
+                await self._load_present()
+            except Exception as error:  # nobody awaits this task, but clients wait for its stage
+                log.exception("loading keys failed")
+                self.keys = Stage(state="failed", error=f"{type(error).__name__}; see the server's log")
+
+    async def _load_present(self) -> None:
+        for file in self.store.present():
+            try:
+                await self.load_key(self.store.folder / file.name, file)
+            except HEError:
+                log.warning("%s is damaged and was removed", file.name)
+                self.store.reject(file)
+            self.keys.done += 1
+        self.update_keys()
 
     def manifest(self) -> dict[str, Any]:
         """What both sides must agree on; see `client.compare_manifest`."""
@@ -154,13 +164,13 @@ class Server:
 
     async def put_key(self, key_id: str, name: str, body: AsyncIterator[bytes]) -> dict[str, Any]:
         """Receive, check, load and keep one key file."""
-        file = self.store.entry(key_id, name)
         async with self.key_lock:
+            file = self.store.entry(key_id, name)
             if name in self.store.missing():
                 part = await self.store.receive(file, body)
                 try:
                     await self.load_key(part, file)
-                except HEError:
+                except BaseException:  # whatever it was, the file was not loaded
                     self.store.reject(file)
                     raise
                 self.store.accept(file)
@@ -184,15 +194,28 @@ class Server:
         present, total = len(self.store.present()), len(self.store.manifest.files) if self.store.manifest else 0
         self.keys = Stage(state="ready" if self.store.complete else "waiting", done=present, total=total)
 
-    def evaluate(self, data: bytes) -> Job:
-        """Check a request frame and queue it."""
-        if self.keys.state != "ready" or self.store.manifest is None:
+    def ready(self) -> Manifest:
+        """The bundle that an evaluation would use now."""
+        manifest = self.store.manifest
+        if self.keys.state != "ready" or manifest is None:
             raise ManifestError(
                 "the evaluation keys are not all here: upload them first", {"missing": ([], self.store.missing())}
             )
-        key_id = self.store.manifest.key_id
-        inputs = wire.loads(data, self.expected("request", key_id))
-        return self.worker.submit(inputs, self.expected("reply", key_id))
+        return manifest
+
+    async def evaluate(self, request: Request) -> Job:
+        """Check a request frame and queue it; nothing is read of one that could not run."""
+        manifest = self.ready()
+        self.worker.check_room()
+        if self.bodies.locked():
+            raise BusyError("other requests are arriving; try again later")
+        async with self.bodies:
+            expected = self.expected("request", manifest.key_id)
+            inputs = await run_in_threadpool(wire.loads, await read_body(request, expected.max_bytes), expected)
+            async with self.key_lock:  # so that no keys go between this look and the job that needs them
+                if self.ready() != manifest:
+                    raise ManifestError("the server's keys changed while the request arrived")
+                return self.worker.submit(inputs, self.expected("reply", manifest.key_id))
 
 
 def create_app(server: Server) -> FastAPI:
@@ -208,7 +231,8 @@ def create_app(server: Server) -> FastAPI:
 
     @app.exception_handler(HEError)
     async def refused(request: Request, error: HEError) -> JSONResponse:
-        log.info("refused %s: %s", request.url.path, type(error).__name__)
+        place = getattr(request.scope.get("route"), "path", "")  # the template: a path holds ids of keys and jobs
+        log.info("refused %s: %s", place, type(error).__name__)
         return JSONResponse(error_json(error), status_code=STATUS.get(type(error), 422))
 
     @app.get("/manifest")
@@ -221,7 +245,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.put("/keys")
     async def put_index(request: Request) -> dict[str, Any]:
-        server.store.offer(parse_json(await read_body(request, server.limits.max_json_bytes)))
+        server.store.offer(wire.parse_json(await read_body(request, server.limits.max_json_bytes)))
         return server.key_state()
 
     @app.get("/keys/{key_id}")
@@ -240,9 +264,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.post("/evaluate", status_code=202)
     async def evaluate(request: Request) -> dict[str, Any]:
-        data = await read_body(request, server.expected("request", "").max_bytes)
-        job = await run_in_threadpool(server.evaluate, data)
-        return job.to_json()
+        return (await server.evaluate(request)).to_json()
 
     @app.get("/jobs/{job_id}")
     async def get_job(job_id: str) -> dict[str, Any]:
@@ -311,13 +333,6 @@ async def chunks(request: Request) -> AsyncIterator[bytes]:
         raise WireError(f"the body ended early: {type(error).__name__}") from error
 
 
-def parse_json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise WireError("the body is not JSON") from error
-
-
 def error_json(error: HEError) -> dict[str, Any]:
     differences: Mapping[str, Any] = getattr(error, "differences", {})
     return {
@@ -339,4 +354,12 @@ def serve(server: Server, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Run until a signal comes."""
     import uvicorn
 
-    uvicorn.run(create_app(server), host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    uvicorn.run(
+        create_app(server),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+    )

@@ -22,6 +22,7 @@ Malformed bytes raise WireError; well-formed bytes that mean another circuit, ke
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,6 +146,22 @@ def loads(data: bytes, expected: Expected) -> dict[Part, Sealed]:
         residues = _unpack(arrays[f"c{i}"], expected.moduli[: level + 1], expected.log_n, part)
         result[part] = Sealed(residues, scale)
     return result
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON from outside, without the NaN and Infinity that Python reads but no JSON has: they compare and print badly.
+
+    Raises:
+        WireError: it is none.
+    """
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise WireError("the body is not JSON") from error
 
 
 def check_length(length: int, most: int) -> None:

@@ -45,6 +45,9 @@ WRONG_USAGE = {
     "unknown command": ["bogus"],
     "unknown option": ["inspect", "--bogus"],
     "missing argument": ["keygen"],
+    "backend": ["compile", "x.onnx", "--backend", "foo"],
+    "no threads": ["compile", "x.onnx", "--threads", "0"],
+    "no ring": ["compile", "x.onnx", "--insecure-log-n", "0"],
     "port out of range": ["serve", "x", "--port", "70000"],
 }
 
@@ -70,6 +73,33 @@ def test_failures_are_1_and_a_sentence(arguments: list[str], says: str, capsys: 
     error = " ".join(capsys.readouterr().err.split())
     assert says in error
     assert "Traceback" not in error
+
+
+BAD_INPUT = {
+    "calibration without tokens": (["compile", "bad.onnx", "--calibration", "other.npz"], "no `tokens`"),
+    "calibration of one array": (["compile", "bad.onnx", "--calibration", "x.npy"], "no `tokens`"),
+    "garbage as ONNX": (["inspect", "bad.onnx"], "not an ONNX file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_a_sentence(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.onnx").write_bytes(b"\xff garbage")
+    np.save("x.npy", np.zeros(3))
+    np.savez("other.npz", x=np.zeros(3))
+    test_failures_are_1_and_a_sentence(arguments, says, capsys)
+
+
+@pytest.mark.parametrize("name", ["empty.npy", "other.npz", "text.npy"])
+def test_a_tensor_that_is_none(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    with pytest.raises(Failure, match=r"\.npy|one array"):
+        infer.read_input(mlp(TEST_PARAMS).spec(), tmp_path, None, None, tmp_path / name, None)
 
 
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,11 +53,62 @@ def test_operators_join_prediction_and_measurement() -> None:
     assert [(r["predicted_s"], r["measured_s"]) for r in rows] == [(None, None), (2.0, 3.0)]
 
 
+def test_stored_errors_do_not_publish_the_noise() -> None:
+    facts = {"max_abs_error": 0.0123456789, "mean_abs_error": 1.23456789e-5}
+    assert demo_report.errors(facts) == {"max_abs_error": 0.012, "mean_abs_error": 1.2e-5}
+
+
 def test_training_text_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     before = demo.fingerprint(tmp_path)
     (tmp_path / "b.txt").write_text("two")
     assert len({before, demo.fingerprint(tmp_path), demo.fingerprint(tmp_path / "a.txt"), demo.fingerprint(None)}) == 3
+
+
+FOREIGN = {  # files of a user's project, which a run once deleted or overwrote
+    "client": (["client/app.py"], False),
+    "client beside a mark": (["MARK", "client/secret/key.bin", "client/app.py"], False),
+    "keys of the user's own": (["client/secret/key.bin"], False),
+    "server": (["MARK", "server/main.py"], False),
+    "model": (["model/weights.bin"], True),
+    "model of another program": (["model/weights.bin"], False),
+    "model.json of another program": (["model.json"], False),
+    "a file": (["MARK", "client"], False),
+}
+
+
+@pytest.mark.parametrize(("files", "retrain"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_no_demo_made_is_left_alone(
+    files: list[str], retrain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("checked too late"))
+    for name in files:
+        path = tmp_path / name.replace("MARK", "model.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"quick": true, "text": ""}' if name == "MARK" else "mine")
+    with pytest.raises(Failure, match="--out"):
+        demo.run(options(tmp_path, retrain=retrain))
+
+
+def test_what_an_earlier_demo_left_is_no_obstacle(tmp_path: Path) -> None:
+    for folder in ("client/secret", "client/evaluation", "server/keys", "model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "model.json").write_text('{"quick": true, "text": ""}')
+    demo.refuse_foreign(options(tmp_path, retrain=True))
+
+
+def options(out: Path, *, retrain: bool) -> demo.Options:
+    return demo.Options(
+        out=out,
+        text=None,
+        prompt=None,
+        backend="openfhe",
+        quick=True,
+        retrain=retrain,
+        threads=1,
+        max_memory_gb=1.0,
+        seed=0,
+    )
 
 
 def served(folder: Path) -> Path:

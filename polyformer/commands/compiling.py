@@ -7,7 +7,29 @@ from typing import Annotated, Any
 
 import typer
 
-from polyformer.commands.console import Advance, bar, emit, must_exist, out, say, size, warn_insecure
+from polyformer.commands.console import (
+    Advance,
+    Failure,
+    bar,
+    emit,
+    load_array,
+    must_exist,
+    out,
+    say,
+    size,
+    warn_insecure,
+)
+
+BACKENDS = ("openfhe", "tenseal")
+
+
+def known_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(BACKENDS)}")
+    return name
+
+
+Backend = Annotated[str, typer.Option(callback=known_backend, help="openfhe or tenseal.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +46,12 @@ def compile_(
         Path | None, typer.Option(help=".npz with `tokens` [n, T]; default: beside the model.")
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Circuit file; default: beside the model.")] = None,
-    backend: Annotated[str, typer.Option(help="openfhe or tenseal.")] = "openfhe",
+    backend: Backend = "openfhe",
     max_memory_gb: Annotated[float | None, typer.Option(help="RAM cap; default: 80 % of this machine's.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of the server.")] = 2,
-    insecure_log_n: Annotated[int | None, typer.Option(help="Ring 2^k of any size, INSECURE, for tests.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the server.")] = 2,
+    insecure_log_n: Annotated[
+        int | None, typer.Option(min=10, max=17, help="Ring 2^k of any size, INSECURE, for tests.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Choose layouts, levels, parameters and keys; write model.circuit (server) and model.client (client)."""
@@ -72,7 +96,10 @@ def compile_files(
     from compiler import Target, compile_onnx
 
     must_exist(model, "polyformer export")
-    with np.load(must_exist(calibration, "polyformer export"), allow_pickle=False) as file:
+    archive = load_array(must_exist(calibration, "polyformer export"))
+    if isinstance(archive, np.ndarray) or "tokens" not in archive:
+        raise Failure(f"{calibration} holds no `tokens`; `polyformer export` makes one that does")
+    with archive as file:
         tokens = file["tokens"]
     target = Target(backend=backend, max_memory_gb=max_memory_gb, insecure_log_n=insecure_log_n, threads=threads)
     compiled = compile_onnx(

@@ -82,3 +82,19 @@ def must_exist(path: Path, made_by: str) -> Path:
     if not path.exists():
         raise Failure(f"{path} does not exist; `{made_by}` makes it")
     return path
+
+
+def load_array(path: Path) -> Any:
+    """What np.load makes of a .npy or .npz file.
+
+    Raises:
+        Failure: it is neither.
+    """
+    import zipfile
+
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise Failure(f"{path} is no .npy or .npz file of numbers") from error

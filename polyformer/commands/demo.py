@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 QUICK_LOG_N = 14  # the vocabulary times the tokens must fit the slots
+MADE = {"client": {"secret", "evaluation"}, "server": {"keys"}}  # folders that every run makes anew, and their contents
 SPARE_DISK = 1 << 30
 MOST_GB = 19.5  # the target is a measured peak of 20 GB; predictions are off by some percent
 
@@ -54,6 +55,11 @@ class Options:
     def model(self) -> Path:
         return self.out / "model"
 
+    @property
+    def mark(self) -> Path:
+        """What the model was made from; where it lies, the folder is a demo's."""
+        return self.out / "model.json"
+
 
 @dataclass(kw_only=True)
 class Story:
@@ -76,7 +82,7 @@ def demo(
     to: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("runs/demo"),
     text: Annotated[Path | None, typer.Option(help="Train on this file or folder of .txt instead.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this instead of held-out text.")] = None,
-    backend: Annotated[str, typer.Option(help="openfhe or tenseal.")] = "openfhe",
+    backend: compiling.Backend = "openfhe",
     quick: Annotated[
         bool, typer.Option(help="A tiny model on a test-size INSECURE ring: the path, not the result.")
     ] = False,
@@ -114,6 +120,7 @@ def run(options: Options) -> None:
     quiet = records.quiet()
     if options.quick:
         warn_insecure("demo --quick")
+    refuse_foreign(options)
     start, story = time.perf_counter(), Story()
     options.out.mkdir(parents=True, exist_ok=True)
     train(options, story)
@@ -133,12 +140,12 @@ def run(options: Options) -> None:
 
 def train(options: Options, story: Story) -> None:
     """1: train and convert, unless the model of an earlier run is there."""
-    folder, mark = options.model, options.out / "model.json"
+    folder = options.model
     wanted = {"quick": options.quick, "text": fingerprint(options.text)}
-    kept = json.loads(mark.read_text()) if mark.exists() else None
-    if folder.exists() and (options.retrain or (kept is not None and kept != wanted)):
+    kept = read_mark(options.mark)
+    if kept is not None and folder.exists() and (options.retrain or kept != wanted):
         shutil.rmtree(folder)
-    mark.write_text(json.dumps(wanted))
+    options.mark.write_text(json.dumps(wanted))
     if (folder / "polynomial.safetensors").exists():
         metrics = json.loads((folder / "metrics.json").read_text())
         say(f"[bold]1[/] model of an earlier run kept in {folder} (--retrain makes a new one)")
@@ -317,7 +324,7 @@ def compare(options: Options, story: Story, prompt: str, encrypted: Any, clear: 
     out.print(table)
     p = story.facts["prediction"]
     say(
-        f"  error of the logits: largest {error.max():.3g}, mean {error.mean():.3g}, promised "
+        f"  error of the logits: largest {error.max():.2g}, mean {error.mean():.2g}, promised "
         f"{story.facts['plan']['error_bound']:.3g}; likeliest token {'equal' if p['top1_equal'] else 'DIFFERENT'}"
     )
 
@@ -351,6 +358,37 @@ def verdict(story: Story) -> None:
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
+
+
+def read_mark(path: Path) -> dict[str, Any] | None:
+    """The mark of an earlier run, if the file is one."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and set(data) == {"quick", "text"} else None
+
+
+def refuse_foreign(options: Options) -> None:
+    """A run deletes and overwrites what an earlier one left, and must not do so to anything else.
+
+    Raises:
+        Failure: a name that the demo uses holds what no demo made.
+    """
+    ours = read_mark(options.mark) is not None
+    for name, made in MADE.items():
+        folder = options.out / name
+        inside = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        foreign = sorted(inside - made if ours else inside)
+        if foreign or (folder.exists() and not folder.is_dir()):
+            raise Failure(
+                f"{folder} holds {', '.join(foreign[:3]) or 'a file'}, which no demo made and this one would delete: "
+                "choose another folder with --out"
+            )
+    trained = (options.model / "polynomial.safetensors").exists() and not options.retrain
+    if not ours and (options.mark.exists() or (options.model.exists() and not trained)):
+        place = options.mark if options.mark.exists() else options.model
+        raise Failure(f"{place} is not of a demo, and this one would overwrite it: choose another folder with --out")
 
 
 def fingerprint(text: Path | None) -> str:

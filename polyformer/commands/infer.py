@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyformer.commands.console import Advance, Failure, bar, emit, must_exist, out, say, size, warn_insecure
+from polyformer.commands.console import (
+    Advance,
+    Failure,
+    bar,
+    emit,
+    load_array,
+    must_exist,
+    out,
+    say,
+    size,
+    warn_insecure,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +36,7 @@ Tokens = Annotated[str | None, typer.Option(help="Token ids instead of text: 5,1
 Tensor = Annotated[Path | None, typer.Option(help=".npy with the input tensor, for circuits without an embedding.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer.json; default: beside the specification.")]
 Url = Annotated[str, typer.Option(help="Address of the server.")]
+Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that does not answer yet.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 LOCAL = "http://127.0.0.1:8000"
 
@@ -66,11 +78,12 @@ def evaluate(
     keys: Keys,
     to: Annotated[Path, typer.Option("--out", help="File for the encrypted reply.")],
     url: Url = LOCAL,
+    wait: Wait = 0.0,
     json: Json = False,
 ) -> None:
     """Have the server evaluate an encrypted request; evaluation keys that it lacks are uploaded first."""
     spec = load_spec(client)
-    reply, timing = ask(spec, must_exist(request, "polyformer encrypt").read_bytes(), keys, url)
+    reply, timing = ask(spec, must_exist(request, "polyformer encrypt").read_bytes(), keys, url, wait=wait)
     to.write_bytes(reply)
     if json:
         emit({"reply": str(to), "bytes": len(reply), "timing": timing, "insecure": spec.params.insecure})
@@ -96,6 +109,7 @@ def infer(
     client: Spec,
     keys: Keys,
     url: Url = LOCAL,
+    wait: Wait = 0.0,
     text: Text = None,
     tokens: Tokens = None,
     tensor: Tensor = None,
@@ -109,7 +123,7 @@ def infer(
 
     spec, who = open_keys(client, keys)
     request = owner.seal(spec, who, read_input(spec, client, text, tokens, tensor, tokenizer))
-    reply, _ = ask(spec, request, keys, url, moduli=who.moduli)
+    reply, _ = ask(spec, request, keys, url, wait=wait, moduli=who.moduli)
     show(spec, open_reply(spec, who, reply), client, tokenizer, top, save, json)
 
 
@@ -154,7 +168,10 @@ def read_input(
     if sum(x is not None for x in (text, tokens, tensor)) != 1:
         raise Failure("give exactly one of --text, --tokens and --tensor")
     if tensor is not None:
-        return {spec.inputs[0].name: np.load(tensor, allow_pickle=False).astype(np.float64)}
+        values = load_array(must_exist(tensor, "numpy.save"))
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+            raise Failure(f"{tensor} is not one array of real numbers; save it with numpy.save")
+        return {spec.inputs[0].name: values.astype(np.float64)}
     if tokens is not None:
         return owner.embed(spec, np.array([int(t) for t in tokens.replace(",", " ").split()], dtype=np.int64))
     ids = load_tokenizer(client, tokenizer).encode(text).ids
@@ -178,12 +195,13 @@ def load_tokenizer(client: Path, tokenizer: Path | None) -> Any:
 
 
 def ask(
-    spec: ClientSpec, request: bytes, keys: Path, url: str, *, moduli: tuple[int, ...] | None = None
+    spec: ClientSpec, request: bytes, keys: Path, url: str, *, wait: float, moduli: tuple[int, ...] | None = None
 ) -> tuple[bytes, dict[str, Any]]:
     """Compare manifests, upload what is missing, evaluate with progress. Needs no secret key."""
     from he_backend.client import Client
 
     with Client(url) as client:
+        client.wait_answer(wait)
         client.agree(spec, moduli)
         upload(client, keys)
         with evaluation_bar() as progress:
@@ -194,6 +212,8 @@ def upload(client: Any, keys: Path, *, discard: bool = False) -> int:
     """Send evaluation keys, then wait until the server is ready; bytes of the bundle."""
     from he_backend.keys import read_manifest
 
+    if keys.name == "evaluation" and not (keys / "evaluation").exists():
+        keys = keys.parent  # the folder of the bundle was meant
     manifest = read_manifest(must_exist(keys, "polyformer keygen"))
     with bar("upload") as advance:
         client.upload(

@@ -99,7 +99,10 @@ def container(path: Path) -> dict[str, Any]:
 def onnx_model(path: Path) -> dict[str, Any]:
     import onnx
 
-    model = onnx.load(str(path))
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's own class, which depends on its version
+        raise Failure(f"{path} is not an ONNX file: {type(error).__name__}") from error
     parameters = sum(int(_product(i.dims)) for i in model.graph.initializer)
     return {
         "what": "ONNX model",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polyformer.commands.console import must_exist, say, warn_insecure
+from polyformer.commands.console import Failure, must_exist, say, warn_insecure
 
 PLAINTEXT_GB = 4.0
 
@@ -31,6 +31,7 @@ def serve(
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow a test-size ring that protects nothing.")] = False,
 ) -> None:
     """Serve a circuit over HTTP. It never sees a secret key, and refuses to start beside one."""
+    from he_backend.base import ManifestError
     from he_backend.circuit import Circuit
     from he_backend.server import Limits, Server, ensure_environment, refuse_secrets
     from he_backend.server import serve as run
@@ -44,6 +45,11 @@ def serve(
     if loaded.params.insecure:
         warn_insecure(loaded.params.name)
     engine = CircuitEngine(loaded, threads=threads, plaintext_budget=int(plaintext_gb * 1e9), allow_insecure=insecure)
-    server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue))
+    try:
+        server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue))
+    except ManifestError as error:
+        raise Failure(
+            f"{folder} holds keys for another circuit: give this one a folder of its own with --folder"
+        ) from error
     say(f"serving {loaded.params.name} on http://{host}:{port}; keys in {folder}; Ctrl-C ends")
     run(server, host=host, port=port)

@@ -1,17 +1,22 @@
 """The client: what it refuses to encrypt, how it reads a reply, and one real circuit at 128 bits through two processes."""
 
+import asyncio
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from he_backend import keycheck, keys, openfhe_backend, owner, tenseal_backend
 from he_backend.base import HEError, ManifestError, RangeError, WireError
 from he_backend.circuit import ClientSpec
-from he_backend.client import Client, compare_manifest
-from he_backend.engine import KeyOwner
+from he_backend.client import Client, ConnectError, compare_manifest
+from he_backend.engine import CircuitEngine, KeyOwner
 from he_backend.params import Params
+from he_backend.server import Limits, Server
 from tests.he_backend.running import free_port, running
 from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, mlp, reference
 from tests.he_backend.stub import StubOwner
@@ -67,11 +72,32 @@ def test_decryptions_are_counted_and_end(tmp_path: Path) -> None:
         owner.Counter(tmp_path / "secret" / "count.json", limit=3).count()
 
 
-def test_a_damaged_count_is_no_fresh_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"decryptions": true}', '{"decryptions": -5}'])
+def test_a_damaged_count_is_no_fresh_start(text: str, tmp_path: Path) -> None:
     path = tmp_path / "count.json"
-    path.write_text("{")
+    path.write_text(text)
     with pytest.raises(HEError, match="damaged"):
         owner.Counter(path).count()
+
+
+def test_a_crash_while_counting_loses_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = owner.Counter(tmp_path / "count.json")
+    counter.count()
+    with monkeypatch.context() as patched:
+        patched.setattr("he_backend.owner.json.dump", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            counter.count()
+    assert counter.count() == 2
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, np.inf, np.nan])
+def test_nothing_is_decrypted_that_could_not_be_rounded(bound: float, tmp_path: Path) -> None:
+    with pytest.raises(HEError, match="error bound"):
+        owner.open_reply(replace(SPEC, error_bound=bound), StubOwner(), b"", owner.Counter(tmp_path / "count.json"))
 
 
 def manifest_of(spec: ClientSpec) -> dict[str, object]:
@@ -106,6 +132,71 @@ def test_manifest_differences_are_named(field: str) -> None:
     with pytest.raises(ManifestError) as caught:
         compare_manifest(SPEC, {**honest, **CHANGES[field]}, StubOwner.moduli)
     assert set(caught.value.differences) == {field}
+
+
+def says(*answers: object, status: int = 200) -> Client:
+    """A client of a server that gives these answers, the last one for ever."""
+    left = [json.dumps(a).encode() for a in answers]
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, stream=httpx.ByteStream(left.pop(0) if len(left) > 1 else left[0]))
+
+    return Client("http://x", transport=httpx.MockTransport(answer))
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"job": 1}, {"job": "a", "state": "running"}, {"job": "\n", "state": "running"}]
+)
+def test_an_answer_of_another_shape_is_a_wire_error(answer: dict[str, object]) -> None:
+    with says(answer, {}) as client, pytest.raises(WireError, match="not what a polyformer server says"):
+        client.evaluate(b"", max_reply=9, every=0.0, progress=lambda job: None)
+
+
+@pytest.mark.parametrize("answer", [{}, {"weights": 1, "keys": 2}, {"weights": {}, "keys": {"state": "waiting"}}])
+def test_a_status_of_another_shape_is_a_wire_error(answer: dict[str, object]) -> None:
+    with says(answer) as client, pytest.raises(WireError, match="not what a polyformer server says"):
+        client.wait_ready()
+
+
+def test_a_servers_text_cannot_write_to_the_terminal() -> None:
+    evil = "\x1b[2J\r\u202eok" + "x" * 5000
+    stage = {"state": "failed", "error": evil}
+    job = {"job": "1", "state": "failed", "error": {"message": evil}}
+    for client, call in (
+        (says({"message": evil}, status=400), Client.status),
+        (says({"weights": stage, "keys": stage}), Client.wait_ready),
+        (says(job), lambda c: c.evaluate(b"", max_reply=9)),
+    ):
+        with client, pytest.raises(HEError) as caught:
+            call(client)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 2100
+    seen: list[str] = []
+    running_job = {"job": "1", "state": "running", "current": evil}
+    with says(running_job, running_job, job) as client, pytest.raises(HEError):
+        client.evaluate(b"", max_reply=9, every=0.0, progress=lambda j: seen.append(j["current"]))
+    assert seen[0].isprintable()
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "http://", "http://a:b", "ftp://a", "http://\x00"])
+def test_what_is_not_an_address(url: str) -> None:
+    with pytest.raises(ConnectError, match="is not an address"):
+        Client(url)
+
+
+def test_waiting_for_a_server_that_does_not_answer_yet() -> None:
+    def late(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if len(asked) < 3:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200, stream=httpx.ByteStream(b"{}"))
+
+    asked: list[httpx.Request] = []
+    with Client("http://x", transport=httpx.MockTransport(late)) as client:
+        with pytest.raises(ConnectError):
+            client.wait_answer(0.0)
+        client.wait_answer(10.0)
+    assert len(asked) == 3
 
 
 def backends() -> list[object]:
@@ -195,8 +286,6 @@ def test_a_key_whose_residues_are_too_large_is_refused(tmp_path: Path) -> None:
     """The right length, header and hash are not enough: the engine looks at every residue before the library does."""
     import hashlib
 
-    from he_backend.engine import CircuitEngine
-
     params = replace(TEST_PARAMS, log_n=11)
     circuit = mlp(params)
     spec = circuit.spec()
@@ -210,3 +299,20 @@ def test_a_key_whose_residues_are_too_large_is_refused(tmp_path: Path) -> None:
     assert file.name == "relin.key"
     with pytest.raises(WireError):
         engine.load_key(path, file, manifest)
+
+
+@pytest.mark.skipif(openfhe_backend.available() is not None, reason="OpenFHE is not installed")
+def test_a_key_that_the_disk_changed_must_be_sent_again(tmp_path: Path) -> None:
+    """One flipped bit leaves a residue below its prime, so that only the hash tells."""
+    circuit = mlp(replace(TEST_PARAMS, log_n=11))
+    keys.generate(circuit.spec(), tmp_path / "client", allow_insecure=True)
+    stored = tmp_path / "server" / "keys"
+    shutil.copytree(tmp_path / "client" / "evaluation", stored)
+    data = bytearray((stored / "relin.key").read_bytes())
+    data[-8] ^= 1
+    (stored / "relin.key").write_bytes(data)
+    engine = CircuitEngine(circuit, threads=1, plaintext_budget=0, allow_insecure=True)
+    server = Server(circuit, engine, tmp_path / "server", limits=Limits())
+    asyncio.run(server.start())
+    assert server.store.missing() == ["relin.key"]
+    assert server.keys.state == "waiting"

@@ -173,7 +173,7 @@ def test_key_paths_cannot_leave_their_folder(served: tuple[Site, Client], path: 
     still_alive(site, client)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1" * (2 << 20), b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1" * (2 << 20), b"[" * 100_000, b'{"params": NaN}', b"Infinity"])
 def test_malformed_index(served: tuple[Site, Client], body: bytes) -> None:
     site, client = served
     answer = httpx.put(site.url + "/keys", content=body)

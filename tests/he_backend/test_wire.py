@@ -150,3 +150,9 @@ def test_a_writer_cannot_send_what_no_reader_takes() -> None:
         wire.dumps(replace(EXPECTED, parts={("x", 0): 2}), ciphertexts())
     with pytest.raises(WireError, match="has residues"):
         wire.dumps(replace(EXPECTED, parts={("x", 0): 1, ("x", 1): 1}), ciphertexts())
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"NaN", b'{"a": [-Infinity]}', b"[" * 100_000, b"\xff"])
+def test_what_is_not_json(data: bytes) -> None:
+    with pytest.raises(WireError, match="not JSON"):
+        wire.parse_json(data)

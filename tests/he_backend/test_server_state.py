@@ -1,0 +1,105 @@
+"""The server's state under what a network cannot time: keys that go while a request arrives, loaders that break."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from starlette.requests import Request
+
+from he_backend import owner
+from he_backend.base import ManifestError
+from he_backend.jobs import BusyError
+from he_backend.keys import Manifest
+from he_backend.server import Limits, Server, create_app
+from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp
+from tests.he_backend.stub import StubEngine, StubOwner, make_keys
+
+CIRCUIT = mlp(TEST_PARAMS)
+FRAME = owner.seal(CIRCUIT.spec(), StubOwner(), {"x": np.zeros(WIDTH)})
+KEY_ID = StubOwner().key_id
+
+
+class Broken(StubEngine):
+    """A loader with a fault of its own."""
+
+    def load_key(self, *_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+
+def started(folder: Path, engine: type[StubEngine] = StubEngine, **limits: int) -> Server:
+    """A server whose keys are on its disk, and loaded unless the engine breaks."""
+    keys = folder / "keys"
+    manifest = make_keys(CIRCUIT.spec(), keys, KEY_ID)
+    Server(CIRCUIT, engine(CIRCUIT), folder, limits=Limits()).store.offer(manifest.to_json())
+    server = Server(CIRCUIT, engine(CIRCUIT), folder, limits=Limits(**limits))
+    asyncio.run(server.start())
+    return server
+
+
+def request(server: Server, before: str = "") -> Request:
+    """A request whose body arrives after something happened."""
+
+    async def receive() -> dict[str, object]:
+        if before == "never read":
+            pytest.fail("the body was read")
+        if before == "keys go":
+            await server.forget_keys(KEY_ID)
+        return {"type": "http.request", "body": FRAME}
+
+    return Request({"type": "http", "headers": [], "method": "POST"}, receive)
+
+
+def test_keys_that_go_while_a_request_arrives(tmp_path: Path) -> None:
+    server = started(tmp_path)
+    with pytest.raises(ManifestError, match="not all here"):
+        asyncio.run(server.evaluate(request(server, "keys go")))
+    assert server.worker.idle
+
+
+def test_nothing_is_read_without_keys_or_room(tmp_path: Path) -> None:
+    server = started(tmp_path, max_queue=0)
+    with pytest.raises(BusyError, match="queued already"):
+        asyncio.run(server.evaluate(request(server, "never read")))
+    server = started(tmp_path, max_bodies=0)
+    with pytest.raises(BusyError, match="arriving"):
+        asyncio.run(server.evaluate(request(server, "never read")))
+    asyncio.run(server.forget_keys(KEY_ID))
+    with pytest.raises(ManifestError):
+        asyncio.run(server.evaluate(request(server, "never read")))
+
+
+def test_a_loader_that_breaks_ends_the_wait(tmp_path: Path) -> None:
+    server = started(tmp_path, Broken)
+    assert server.keys.state == "failed"
+    assert "RuntimeError" in server.keys.error
+
+
+def test_a_key_whose_loader_breaks_is_not_kept(tmp_path: Path) -> None:
+    manifest: Manifest = make_keys(CIRCUIT.spec(), tmp_path / "client", KEY_ID)
+    server = Server(CIRCUIT, Broken(CIRCUIT), tmp_path / "server", limits=Limits())
+    server.store.offer(manifest.to_json())
+
+    async def body() -> AsyncIterator[bytes]:
+        yield (tmp_path / "client" / "relin.key").read_bytes()
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(server.put_key(KEY_ID, "relin.key", body()))
+    assert "relin.key" in server.store.missing()
+    assert not list((tmp_path / "server" / "keys").glob("relin.key*"))
+
+
+def test_ids_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(Server(CIRCUIT, StubEngine(CIRCUIT), tmp_path, limits=Limits()))
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x") as http:
+            await http.get(f"/keys/{KEY_ID}")
+
+    with caplog.at_level(logging.INFO, logger="polyformer.server"):
+        asyncio.run(ask())
+    assert "refused /keys/{key_id}: ManifestError" in caplog.text
+    assert KEY_ID not in caplog.text

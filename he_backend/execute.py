@@ -92,7 +92,8 @@ class Executor:
         plaintext_budget: bytes of encoded weights that `prepare` may keep.
 
     Raises:
-        LevelError, ScaleError: the circuit does not fit its parameters.
+        LevelError: the circuit does not fit its parameters.
+        ScaleError: with the evaluator's primes, a sum breaks the promised error; see `scale_tolerance`.
     """
 
     def __init__(self, circuit: Circuit, evaluator: Any, *, threads: int = 2, plaintext_budget: int = 2 << 30) -> None:
@@ -277,7 +278,7 @@ class _Constant:
 
 @dataclass
 class _State:
-    """One run: values alive, primitives ready, and what is counted. The condition guards all of it."""
+    """One run: values alive, primitives ready, and what is counted. The condition guards every change of it."""
 
     executor: Executor
     inputs: Mapping[Part, Any]

@@ -60,7 +60,7 @@ def loads(data: bytes) -> tuple[dict[str, Any], Arrays]:
     if length > MAX_HEADER or 16 + length > len(data):
         raise WireError(f"header of {length} bytes in a file of {len(data)} (at most {MAX_HEADER} are allowed)")
     try:
-        header = json.loads(data[16 : 16 + length])
+        header = strict_json(data[16 : 16 + length])
         table = header.pop("arrays")
         arrays = {row["name"]: _array(data, 16 + length, row) for row in table}
     except WireError:
@@ -68,6 +68,19 @@ def loads(data: bytes) -> tuple[dict[str, Any], Arrays]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WireError(f"header is not what a container needs: {error!r}") from error
     return header, arrays
+
+
+def strict_json(data: bytes) -> Any:
+    """Parse JSON without Python's NaN and Infinity: a bound that is no number would pass every comparison.
+
+    Raises:
+        ValueError: not JSON, or a number that is none.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    return json.loads(data, parse_constant=refuse)
 
 
 def _array(data: bytes, start: int, row: Mapping[str, Any]) -> NDArray[Any]:

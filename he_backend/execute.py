@@ -21,7 +21,7 @@ import numpy as np
 
 from .base import Array, HEError, LevelError, ManifestError, MissingKeyError
 from .circuit import Circuit
-from .trace import Node, assign_scales, trace
+from .trace import SCALE_TOLERANCE, Node, assign_scales, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
@@ -74,6 +74,17 @@ class Prepared:
     seconds_saved: float
 
 
+def scale_tolerance(circuit: Circuit) -> float:
+    """Largest relative difference of the scales of a sum: one that moves an output by no more than the promised error.
+
+    The promise comes from nominal primes and knows nothing of it; only here, where the real ones are known, can it be seen.
+    """
+    largest = max((signature.bound for signature in circuit.outputs), default=0.0)
+    if not circuit.error_bound or not largest:
+        return SCALE_TOLERANCE  # nothing is promised
+    return min(SCALE_TOLERANCE, circuit.error_bound / largest)
+
+
 class Executor:
     """One circuit on one evaluator. Several runs may follow each other; weights stay encoded between them.
 
@@ -81,13 +92,15 @@ class Executor:
         plaintext_budget: bytes of encoded weights that `prepare` may keep.
 
     Raises:
-        LevelError, ScaleError: the circuit does not fit its parameters.
+        LevelError: the circuit does not fit its parameters.
+        ScaleError: with the evaluator's primes, a sum breaks the promised error; see `scale_tolerance`.
     """
 
     def __init__(self, circuit: Circuit, evaluator: Any, *, threads: int = 2, plaintext_budget: int = 2 << 30) -> None:
         self.circuit, self.evaluator, self.threads, self.budget = circuit, evaluator, threads, plaintext_budget
         self.trace = trace(circuit, capabilities=evaluator.capabilities)
-        self.scales = assign_scales(self.trace, evaluator.moduli, evaluator.scale)
+        tolerance = scale_tolerance(circuit)
+        self.scales = assign_scales(self.trace, evaluator.moduli, evaluator.scale, tolerance=tolerance)
         self.output_scales = {part: self.scales.result[n] for part, n in self.trace.outputs.items()}
         self._encoded: dict[Hashable, Any] = {}
 
@@ -265,7 +278,7 @@ class _Constant:
 
 @dataclass
 class _State:
-    """One run: values alive, primitives ready, and what is counted. The condition guards all of it."""
+    """One run: values alive, primitives ready, and what is counted. The condition guards every change of it."""
 
     executor: Executor
     inputs: Mapping[Part, Any]

@@ -27,6 +27,7 @@ from typing import Any
 
 from .base import CapabilityError, ManifestError, WireError
 from .circuit import ClientSpec
+from .container import strict_json
 from .params import Params
 
 FORMAT, VERSION = "polyformer-keys", 1
@@ -219,7 +220,7 @@ def open_client(spec: ClientSpec, folder: Path, *, allow_insecure: bool = False)
     path = folder / "secret" / "key.bin"
     if not path.exists():
         raise ManifestError(f"{folder} holds no secret key; run keygen first")
-    meta = json.loads((folder / "secret" / "key.json").read_text())
+    meta = strict_json((folder / "secret" / "key.json").read_bytes())
     ours = {"circuit_sha256": spec.circuit_sha256, "params": spec.params.to_json()}
     if differences := {name: (value, meta.get(name)) for name, value in ours.items() if meta.get(name) != value}:
         raise ManifestError(f"{folder} holds keys for another circuit; use another folder, or delete it", differences)
@@ -290,7 +291,7 @@ def read_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST:
         raise WireError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST}")
     try:
-        return Manifest.from_json(json.loads(path.read_bytes()))
+        return Manifest.from_json(strict_json(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise WireError(f"{path} is not JSON: {error}") from error
 
@@ -347,13 +348,25 @@ def _evaluation(folder: Path) -> Path:
 
 
 def find_secret(folder: Path) -> Path | None:
-    """The first secret key below a folder, under whatever name: by its magic, or by standing in a folder named secret."""
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        if not path.is_file():
+    """The first secret key below a folder, links to folders followed: a file of ours under any name, by its magic, or
+    whatever is called secret or lies below a folder of that name.
+
+    A bare key of OpenFHE or SEAL elsewhere is not recognised: its bytes begin like those of any other of their objects.
+    """
+    seen: set[tuple[int, int]] = set()  # folders by device and inode: a link may lead back up
+    for place, below, files in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
             continue
-        if path.parent.name == "secret":
-            return path
-        with path.open("rb") as source:
-            if source.read(len(SECRET_MAGIC)) == SECRET_MAGIC:
+        seen.add((status.st_dev, status.st_ino))
+        below.sort()
+        for path in (Path(place, name) for name in sorted(files)):
+            if "secret" in path.relative_to(folder).parts:
                 return path
+            if not path.is_file():  # a pipe or a broken link
+                continue
+            with path.open("rb") as source:
+                if source.read(len(SECRET_MAGIC)) == SECRET_MAGIC:
+                    return path
     return None

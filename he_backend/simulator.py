@@ -178,7 +178,10 @@ class KeySwitchBias:
 def simulate_noise(
     circuit: Circuit, tensors: Mapping[str, np.ndarray], *, seed: int = 0, traced: Trace | None = None
 ) -> dict[str, Array]:
-    """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's."""
+    """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's.
+
+    So the mismatch of real scales is no part of it: `execute.scale_tolerance` bounds that where the primes are known.
+    """
     params = circuit.params
     t = traced if traced is not None else trace(circuit)
     rng = np.random.default_rng(seed)

@@ -74,6 +74,12 @@ def test_hostile_tables_are_refused(case):
         container.loads(raw([HOSTILE[case]]))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_refused(number):
+    with pytest.raises(WireError, match="no JSON number"):
+        container.loads(container.dumps({"error_bound": number}, {}))
+
+
 @pytest.fixture
 def circuit():
     return mlp(TEST_PARAMS)

@@ -162,3 +162,21 @@ def test_a_secret_key_is_found_under_any_name(made, tmp_path):
     (tmp_path / "deep" / "holiday.jpg").write_bytes((made[0] / "secret" / "key.bin").read_bytes())
     assert keys.find_secret(tmp_path) == tmp_path / "deep" / "holiday.jpg"
     assert (tmp_path / "deep" / "holiday.jpg").read_bytes().startswith(SECRET_MAGIC)
+
+
+def test_a_secret_key_is_found_below_secret_and_behind_links(tmp_path):
+    kept, folder = tmp_path / "kept", tmp_path / "folder"
+    (kept / "secret" / "old").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "loop").symlink_to(folder)
+    assert keys.find_secret(folder) is None
+    (folder / "link").symlink_to(kept)
+    assert keys.find_secret(folder) is None
+    (kept / "secret" / "old" / "x").write_bytes(b"anything")
+    assert keys.find_secret(folder) == folder / "link" / "secret" / "old" / "x"
+
+
+def test_a_manifest_has_no_nan(bundle):
+    spoil(bundle, lambda m: m.update(note=float("nan")))
+    with pytest.raises(WireError, match="NaN"):
+        keys.read_manifest(bundle)

@@ -183,11 +183,11 @@ def test_malformed_index(served: tuple[Site, Client], body: bytes) -> None:
 
 def test_bad_key_file_is_not_kept_and_upload_goes_on(site: Site) -> None:
     with running(site.command, site.port), Client(site.url) as client:
-        bad = make_keys(site.spec, site.folder / "bad", site.owner.key_id, bad="rotation-4.key")
+        bad = make_keys(site.spec, site.folder / "bad", site.owner.key_id, bad="rotation-128.key")
         with pytest.raises(WireError, match="is not a key"):
             client.upload(bad, site.folder / "bad")
         state = client._json("GET", f"/keys/{site.owner.key_id}")
-        assert "rotation-4.key" in state["missing"]
+        assert "rotation-128.key" in state["missing"]
         assert 0 < len(state["missing"]) < len(bad.files)
         with pytest.raises(ManifestError, match="not all here"):
             site.ask(client)

@@ -22,7 +22,6 @@ Malformed bytes raise WireError; well-formed bytes that mean another circuit, ke
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -154,12 +153,8 @@ def parse_json(data: bytes) -> Any:
     Raises:
         WireError: it is none.
     """
-
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(data, parse_constant=refuse)
+        return container.strict_json(data)
     except (ValueError, RecursionError) as error:
         raise WireError("the body is not JSON") from error
 

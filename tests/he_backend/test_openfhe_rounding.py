@@ -36,9 +36,8 @@ def raw_rotation(server, ciphertext):
     return replace(ciphertext, handle=server._cc.EvalRotate(ciphertext.handle, 1))
 
 
-@pytest.mark.parametrize("digits", [2, 3], ids=["7 special primes", "5 special primes"])
-def test_a_rotation_loses_its_peak_in_slot_0(digits):
-    params = Params(log_n=12, levels=16, scale_bits=40, first_bits=46, digits=digits, insecure=True)
+def errors_in_slot_0(params: Params) -> tuple[float, float]:
+    """|error| of one rotation in slot 0 under a fresh key: as the library leaves it, and corrected."""
     module = keys.backend("openfhe")
     client = module.Client(params, allow_insecure=True)
     server = module.Evaluator(params, key_id=client.key_id, allow_insecure=True)
@@ -49,10 +48,16 @@ def test_a_rotation_loses_its_peak_in_slot_0(digits):
 
         def error(ciphertext):
             back = client.import_ciphertext(server.export_ciphertext(ciphertext), level=3)
-            return np.abs(client.decrypt(back) - np.roll(values, -1))
+            return abs(client.decrypt(back)[0] - values[1])
 
-        biased, corrected = error(raw_rotation(server, sent)), error(server.rotate(sent, 1))
+        return error(raw_rotation(server, sent)), error(server.rotate(sent, 1))
     finally:
         server.close()
-    assert biased[0] > 20 * np.median(biased)  # the peak is real
-    assert corrected[0] < biased[0] / 3  # half a unit of 3.5 or 2.5 stays
+
+
+@pytest.mark.parametrize("digits", [2, 3], ids=["7 special primes", "5 special primes"])
+def test_rotations_lose_their_peak_in_slot_0(digits):
+    params = Params(log_n=12, levels=16, scale_bits=40, first_bits=46, digits=digits, insecure=True)
+    # The peak is a half-integer times the secret at one point, and that may be small: judge eight secrets together.
+    biased, corrected = np.sum([errors_in_slot_0(params) for _ in range(8)], axis=0)
+    assert corrected < biased / 2.5  # half a unit stays of 3.5, or of 2.5

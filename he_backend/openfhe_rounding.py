@@ -2,9 +2,9 @@
 
 A key switch ends with a division by P. The library converts the remainder from P's basis without counting how often it wraps, so
 that every coefficient of both elements comes out low by sum of K fractions, K/2 on average. A constant offset of all coefficients
-is no small thing: multiplied by the secret it lies in a few slots, where it is the largest error of the whole circuit (measured at
-N = 2^14, K = 7: 19,825 units in the worst slot, 112 the spread of the others). Adding round(K/2) to every coefficient takes it away; for odd
-K, half a unit stays. The correction is public: it is the ciphertext (h, h) with h = round(K/2) (1 + X + ... + X^(N-1)).
+is no small thing: multiplied by the secret it lies in a few slots, where it is the largest error of the whole circuit (measured
+at N = 2^14, K = 7: 19,825 units in the worst slot, 112 the spread of the others). Adding round(K/2) to every coefficient takes it
+away; for odd K, half a unit stays. The correction is public: it is the ciphertext (h, h), h = round(K/2) (1 + X + ... + X^(N-1)).
 """
 
 from __future__ import annotations

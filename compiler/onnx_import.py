@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from he_backend.base import UnsupportedOpError
 
 from .ir import Graph, Node
+from .ops import maps
 
 # What to use instead of an op that is not a polynomial.
 INSTEAD = {
@@ -181,6 +182,32 @@ def _gemm(g: Importer, proto: onnx.NodeProto, source: str) -> None:
     g.emit(proto, source, "linear", (a,), (*g.shapes[a][:-1], const.shape[1]), const=const, bias=bias)
 
 
+def _conv(g: Importer, proto: onnx.NodeProto, source: str) -> None:
+    x, w = proto.input[:2]
+    attrs, weight, shape = _attributes(proto), g.constants[w].astype(np.float64), g.shapes[x]
+    rank = len(shape) - 2
+    strides = tuple(attrs.get("strides", [1] * rank))
+    dilations = tuple(attrs.get("dilations", [1] * rank))
+    pads = tuple(attrs.get("pads", [0] * (2 * rank)))
+    reach = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
+    out = tuple((n + pads[i] + pads[rank + i] - reach[i]) // strides[i] + 1 for i, n in enumerate(shape[2:]))
+    matrix = maps.convolution(
+        shape,
+        weight,
+        strides=strides,
+        dilations=dilations,
+        begins=pads[:rank],
+        out=out,
+        groups=attrs.get("group", 1),
+        source=source,
+    )
+    bias = None
+    if len(proto.input) > 2:
+        bias = np.repeat(g.constants[proto.input[2]].astype(np.float64), int(np.prod(out)))
+        bias = np.tile(bias, shape[0])
+    g.emit(proto, source, "sparse", (x,), (shape[0], len(weight), *out), attrs={"matrix": matrix}, bias=bias)
+
+
 def _reduce(mean: bool) -> Callable[[Importer, onnx.NodeProto, str], None]:
     def handle(g: Importer, proto: onnx.NodeProto, source: str) -> None:
         a = proto.input[0]
@@ -258,6 +285,7 @@ TABLE: dict[str, Callable[[Importer, onnx.NodeProto, str], None]] = {
     "Pow": _pow,
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "Conv": _conv,
     "ReduceSum": _reduce(mean=False),
     "ReduceMean": _reduce(mean=True),
     "Transpose": _transpose,

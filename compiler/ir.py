@@ -14,6 +14,7 @@
     reshape       a        (shape of the node)
     sparse        a        `matrix` scipy.sparse.csr_matrix [size out, size in], bias [size out] or None: any plaintext-linear
                            op (conv, pool, slice, concat, ...) on the flattened tensor, its leading axis of length 1 included
+    function      a        `call` in NumPy, `kind`: not a polynomial, only between the importer and the pass `approximate`
 
 A graph is a value: passes return new ones. `evaluate` is the meaning that every pass must keep.
 """
@@ -128,4 +129,5 @@ OPS: dict[str, Callable[..., Array]] = {
     "transpose": lambda n, a: np.transpose(a, n.attrs["perm"]),
     "reshape": lambda n, a: a.reshape(n.shape),
     "sparse": _sparse,
+    "function": lambda n, a: n.attrs["call"](a),
 }

@@ -1,7 +1,7 @@
 """The compiler, read aloud:
 
-import -> certify -> fold means -> fuse polynomials -> fold constants -> split off the client -> calibrate ranges
-       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
+import -> certify -> fold means -> fuse polynomials -> fold constants -> merge linear chains -> split off the client
+       -> calibrate ranges -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .passes.center import center
 from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
+from .passes.linear_chains import linear_chains
 from .plan import Candidate, Plan, Target, with_bounds
 from .search import Progress, search
 
@@ -54,7 +55,15 @@ def import_graph(path: Path) -> Graph:
 
 def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]:
     """All passes on the graph, each checked on one sample [1, ...] of the graph's input."""
-    for name, run in (("center", center), ("fuse", fuse), ("fold", fold), ("fuse again", fuse)):
+    passes = (
+        ("center", center),
+        ("fuse", fuse),
+        ("fold", fold),
+        ("fuse again", fuse),
+        ("linear chains", linear_chains),
+        ("fold again", fold),
+    )
+    for name, run in passes:
         after = run(graph)
         verify.same_meaning(graph, after, sample, sample, name)
         graph = after

@@ -9,7 +9,7 @@ import numpy as np
 from he_backend.base import Array
 
 from . import maps
-from .functions import function
+from .functions import OR_FIT, function
 from .reading import Call, Handler, Reading
 from .refuse import refusal
 
@@ -63,7 +63,7 @@ def _div(g: Reading, call: Call) -> None:
         _with_constant(g, call, "mul_const", a, 1.0 / divisor)
         return
     if not g.approximate:
-        raise refusal(call)
+        raise refusal(call, approximate=OR_FIT)
     inverse = function(g, call, "Reciprocal", b, name=f"{call.outputs[0]}.reciprocal")
     if a in g.constants:
         _with_constant(g, call, "mul_const", inverse, g.constants[a].astype(np.float64))

@@ -14,6 +14,7 @@ from .reading import Call, Handler, Reading
 from .refuse import refusal
 
 Options = Mapping[str, Any]
+OR_FIT = "; or compile with --approximate, which fits it on the calibrated range"
 
 
 def _gelu(x: Array, o: Options) -> Array:
@@ -62,7 +63,7 @@ def function(g: Reading, call: Call, kind: str, x: str, *, name: str | None = No
 
 def _activation(g: Reading, call: Call) -> None:
     if not g.approximate:
-        raise refusal(call, approximate="; or compile with --approximate, which fits it on the calibrated range")
+        raise refusal(call, approximate=OR_FIT)
     function(g, call, call.op, call.inputs[0], **call.attrs)
 
 

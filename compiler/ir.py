@@ -12,6 +12,9 @@
     polynomial    a        coefficients c_k of sum c_k a^k (power basis), interval or None
     transpose     a        perm
     reshape       a        (shape of the node)
+    sparse        a        `matrix` scipy.sparse.csr_matrix [size out, size in], bias [size out] or None: any plaintext-linear
+                           op (conv, pool, slice, concat, ...) on the flattened tensor, its leading axis of length 1 included
+    function      a        `call` in NumPy, `kind`: not a polynomial, only between the importer and the pass `approximate`
 
 A graph is a value: passes return new ones. `evaluate` is the meaning that every pass must keep.
 """
@@ -108,6 +111,11 @@ def _linear(node: Node, a: Array) -> Array:
     return product if node.bias is None else product + node.bias
 
 
+def _sparse(node: Node, a: Array) -> Array:
+    product = node.attrs["matrix"] @ a.reshape(-1)
+    return (product if node.bias is None else product + node.bias).reshape(node.shape)
+
+
 OPS: dict[str, Callable[..., Array]] = {
     "gather": lambda n, ids: n.const[ids].astype(np.float64),
     "add": lambda n, a, b: a + b,
@@ -120,4 +128,6 @@ OPS: dict[str, Callable[..., Array]] = {
     "polynomial": lambda n, a: np.polynomial.polynomial.polyval(a, n.attrs["coefficients"]),
     "transpose": lambda n, a: np.transpose(a, n.attrs["perm"]),
     "reshape": lambda n, a: a.reshape(n.shape),
+    "sparse": _sparse,
+    "function": lambda n, a: n.attrs["call"](a),
 }

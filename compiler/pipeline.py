@@ -1,7 +1,7 @@
 """The compiler, read aloud:
 
-import -> certify -> fold means -> fuse polynomials -> fold constants -> split off the client -> calibrate ranges
-       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
+import -> (approximate ->) certify -> fold means -> fuse polynomials -> fold constants -> merge linear chains -> split off the client
+       -> calibrate ranges -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from .calibrate import calibrate
 from .certificate import Certificate, certify
 from .cost import CostTable
 from .ir import Graph
+from .passes.approximate import Report
+from .passes.approximate import approximate as fit_functions
 from .passes.center import center
 from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
+from .passes.linear_chains import linear_chains
 from .plan import Candidate, Plan, Target, with_bounds
 from .search import Progress, search
 
@@ -35,7 +38,10 @@ SAMPLES = 48  # windows that ranges are calibrated on
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A circuit and how it came about; `graph` is its meaning in float64 on the embedded input."""
+    """A circuit and how it came about; `graph` is its meaning in float64 on the embedded input.
+
+    approximations says which functions of the model were replaced by polynomials, if that was asked for.
+    """
 
     circuit: Circuit
     certificate: Certificate
@@ -43,18 +49,27 @@ class Compiled:
     op_seconds: dict[int, float]
     graph: Graph = field(repr=False)
     verified: float
+    approximations: Report | None = None
 
 
-def import_graph(path: Path) -> Graph:
+def import_graph(path: Path, *, approximate: bool = False) -> Graph:
     """Read an ONNX file; the import of onnx happens here, so that everything else works without it."""
     from .onnx_import import import_onnx
 
-    return import_onnx(path)
+    return import_onnx(path, approximate=approximate)
 
 
 def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]:
     """All passes on the graph, each checked on one sample [1, ...] of the graph's input."""
-    for name, run in (("center", center), ("fuse", fuse), ("fold", fold), ("fuse again", fuse)):
+    passes = (
+        ("center", center),
+        ("fuse", fuse),
+        ("fold", fold),
+        ("fuse again", fuse),
+        ("linear chains", linear_chains),
+        ("fold again", fold),
+    )
+    for name, run in passes:
         after = run(graph)
         verify.same_meaning(graph, after, sample, sample, name)
         graph = after
@@ -65,12 +80,18 @@ def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]
 
 
 def compile_onnx(
-    path: Path | str, calibration: np.ndarray, *, target: Target | None = None, progress: Progress | None = None
+    path: Path | str,
+    calibration: np.ndarray,
+    *,
+    target: Target | None = None,
+    approximate: bool = False,
+    progress: Progress | None = None,
 ) -> Compiled:
     """Compile an ONNX file of polynomial ops.
 
     Args:
         calibration: sample inputs; token ids [n, T] for a model with an embedding, else [n, T, D].
+        approximate: fit elementwise functions that are no polynomials on their calibrated ranges, instead of refusing them.
 
     Raises:
         UnsupportedOpError: an op or a layout that cannot be compiled.
@@ -81,7 +102,9 @@ def compile_onnx(
     report = progress or (lambda stage, done, total: None)
     table = CostTable.load(target.costs)
     report("import", 0, 1)
-    graph = import_graph(path)
+    graph, fitted = import_graph(path, approximate=approximate), None
+    if approximate:
+        graph, fitted = fit_functions(graph, [row[None] for row in calibration[:SAMPLES]])
     certificate = certify(graph)
     graph, embedding = simplify(graph, calibration[:1])
     samples = [embedding(row) if embedding is not None else row for row in calibration[:SAMPLES]]
@@ -101,6 +124,7 @@ def compile_onnx(
         op_seconds=chosen.forecast.by_op,
         graph=graph,
         verified=verified,
+        approximations=fitted,
     )
 
 

@@ -52,6 +52,9 @@ def compile_(
     insecure_log_n: Annotated[
         int | None, typer.Option(min=10, max=17, help="Ring 2^k of any size, INSECURE, for tests.")
     ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Fit activations that are no polynomials on calibrated ranges.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Choose layouts, levels, parameters and keys; write model.circuit (server) and model.client (client)."""
@@ -64,6 +67,7 @@ def compile_(
             max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
             threads=threads,
             insecure_log_n=insecure_log_n,
+            approximate=approximate,
             progress=advance,
         )
     if result["insecure"]:
@@ -71,6 +75,8 @@ def compile_(
     if json:
         emit(result)
         return
+    if result["approximations"]:
+        out.print(result["approximations"], markup=False)
     out.print(result["certificate"], markup=False)
     out.print(result["plan"], markup=False)
     for name in ("circuit", "client"):
@@ -86,6 +92,7 @@ def compile_files(
     max_memory_gb: float,
     threads: int,
     insecure_log_n: int | None,
+    approximate: bool = False,
     progress: Advance,
 ) -> dict[str, Any]:
     """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it."""
@@ -103,7 +110,11 @@ def compile_files(
         tokens = file["tokens"]
     target = Target(backend=backend, max_memory_gb=max_memory_gb, insecure_log_n=insecure_log_n, threads=threads)
     compiled = compile_onnx(
-        model, tokens, target=target, progress=lambda stage, done, total: progress(done, total, stage)
+        model,
+        tokens,
+        target=target,
+        approximate=approximate,
+        progress=lambda stage, done, total: progress(done, total, stage),
     )
     circuit = compiled.circuit
     sha256 = circuit.save(to)
@@ -117,6 +128,7 @@ def compile_files(
         "params": circuit.params.to_json(),
         "predicted": dict(circuit.predicted),
         "error_bound": circuit.error_bound,
+        "approximations": str(compiled.approximations or ""),
         "certificate": str(compiled.certificate),
         "plan": str(compiled.plan),
         "op_seconds": {str(k): v for k, v in compiled.op_seconds.items()},

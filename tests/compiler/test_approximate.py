@@ -1,0 +1,137 @@
+"""Functions fitted on calibrated ranges: what is stated is what happens, and what cannot be fitted is refused."""
+
+import numpy as np
+import pytest
+
+from compiler.certificate import certify
+from compiler.ir import evaluate
+from compiler.onnx_import import import_onnx
+from compiler.passes.approximate import approximate, widened
+from he_backend.base import UnsupportedOpError
+
+from .test_import_ops import Model
+
+SHAPE = (1, 4, 6)
+
+
+def samples(n=8, scale=1.0):
+    rng = np.random.default_rng(4)
+    return [scale * rng.normal(size=SHAPE) for _ in range(n)]
+
+
+def layer(kind, opset=20, **attributes):
+    def make(m):
+        m.opset = opset
+        return m.op("MatMul", m.op(kind, m.op("MatMul", "x", m.normal(6, 5) / 3), **attributes), m.normal(5, 2))
+
+    return make
+
+
+def gelu_by_erf(m):
+    """As torch writes it before opset 20."""
+    gate = m.op("Add", m.op("Erf", m.op("Div", "x", np.array(2**0.5))), np.array(1.0))
+    return m.op("Mul", m.op("Mul", "x", gate), np.array(0.5))
+
+
+def silu(m):
+    return m.op("Mul", "x", m.op("Sigmoid", "x"))
+
+
+def layer_norm(m):
+    """Layer normalisation by parts: the inverse root is one polynomial of the variance."""
+    centred = m.op("Sub", "x", m.op("ReduceMean", "x", axes=[-1]))
+    variance = m.op("ReduceMean", m.op("Mul", centred, centred), axes=[-1])
+    return m.op("Div", centred, m.op("Sqrt", m.op("Add", variance, np.array(0.5))))
+
+
+CASES = {
+    **{kind: (layer(kind), (kind,)) for kind in ("Relu", "Sigmoid", "Tanh", "Exp", "Erf", "Gelu", "Softplus", "Abs")},
+    **{kind: (layer(kind), (kind,)) for kind in ("LeakyRelu", "Elu", "Selu", "HardSigmoid", "HardSwish", "Softsign")},
+    **{kind: (layer(kind), (kind,)) for kind in ("Mish", "Sin", "Cos")},
+    "Gelu, tanh": (layer("Gelu", approximate="tanh"), ("Gelu",)),
+    "gelu by Erf": (gelu_by_erf, ("Erf",)),
+    "silu": (silu, ("Sigmoid",)),
+    "layer norm": (layer_norm, ("Reciprocal", "Sqrt")),
+    "root": (lambda m: m.op("Pow", m.op("Add", m.op("Mul", "x", "x"), np.array(1.0)), np.array(0.5)), ("Pow",)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_stated_error_is_the_error(tmp_path, name):
+    import onnxruntime
+
+    make, functions = CASES[name]
+    m = Model(SHAPE)
+    path = m.save(tmp_path / "m.onnx", make(m))
+    graph = import_onnx(path, approximate=True)
+    inputs = samples()
+    session = onnxruntime.InferenceSession(str(path))
+    exact = [session.run(None, {"x": x.astype(np.float32)})[0] for x in inputs]
+    for x, y in zip(inputs, exact, strict=True):  # the graph with functions is the model
+        np.testing.assert_allclose(evaluate(graph, x)[graph.output], y, rtol=0, atol=2e-6 * np.max(np.abs(y)))
+    after, report = approximate(graph, inputs)
+    (made,) = report.approximations
+    assert made.functions == functions
+    assert made.error <= 0.1 * made.size
+    assert made.error <= 0.01 * made.size or made.degree == 15
+    assert f"degree {made.degree}" in str(report)
+    assert certify(after).degree >= made.degree
+    assert not any(n.op == "function" for n in after.nodes)
+    change = max(np.max(np.abs(evaluate(after, x)[after.output] - y)) for x, y in zip(inputs, exact, strict=True))
+    assert change == pytest.approx(report.error, abs=2e-5)
+    polynomial = next(n for n in after.nodes if n.op == "polynomial" and list(made.interval) == n.attrs["interval"])
+    for x in inputs:  # every argument lies inside the interval, every result within the stated error
+        values = evaluate(after, x)
+        argument, result = values[polynomial.inputs[0]], values[polynomial.name]
+        assert made.interval[0] <= argument.min() <= argument.max() <= made.interval[1]
+        wanted = evaluate(graph, x).get(polynomial.name)
+        if name != "layer norm":  # whose polynomial has another product as its reader
+            assert np.max(np.abs(result - wanted)) <= made.error + 1e-9
+
+
+def test_ranges_follow_the_polynomials_before_them(tmp_path):
+    m = Model(SHAPE)
+    x = "x"
+    for _ in range(3):
+        x = m.op("Relu", m.op("MatMul", x, m.normal(6, 6)))
+    graph = import_onnx(m.save(tmp_path / "m.onnx", x), approximate=True)
+    after, report = approximate(graph, samples())
+    assert len(report.approximations) == 3
+    for x in samples():
+        values = evaluate(after, x)
+        for node in after.nodes:
+            if node.op == "polynomial":
+                lo, hi = node.attrs["interval"]
+                assert lo <= values[node.inputs[0]].min() <= values[node.inputs[0]].max() <= hi
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda m: m.op("Reciprocal", "x"), r"Reciprocal.*calibrated range \[-.*"),
+        (lambda m: m.op("Sqrt", "x"), r"Sqrt.*not finite everywhere"),
+        (lambda m: m.op("Exp", m.op("Mul", "x", np.array(30.0))), r"away from a polynomial of degree 15.*at most 10 %"),
+        (lambda m: m.op("Relu", m.op("Sub", m.op("Neg", m.op("Mul", "x", "x")), np.array(50.0))), "is zero: remove"),
+    ],
+    ids=["reciprocal across its pole", "root of negative numbers", "too wide", "dead"],
+)
+def test_what_no_polynomial_fits_is_refused(tmp_path, make, says):
+    m = Model(SHAPE)
+    graph = import_onnx(m.save(tmp_path / "m.onnx", make(m)), approximate=True)
+    with pytest.raises(UnsupportedOpError, match=says):
+        approximate(graph, samples())
+
+
+@pytest.mark.parametrize("kind", ["Softmax", "LayerNormalization"])
+def test_what_is_not_elementwise_is_refused(tmp_path, kind):
+    m = Model(SHAPE)
+    y = m.op(kind, "x", *([m.normal(6), m.normal(6)] if kind == "LayerNormalization" else []))
+    path = m.save(tmp_path / "m.onnx", y)
+    with pytest.raises(UnsupportedOpError, match=rf"is a {kind}, which does not act on each element alone"):
+        import_onnx(path, approximate=True)
+
+
+def test_margins_keep_the_sign():
+    assert widened((0.5, 2.0)) == (0.4, 2.5)
+    assert widened((-2.0, -0.5)) == (-2.5, -0.4)
+    assert widened((-1.0, 2.0)) == (-1.5, 2.5)

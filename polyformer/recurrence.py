@@ -31,7 +31,7 @@ def sequential_scan(a: Tensor, b: Tensor) -> Tensor:
 
 def scan(a: Tensor, b: Tensor) -> Tensor:
     """Return the same h for a and b of one shape [B, T, ...], in ceil(log2 T) rounds and 2 T products in all."""
-    return _Scan.apply(a, b)  # type: ignore[no-any-return, no-untyped-call]
+    return _Scan.apply(a, b)
 
 
 class _Scan(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _Scan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, h = ctx.saved_tensors  # type: ignore[attr-defined]
         g = _tree(shift(a.flip(1)), grad.flip(1)).flip(1)
@@ -96,7 +96,7 @@ def decayed_attention(q_BHTN: Tensor, k_BHTN: Tensor, v_BHTP: Tensor, log_a: Ten
 
     The last axis of log_a is N or 1 and its other axes broadcast to [B, H, T].
     """
-    b, h, t, p = v_BHTP.shape
+    b, h, t = v_BHTP.shape[:3]
     log_a = log_a.expand(b, h, t, log_a.shape[-1])
     if t <= CHUNK:
         return decayed_scores(q_BHTN, k_BHTN, log_a) @ v_BHTP

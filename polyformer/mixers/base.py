@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Mixer(nn.Module, ABC):
     """y = A(x) x, one input-dependent matrix a head: `forward` is project(matrix(x) value(x) + offset(x)).
 
-    What the matrix acts on is a linear map of x; all that depends on x in another way (scores, decays, gates) and the
+    What the matrix acts on is an affine map of x; all that depends on x in another way (scores, decays, gates) and the
     short convolution is in the matrix (methods.md 5.1).
     """
 
@@ -38,7 +38,7 @@ class Mixer(nn.Module, ABC):
         """Return A_BHTT, the implicit attention matrix."""
 
     def value(self, x_BTD: Tensor) -> Tensor:
-        """Return v_BHTK, a linear map of x at each position: what the matrix acts on."""
+        """Return v_BHTK, an affine map of x: what the matrix acts on."""
         raise NotImplementedError(f"{type(self).__name__} does not give its values; write its method `value`")
 
     def offset(self, x_BTD: Tensor) -> Tensor | float:

@@ -84,12 +84,11 @@ class GatedLinear(Attention):
     def matrix(self, x_BTD: Tensor) -> Tensor:
         """Return the matrix of every channel, [B, D, T, T]: a gate differs from channel to channel."""
         q, k, v = self.qkv(x_BTD)
-        b, h, t, n = q.shape
         log_a = self.log_decay(x_BTD)
         a_BHTT = decayed_scores(self.queries(q), k, log_a)
         a_BHTT = a_BHTT * self.row_factor(a_BHTT @ v)
         gates_BHKT1 = self.gate(x_BTD).transpose(-1, -2)[..., None]
-        return (a_BHTT[:, :, None] * gates_BHKT1).view(b, h * n, t, t)
+        return (a_BHTT[:, :, None] * gates_BHKT1).flatten(1, 2)
 
     def value(self, x_BTD: Tensor) -> Tensor:
         return self.v(x_BTD).transpose(1, 2)[..., None]

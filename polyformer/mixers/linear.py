@@ -60,7 +60,8 @@ class Linear(Attention):
     def reference(self, x_BTD: Tensor) -> Tensor:
         """The recurrence, one key and value after another."""
         q, k, v = self.features(x_BTD)
-        state_BHKK, keys_BHK, rows = 0.0, 0.0, []
+        state_BHKK = torch.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :])
+        keys_BHK, rows = torch.zeros_like(k[:, :, 0]), []
         for i in range(x_BTD.shape[1]):
             state_BHKK = state_BHKK + k[:, :, i, :, None] * v[:, :, i, None, :]
             keys_BHK = keys_BHK + k[:, :, i]

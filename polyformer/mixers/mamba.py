@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,10 +135,11 @@ def delta_bias(channels: int) -> Tensor:
     return delta + torch.log(-torch.expm1(-delta))
 
 
+@cache
 def official_kernel() -> Callable[..., Tensor] | None:
     """Return `selective_scan_fn` of the package mamba_ssm, or None where it is not installed."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:
         return None
-    return selective_scan_fn  # type: ignore[no-any-return]
+    return selective_scan_fn

@@ -83,7 +83,7 @@ class Mamba2(ChannelMixer):
         v, z, w, delta = self.parts(x_BTD)
         u_BHTP = self.heads_of(F.silu(self.conv.reference(v)))
         b_BTN, c_BTN = F.silu(self.conv_select.reference(w)).chunk(2, -1)
-        state_BHNP, rows = 0.0, []
+        state_BHNP, rows = torch.zeros_like(b_BTN[:, 0, None, :, None] * u_BHTP[:, :, 0, None, :]), []
         for t in range(x_BTD.shape[1]):
             step_BH11 = delta[:, t, :, None, None]
             a_BH11 = torch.exp(-step_BH11 * self.A_log_H.exp()[:, None, None])

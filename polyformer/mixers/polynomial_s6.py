@@ -43,7 +43,7 @@ class PolynomialS6(ChannelMixer):
         # Time constants of 1 to L positions, and a selection small enough to begin inside [-1, 1].
         spans_N = torch.logspace(0, 1, n, base=float(max(config.length, 2)))
         self.c0_EN = nn.Parameter(torch.exp(-1 / spans_N).repeat(e, 1) * 0.95)
-        self.higher_GEN = nn.Parameter(torch.randn(config.gate_degree, e, n) * 0.02)
+        self.higher_GEN = nn.Parameter(torch.randn(config.gate_degree, e, n) * 0.01)
         self.D_E = nn.Parameter(torch.ones(e))
         self.o = nn.Linear(e, config.width)
 

@@ -30,8 +30,17 @@ def sequential_scan(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scan(a: Tensor, b: Tensor) -> Tensor:
-    """Return the same h for a and b of one shape [B, T, ...], in ceil(log2 T) rounds and 2 T products in all."""
-    return _Scan.apply(a, b)
+    """Return the same h for a and b of one shape [B, T, ...], in ceil(log2 T) rounds and 2 T products in all; h is
+    `wide`.
+    """
+    return _Scan.apply(wide(a), wide(b))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32 at least. Decays and states need it: the last number of bfloat16 below 1 is 0.996, which
+    forgets half in 177 positions.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Scan(torch.autograd.Function):
@@ -75,9 +84,10 @@ def shift(x: Tensor) -> Tensor:
 def decays(log_a_BHTN: Tensor) -> Tensor:
     """Return exp(sum_{k=j+1..i} log a_k) as [B, H, T(i), T(j), N], 0 for j > i.
 
-    One exponential of a difference of sums: the product of two exponentials would leave the range of floats.
+    One exponential of a difference of sums: the product of two exponentials would leave the range of floats. The
+    result is `wide`.
     """
-    sums = log_a_BHTN.cumsum(-2)
+    sums = wide(log_a_BHTN).cumsum(-2)
     t = sums.shape[-2]
     hidden_TT1 = torch.ones(t, t, dtype=torch.bool, device=sums.device).triu(1)[..., None]
     return (sums[..., :, None, :] - sums[..., None, :, :]).masked_fill(hidden_TT1, -math.inf).exp()
@@ -85,7 +95,7 @@ def decays(log_a_BHTN: Tensor) -> Tensor:
 
 def decayed_scores(q_BHTN: Tensor, k_BHTN: Tensor, log_a: Tensor) -> Tensor:
     """Return A_BHTT = sum_n q_in k_jn exp(sum_{k=j+1..i} log a_kn); log_a is [B, H, T, N] or [B, H, T, 1]."""
-    decay = decays(log_a)
+    decay = decays(log_a).to(q_BHTN.dtype)
     if log_a.shape[-1] == 1:
         return (q_BHTN @ k_BHTN.transpose(-1, -2)) * decay[..., 0]
     return torch.einsum("...in,...jn,...ijn->...ij", q_BHTN, k_BHTN, decay)
@@ -102,12 +112,12 @@ def decayed_attention(q_BHTN: Tensor, k_BHTN: Tensor, v_BHTP: Tensor, log_a: Ten
         return decayed_scores(q_BHTN, k_BHTN, log_a) @ v_BHTP
     q, k, v, g = (_chunks(x) for x in (q_BHTN, k_BHTN, v_BHTP, log_a))  # [B, H, n, C, ...]
     inside = decayed_scores(q.flatten(1, 2), k.flatten(1, 2), g.flatten(1, 2)) @ v.flatten(1, 2)
-    sums = g.cumsum(-2)
+    sums = wide(g).cumsum(-2)
     total = sums[..., -1:, :]
-    states = (k * (total - sums).exp()).transpose(-1, -2) @ v  # what a chunk adds, [B, H, n, N, P]
+    states = (k * (total - sums).exp().to(k.dtype)).transpose(-1, -2) @ v  # what a chunk adds, [B, H, n, N, P]
     carried = total.transpose(-1, -2).exp().expand_as(states)
     before = shift(scan(carried.transpose(1, 2), states.transpose(1, 2))).transpose(1, 2)
-    y = inside.view(v.shape) + (q * sums.exp()) @ before
+    y = inside.view(v.shape) + (q * sums.exp().to(q.dtype)) @ before.to(q.dtype)
     return y.flatten(2, 3)[:, :, :t]
 
 

@@ -13,7 +13,6 @@ is scaled by sqrt(1 - a^2) where a is fixed, which keeps it at the size of one v
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyformer.mixers.base import Attention
-from polyformer.recurrence import decayed_attention, decayed_scores
+from polyformer.recurrence import decayed_attention, decayed_scores, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -50,18 +49,19 @@ class GatedLinear(Attention):
         self.register_buffer("log_fixed_H", fixed_H.log().float(), persistent=False)
 
     def log_decay(self, x_BTD: Tensor) -> Tensor:
-        """Return log a, [B, H, T, K] or [1, H, T, 1]."""
+        """Return log a, [B, H, T, K] or [1, H, T, 1], `wide`."""
         if self.a is not None:
-            return F.logsigmoid(self.split(self.a(x_BTD))) / TEMPERATURE
-        return self.log_fixed_H[None, :, None, None].expand(1, self.heads, x_BTD.shape[1], 1).to(x_BTD.dtype)
+            return F.logsigmoid(wide(self.split(self.a(x_BTD)))) / TEMPERATURE
+        return self.log_fixed_H[None, :, None, None].expand(1, self.heads, x_BTD.shape[1], 1)
 
     def queries(self, q_BHTK: Tensor) -> Tensor:
         """Return q with the scale of the scores."""
-        scale = torch.tensor(1 / math.sqrt(self.head_size), dtype=q_BHTK.dtype, device=q_BHTK.device)
-        if self.gate_kind != "silu":
-            kept_H = 1 - torch.exp(2 * self.log_fixed_H.to(q_BHTK.dtype))
-            scale = scale * (kept_H.sqrt()[:, None, None] if self.a is None else self.length**-0.5)
-        return q_BHTK * scale
+        q_BHTK = q_BHTK * self.head_size**-0.5
+        if self.gate_kind == "silu":
+            return q_BHTK
+        if self.a is not None:
+            return q_BHTK * self.length**-0.5
+        return q_BHTK * (-torch.expm1(2 * wide(self.log_fixed_H))).sqrt()[:, None, None].to(q_BHTK.dtype)
 
     def row_factor(self, y_BHTK: Tensor) -> Tensor:
         """Return what each row is multiplied with before the gate, [B, H, T, 1] or 1."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyformer.mixers.base import CausalConv, ChannelMixer
-from polyformer.recurrence import decays, scan
+from polyformer.recurrence import decays, scan, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -48,8 +48,8 @@ class Griffin(ChannelMixer):
         return v_BTD, F.gelu(g_BTD)
 
     def recurrence(self, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log a and the factor sqrt(1 - a^2) i of the input, each [B, T, D]."""
-        r_BTD, i_BTD = self.gates(u_BTD).sigmoid().chunk(2, -1)
+        """Return log a and the factor sqrt(1 - a^2) i of the input, each [B, T, D] and `wide`."""
+        r_BTD, i_BTD = wide(self.gates(u_BTD)).sigmoid().chunk(2, -1)
         log_a_BTD = -SHARPNESS * r_BTD * F.softplus(self.lambda_D)
         return log_a_BTD, (-torch.expm1(2 * log_a_BTD)).clamp_min(TINY).sqrt() * i_BTD
 
@@ -57,7 +57,7 @@ class Griffin(ChannelMixer):
         v_BTD, g_BTD = self.parts(x_BTD)
         u_BTD = self.conv(v_BTD)
         log_a_BTD, into_BTD = self.recurrence(u_BTD)
-        return self.o(scan(log_a_BTD.exp(), into_BTD * u_BTD) * g_BTD)
+        return self.o(scan(log_a_BTD.exp(), into_BTD * u_BTD).to(g_BTD.dtype) * g_BTD)
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         """Position by position: the convolution and the recurrence."""

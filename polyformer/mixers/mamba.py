@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyformer.mixers.base import CausalConv, ChannelMixer
-from polyformer.recurrence import scan
+from polyformer.recurrence import scan, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -51,9 +51,9 @@ class Mamba(ChannelMixer):
         self.o = nn.Linear(e, config.width, bias=False)
 
     def parameters_of(self, u_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return Delta [B, T, E], B and C [B, T, N], and A [E, N] < 0."""
+        """Return Delta [B, T, E], B and C [B, T, N], and A [E, N] < 0; Delta and A are `wide`."""
         dt, b_BTN, c_BTN = self.select(u_BTE).split([self.rank, self.state, self.state], -1)
-        return F.softplus(self.delta(dt) + self.delta_bias_E), b_BTN, c_BTN, -self.A_log_EN.exp()
+        return F.softplus(wide(self.delta(dt)) + self.delta_bias_E), b_BTN, c_BTN, -wide(self.A_log_EN).exp()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         v_BTE, z_BTE = self.inner(x_BTD).chunk(2, -1)
@@ -63,7 +63,7 @@ class Mamba(ChannelMixer):
             return self.o(self.by_kernel(kernel, u_BTE, z_BTE))
         delta, b, c, a = self.parameters_of(u_BTE)
         h_BTEN = scan((delta[..., None] * a).exp(), (delta * u_BTE)[..., None] * b[:, :, None])
-        y_BTE = (h_BTEN @ c[..., None])[..., 0] + self.D_E * u_BTE
+        y_BTE = (h_BTEN @ wide(c)[..., None])[..., 0].to(u_BTE.dtype) + self.D_E * u_BTE
         return self.o(y_BTE * F.silu(z_BTE))
 
     def by_kernel(self, kernel: Callable[..., Tensor], u_BTE: Tensor, z_BTE: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from polyformer.mixers.base import CausalConv, ChannelMixer
 from polyformer.mixers.mamba import delta_bias
-from polyformer.recurrence import decayed_attention, decayed_scores
+from polyformer.recurrence import decayed_attention, decayed_scores, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -46,9 +46,9 @@ class Mamba2(ChannelMixer):
         self.o = nn.Linear(e, config.width, bias=False)
 
     def parts(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return v and z [B, T, E], what B and C are made of [B, T, 2N], and Delta [B, T, H]."""
+        """Return v and z [B, T, E], what B and C are made of [B, T, 2N], and Delta [B, T, H], `wide`."""
         v, z, w, dt = self.inner(x_BTD).split([self.channels, self.channels, 2 * self.state, self.heads], -1)
-        return v, z, w, F.softplus(dt + self.delta_bias_H)
+        return v, z, w, F.softplus(wide(dt) + self.delta_bias_H)
 
     def heads_of(self, u_BTE: Tensor) -> Tensor:
         """[B, T, E] -> [B, H, T, P]"""
@@ -58,8 +58,8 @@ class Mamba2(ChannelMixer):
         """Return C and Delta B, each [B, H, T, N], and log a [B, H, T, 1]."""
         b_BTN, c_BTN = F.silu(self.conv_select(w_BTM)).chunk(2, -1)
         delta_BHT1 = delta_BTH.transpose(1, 2)[..., None]
-        log_a_BHT1 = -delta_BHT1 * self.A_log_H.exp()[:, None, None]
-        return c_BTN[:, None].expand(-1, self.heads, -1, -1), delta_BHT1 * b_BTN[:, None], log_a_BHT1
+        log_a_BHT1 = -delta_BHT1 * wide(self.A_log_H).exp()[:, None, None]
+        return c_BTN[:, None].expand(-1, self.heads, -1, -1), delta_BHT1.to(b_BTN.dtype) * b_BTN[:, None], log_a_BHT1
 
     def normed(self, y_BTE: Tensor) -> Tensor:
         """Return the root-mean-square norm over the channels."""
@@ -71,12 +71,9 @@ class Mamba2(ChannelMixer):
     def forward(self, x_BTD: Tensor) -> Tensor:
         v, z, w, delta = self.parts(x_BTD)
         u_BHTP = self.heads_of(F.silu(self.conv(v)))
-        y_BHTP = decayed_attention(*self._with(u_BHTP, w, delta)) + self.D_H[:, None, None] * u_BHTP
+        c, b, log_a = self.scores(w, delta)
+        y_BHTP = decayed_attention(c, b, u_BHTP, log_a) + self.D_H[:, None, None] * u_BHTP
         return self.o(self.normed(y_BHTP.transpose(1, 2).flatten(2) * F.silu(z)))
-
-    def _with(self, u_BHTP: Tensor, w_BTM: Tensor, delta_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c, b, log_a = self.scores(w_BTM, delta_BTH)
-        return c, b, u_BHTP, log_a
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         """Position by position: the convolutions and the recurrence of the states [B, H, N, P]."""

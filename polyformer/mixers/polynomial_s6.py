@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from polyformer.approx import depth_of_degree
 from polyformer.layers import Tap
 from polyformer.mixers.base import ChannelMixer
-from polyformer.recurrence import scan
+from polyformer.recurrence import scan, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -48,8 +48,8 @@ class PolynomialS6(ChannelMixer):
         self.o = nn.Linear(e, config.width)
 
     def decay(self, x_BTD: Tensor) -> Tensor:
-        """Return a, [B, T, E, N]."""
-        s_BTE1 = self.s(x_BTD)[..., None]
+        """Return a, [B, T, E, N], `wide`."""
+        s_BTE1 = wide(self.s(x_BTD))[..., None]
         a = self.c0_EN + self.higher_GEN[0] * s_BTE1
         if self.gate_degree == 2:
             a = a + self.higher_GEN[1] * (s_BTE1 * s_BTE1)
@@ -60,7 +60,8 @@ class PolynomialS6(ChannelMixer):
         u_BTE = self.u(x_BTD)
         b_BTN, c_BTN = self.select(x_BTD).chunk(2, -1)
         h_BTEN = scan(self.decay(x_BTD), u_BTE[..., None] * b_BTN[:, :, None])
-        return self.o((h_BTEN @ c_BTN[..., None])[..., 0] * self.state**-0.5 + self.D_E * u_BTE)
+        y_BTE = (h_BTEN @ wide(c_BTN)[..., None])[..., 0].to(u_BTE.dtype)
+        return self.o(y_BTE * self.state**-0.5 + self.D_E * u_BTE)
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         """The recurrence, one position after another."""

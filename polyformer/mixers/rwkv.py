@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from polyformer.mixers.base import ChannelMixer
-from polyformer.recurrence import scan, shift
+from polyformer.recurrence import scan, shift, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -38,14 +38,14 @@ class Rwkv(ChannelMixer):
         self.bonus_D = nn.Parameter(torch.full((d,), math.log(0.3)))  # u
 
     def rkv(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return r, k, v, each [B, T, D], from the mix of a position and the one before."""
+        """Return r, k (`wide`) and v, each [B, T, D], from the mix of a position and the one before."""
         before_BTD = shift(x_BTD)
         r, k, v = (mu_D * x_BTD + (1 - mu_D) * before_BTD for mu_D in self.mu_3D)
-        return self.r(r), self.k(k), self.v(v)
+        return self.r(r), wide(self.k(k)), self.v(v)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         r, k, v = self.rkv(x_BTD)
-        w_D, t = self.rate_D.exp(), x_BTD.shape[1]
+        w_D, t = wide(self.rate_D).exp(), x_BTD.shape[1]
         with torch.no_grad():
             drift_TD = torch.arange(t, dtype=k.dtype, device=k.device)[:, None] * w_D
             m = (k + drift_TD).cummax(1).values - drift_TD  # m_t = max(m_{t-1} - w, k_t)
@@ -56,7 +56,8 @@ class Rwkv(ChannelMixer):
         sums = shift(scan(torch.cat((a, a), -1), torch.cat((fresh * v, fresh), -1)))
         past, now = (m_before - top).exp(), (self.bonus_D + k - top).exp()
         numerator, denominator = sums.chunk(2, -1)
-        return self.o(r.sigmoid() * (past * numerator + now * v) / (past * denominator + now))
+        wkv_BTD = (past * numerator + now * v) / (past * denominator + now)
+        return self.o(r.sigmoid() * wkv_BTD.to(r.dtype))
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         """Row by row, from the definition, as a softmax of the exponents."""

@@ -136,6 +136,22 @@ def test_a_model_starts_near_the_entropy_of_its_vocabulary(changes):
     assert float(F.cross_entropy(logits.flatten(0, 1), tokens.flatten())) < math.log(16) + 1
 
 
+@pytest.mark.parametrize("how", ["autocast", "all"])
+@EVERY
+def test_bfloat16_keeps_decays_and_states_in_float32(changes, how):
+    mixer, x = make(**changes).bfloat16(), inputs(40).bfloat16()  # so that both runs have the same rounded weights
+    expected = mixer.float()(x.float())
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            y = mixer(x.float())
+    else:
+        y = mixer.bfloat16()(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in mixer.parameters())
+    assert torch.linalg.norm(y.float() - expected) < 0.03 * torch.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "degree", "depth"),
     [

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 32  # positions of a chunk: products inside cost T C, the states between chunks T N
+CHUNK = 32  # positions of a chunk: scores inside cost T C, the states between chunks T N P / C
+ENTRY_CHUNK = 8  # the same where each key entry has its own decay: what is held inside is then T C N
 
 
 def sequential_scan(a: Tensor, b: Tensor) -> Tensor:
@@ -108,9 +109,10 @@ def decayed_attention(q_BHTN: Tensor, k_BHTN: Tensor, v_BHTP: Tensor, log_a: Ten
     """
     b, h, t = v_BHTP.shape[:3]
     log_a = log_a.expand(b, h, t, log_a.shape[-1])
-    if t <= CHUNK:
+    chunk = CHUNK if log_a.shape[-1] == 1 else ENTRY_CHUNK
+    if t <= chunk:
         return decayed_scores(q_BHTN, k_BHTN, log_a) @ v_BHTP
-    q, k, v, g = (_chunks(x) for x in (q_BHTN, k_BHTN, v_BHTP, log_a))  # [B, H, n, C, ...]
+    q, k, v, g = (_chunks(x, chunk) for x in (q_BHTN, k_BHTN, v_BHTP, log_a))  # [B, H, n, C, ...]
     inside = decayed_scores(q.flatten(1, 2), k.flatten(1, 2), g.flatten(1, 2)) @ v.flatten(1, 2)
     sums = wide(g).cumsum(-2)
     total = sums[..., -1:, :]
@@ -121,7 +123,7 @@ def decayed_attention(q_BHTN: Tensor, k_BHTN: Tensor, v_BHTP: Tensor, log_a: Ten
     return y.flatten(2, 3)[:, :, :t]
 
 
-def _chunks(x_BHTN: Tensor) -> Tensor:
+def _chunks(x_BHTN: Tensor, size: int) -> Tensor:
     """[B, H, T, N] -> [B, H, n, C, N]; zeros at the end add no key and do not decay."""
-    x = F.pad(x_BHTN, (0, 0, 0, -x_BHTN.shape[2] % CHUNK))
-    return x.unflatten(2, (-1, CHUNK))
+    x = F.pad(x_BHTN, (0, 0, 0, -x_BHTN.shape[2] % size))
+    return x.unflatten(2, (-1, size))

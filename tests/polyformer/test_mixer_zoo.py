@@ -218,7 +218,8 @@ def test_pointwise_masks_after_sigma(activation):
     # a fitted polynomial at 0 need not be 0: the trap of methods.md 2.5
     mixer = make(mixer="pointwise", activation=activation)
     if mixer.act.polynomial is not None:
-        mixer.act.polynomial.coefficients.data.fill_(0.7)
+        mixer.act.polynomial.coefficients.data.copy_(torch.tensor([0.7, 0.2, 0.1]))
+        assert abs(mixer.act(torch.zeros(())).item()) > 0.5
     assert torch.all(mixer.matrix(inputs(6)).triu(1) == 0)
 
 
@@ -284,6 +285,17 @@ def test_scan_is_the_sequential_one_with_gradients(length):
         results.append((h.detach(), pair[0].grad, pair[1].grad))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_low_precision_are_taken_in_float32():
+    # bfloat16 has no 999, and a sum of 400 decays by 2^-8 in it is off by tens of per cent
+    ones = torch.ones(1, 999, 1, dtype=torch.bfloat16)
+    assert recurrence.scan(ones, ones)[0, -1].item() == 999
+    log_a = torch.full((1, 1, 401, 1), -(2.0**-8), dtype=torch.bfloat16)
+    assert recurrence.decays(log_a)[0, 0, -1, 0].item() == pytest.approx(math.exp(-400 / 256), rel=1e-5)
+    q = k = v = torch.ones(1, 1, 401, 1, dtype=torch.bfloat16)
+    geometric = (1 - math.exp(-401 / 256)) / (1 - math.exp(-1 / 256))
+    assert recurrence.decayed_attention(q, k, v, log_a)[0, 0, -1, 0].item() == pytest.approx(geometric, rel=0.01)
 
 
 @pytest.mark.parametrize("strength", [0.1, 60.0], ids=["weak", "strong"])

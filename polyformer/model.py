@@ -41,6 +41,12 @@ class ModelConfig:
     activation_degree: int = 2
     norm_degree: int = 2  # of the inverse square root's seed
     norm_newton: int = 0
+    causal: bool = True  # False: every position sees every position (encoders, vision)
+    grid: tuple[int, ...] = ()  # sides of the token grid in raster order, for mixers with more than one axis
+    hyena_order: int = 2  # o products, degree o + 1
+    hyena_filter: str = "product"  # product, joint, direct
+    hyena_window: str = "decay"  # decay, learned, none
+    hyena_direction: str = "4dirp"  # of hyena_nd: standard, seq, parallel, 4dir, 4dirp
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -61,7 +67,9 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         values = json.loads(text)
-        values["norms"] = tuple(values["norms"])
+        for name in ("norms", "grid"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

@@ -217,6 +217,9 @@ def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
         )
 
     q, key, v = heads("q", [0, 2, 1, 3]), heads("k", [0, 2, 3, 1]), heads("v", [0, 2, 1, 3])
+    if layer.las.width > 1:
+        smoothing = g.constant(f"{name}.v.toeplitz", layer.las.toeplitz(t, layer.mask_TT)[None, None])
+        v = g.node("MatMul", [smoothing, v], f"{name}.v.smooth")
     scores = g.node("MatMul", [q, key], f"{name}.scores")
     if isinstance(layer, PowerSoftmax):
         y = _power_softmax(g, layer, name, scores, v)
@@ -236,8 +239,9 @@ def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str
     t = layer.length
     f_T1 = torch.ones(1, 1) if layer.form == "stable" else layer.row_factor(t)
     f_T1 = f_T1.detach().double().expand(t, 1)
-    mask = layer.mask_TT.double() * f_T1 / math.sqrt(layer.head_size)
-    u = g.node("Mul", [scores, g.constant(f"{name}.mask", mask[None, None])], f"{name}.masked")
+    mask = layer.visible(t).double() * f_T1 / math.sqrt(layer.head_size)
+    mask = mask[None] if mask.ndim == 3 else mask[None, None]
+    u = g.node("Mul", [scores, g.constant(f"{name}.mask", mask)], f"{name}.masked")
     powers = _power(g, name, u, layer.power)
     eps = g.constant(f"{name}.eps", (layer.eps * f_T1**layer.power)[None, None])
     total = g.node(
@@ -291,7 +295,10 @@ def _goldschmidt(g: Graph, layer: PowerSoftmax, name: str, d: str) -> str:
 
 
 def _softmax(g: Graph, layer: Softmax, name: str, scores: str, v: str) -> str:
-    scaled = g.node("Mul", [scores, g.constant(f"{name}.scale", 1 / math.sqrt(layer.head_size))], f"{name}.scaled")
+    scale: Tensor | float = 1 / math.sqrt(layer.head_size)
+    if any(layer.las.alphas):
+        scale = layer.visible(layer.length)[None] * scale
+    scaled = g.node("Mul", [scores, g.constant(f"{name}.scale", scale)], f"{name}.scaled")
     hidden = torch.where(layer.mask_TT == 0, -1e9, 0.0)[None, None]
     weights = g.node(
         "Softmax",

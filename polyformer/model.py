@@ -42,6 +42,8 @@ class ModelConfig:
     norm_degree: int = 2  # of the inverse square root's seed
     norm_newton: int = 0
     causal: bool = True  # False: every position sees every position (encoders, vision)
+    las_decay: float = 0.0  # LaS: largest decay of scores with distance; 0 is none
+    las_width: int = 1  # LaS: positions over which weights are averaged; 1 is none
     grid: tuple[int, ...] = ()  # sides of the token grid in raster order, for mixers with more than one axis
     hyena_order: int = 2  # o products, degree o + 1
     hyena_filter: str = "product"  # product, joint, direct

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polyformer import mixers
 from polyformer.activations import Activation
-from polyformer.norms import Norm
+from polyformer.norms import BatchNorm, Norm, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class ModelConfig:
     activation_degree: int = 2
     norm_degree: int = 2  # of the inverse square root's seed
     norm_newton: int = 0
+    mlp_norm: bool = False  # a BatchNorm before the activation of each MLP, for vision (methods.md 2.2)
+    score_norm: bool = False  # a BatchNorm over the heads of attention scores, for vision
     causal: bool = True  # False: every position sees every position (encoders, vision)
     las_decay: float = 0.0  # LaS: largest decay of scores with distance; 0 is none
     las_width: int = 1  # LaS: positions over which weights are averaged; 1 is none
@@ -81,11 +83,13 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.width, config.hidden)
+        self.norm = BatchNorm(config.hidden) if config.mlp_norm else None
         self.act = Activation(config.activation, degree=config.activation_degree)
         self.down = nn.Linear(config.hidden, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x_BTD)))
+        h_BTH = self.up(x_BTD)
+        return self.down(self.act(h_BTH if self.norm is None else self.norm(h_BTH)))
 
     @property
     def depth(self) -> int:
@@ -176,11 +180,11 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def _norm(config: ModelConfig, kind: str) -> Norm:
-    return Norm(config.width, kind, degree=config.norm_degree, newton=config.norm_newton)
+def _norm(config: ModelConfig, kind: str) -> Norm | BatchNorm:
+    return make_norm(config.width, kind, degree=config.norm_degree, newton=config.norm_newton)
 
 
-def _joined(norm: Norm, depth: int) -> int:
+def _joined(norm: Norm | BatchNorm, depth: int) -> int:
     """Levels of a norm followed by a part whose first level is a linear: the linear runs beside the norm's
     polynomial.
     """

@@ -65,7 +65,9 @@ class PowerSoftmax(Attention):
     def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
         """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
         t = q_BHTK.shape[2]
-        return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.visible(t) / math.sqrt(self.head_size))
+        if self.score_norm is None:  # one product with T x T constants instead of two
+            return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.visible(t) / math.sqrt(self.head_size))
+        return self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(self.head_size)) * self.visible(t)
 
     def counts(self, t: int) -> Tensor:
         """Return n_T, the number of keys that each row sees."""
@@ -121,6 +123,9 @@ class PowerSoftmax(Attention):
             s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in self.keys(i, t)], -1) / math.sqrt(
                 self.head_size
             )
+            if self.score_norm is not None:
+                scale_H, shift_H = self.score_norm.affine()
+                s_BHj = s_BHj * scale_H[:, None] + shift_H[:, None]
             s_BHj = s_BHj * self.visible(t)[..., i, : s_BHj.shape[-1]]
             sums_BH = (s_BHj**self.power).sum(-1) + self.eps
             if self.reciprocal_kind == "exact":

@@ -19,14 +19,14 @@ class Softmax(Attention):
     def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BTD)
         v = self.las.smooth(v)
-        if any(self.las.alphas):  # the fused kernel adds to scores, it does not multiply them
+        if any(self.las.alphas) or self.score_norm is not None:  # the fused kernel cannot touch the scores themselves
             return self.o(self.merge(self.weights(q, k) @ v))
         return self.o(self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)))
 
     def weights(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
         """Return the rows of softmax [B, H, T, T], before pooling."""
         t = q_BHTK.shape[2]
-        s_BHTT = q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(self.head_size) * self.visible(t)
+        s_BHTT = self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(self.head_size)) * self.visible(t)
         return torch.softmax(s_BHTT.masked_fill(self.mask_TT[:t, :t] == 0, -math.inf), -1)
 
     def reference(self, x_BTD: Tensor) -> Tensor:
@@ -38,6 +38,9 @@ class Softmax(Attention):
             s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in self.keys(i, t)], -1) / math.sqrt(
                 self.head_size
             )
+            if self.score_norm is not None:
+                scale_H, shift_H = self.score_norm.affine()
+                s_BHj = s_BHj * scale_H[:, None] + shift_H[:, None]
             s_BHj = s_BHj * self.visible(t)[..., i, : s_BHj.shape[-1]]
             e_BHj = torch.exp(s_BHj)
             w_BHj = e_BHj / e_BHj.sum(-1, keepdim=True)

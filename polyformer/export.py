@@ -212,6 +212,10 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
 
 def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
     """Causal attention: heads split, scores, non-linearity, values, heads merged, output projection."""
+    if not isinstance(layer, (PowerSoftmax, Softmax)):
+        raise TypeError(
+            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax"
+        )
     t, h, k = layer.length, layer.heads, layer.head_size
     split = g.constant(f"{name}.split", np.array([1, t, h, k], dtype=np.int64))
     merge = g.constant(f"{name}.merge", np.array([1, t, h * k], dtype=np.int64))
@@ -229,12 +233,8 @@ def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
     scores = g.node("MatMul", [q, key], f"{name}.scores")
     if isinstance(layer, PowerSoftmax):
         y = _power_softmax(g, layer, name, scores, v)
-    elif isinstance(layer, Softmax):
-        y = _softmax(g, layer, name, scores, v)
     else:
-        raise TypeError(
-            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax"
-        )
+        y = _softmax(g, layer, name, scores, v)
     y = g.node(
         "Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged"
     )

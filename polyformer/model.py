@@ -31,6 +31,7 @@ class ModelConfig:
     blocks: int = 2
     parallel: bool = False  # x + mixer(n(x)) + mlp(n(x)) with one norm a block: fewer levels, same work
     mixer: str = "power_softmax"
+    mixers: tuple[str, ...] = ()  # one a block, in place of `mixer`: a hybrid stack
     norms: tuple[str, ...] = ()  # one a site, in order (2 a block, 1 if parallel, then the final one)
     activation: str = "gelu"
     power: int = 4  # p, even
@@ -61,6 +62,14 @@ class ModelConfig:
                 f"({self.blocks} blocks, parallel={self.parallel})"
             )
 
+        if self.mixers and len(self.mixers) != self.blocks:
+            raise ValueError(f"{len(self.mixers)} mixers given for {self.blocks} blocks; give one a block, or none")
+
+    @property
+    def layer_mixers(self) -> tuple[str, ...]:
+        """The name of each block's mixer."""
+        return self.mixers or (self.mixer,) * self.blocks
+
     @property
     def sites(self) -> int:
         return self.blocks * (1 if self.parallel else 2) + 1
@@ -71,7 +80,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         values = json.loads(text)
-        for name in ("norms", "grid"):
+        for name in ("norms", "grid", "mixers"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)
@@ -101,10 +110,10 @@ class Block(nn.Module):
     exists.
     """
 
-    def __init__(self, config: ModelConfig, norms: tuple[str, ...]) -> None:
+    def __init__(self, config: ModelConfig, norms: tuple[str, ...], mixer: mixers.Mixer) -> None:
         super().__init__()
         self.norm1 = _norm(config, norms[0])
-        self.mixer = mixers.load(config.mixer)(config)
+        self.mixer = mixer
         self.norm2 = None if config.parallel else _norm(config, norms[1])
         self.mlp = MLP(config)
 
@@ -133,11 +142,8 @@ class Transformer(nn.Module):
         self.config = config
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Parameter(torch.zeros(config.length, config.width))
-        per_block = 1 if config.parallel else 2
-        self.blocks = nn.ModuleList(
-            Block(config, config.norms[i * per_block : (i + 1) * per_block]) for i in range(config.blocks)
-        )
-        self.norm = _norm(config, config.norms[-1])
+        self.blocks = stack(config, [mixers.load(name)(config) for name in config.layer_mixers])
+        self.norm = final_norm(config)
         self.head = nn.Linear(config.width, config.vocab)
         self.reset()
 
@@ -147,17 +153,7 @@ class Transformer(nn.Module):
         """
         nn.init.normal_(self.token.weight)
         nn.init.normal_(self.position, std=0.2)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                gain = (
-                    (2 * self.config.blocks) ** -0.5
-                    if name.endswith((".o", ".down"))
-                    else 0.25
-                    if name == "head"
-                    else 1.0
-                )
-                nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
+        reset_linears(self, self.config.blocks)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return x0_BTD = E[token] + P[position]: the client computes this in clear."""
@@ -174,10 +170,35 @@ class Transformer(nn.Module):
         """Multiplicative levels from x0 to the logits, all plaintext products included; raises ValueError if a part is
         not polynomial.
         """
-        return sum(block.depth for block in self.blocks) + _joined(self.norm, 1)  # type: ignore[misc]
+        return stack_levels(self.blocks, self.norm)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def stack(config: ModelConfig, layers: list[mixers.Mixer]) -> nn.ModuleList:
+    """Return the blocks of a config around their mixers, one a block."""
+    n = 1 if config.parallel else 2
+    return nn.ModuleList(Block(config, config.norms[i * n : (i + 1) * n], mixer) for i, mixer in enumerate(layers))
+
+
+def final_norm(config: ModelConfig) -> Norm | BatchNorm:
+    """Return the norm before the head."""
+    return _norm(config, config.norms[-1])
+
+
+def stack_levels(blocks: nn.ModuleList, norm: Norm | BatchNorm) -> int:
+    """Return the levels of blocks, final norm and head."""
+    return sum(block.depth for block in blocks) + _joined(norm, 1)  # type: ignore[misc]
+
+
+def reset_linears(model: nn.Module, blocks: int) -> None:
+    """Initialise every linear at 1/sqrt(fan in), outputs into the residual smaller by depth, and the head smaller."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            gain = (2 * blocks) ** -0.5 if name.endswith((".o", ".down")) else 0.25 if name == "head" else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
 
 
 def _norm(config: ModelConfig, kind: str) -> Norm | BatchNorm:

@@ -7,7 +7,7 @@ Poli et al., *Hyena Hierarchy*, arXiv 2302.10866, sections 3.2 and 3.3; as speci
     y                       out(v . x_0)
 
 o products of ciphertexts; filters and short convolution are plaintext. Implicit matrix, one a channel (H = D):
-A = diag(x_0) prod_i (T_{h_i} + diag(b_i)) diag(x_i), on the values v after their short convolution.
+A = diag(x_0) prod_i (T_{h_i} + diag(b_i)) diag(x_i) S, on the projected values; S is their short convolution.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Hyena(Mixer):
         d, self.order = config.width, config.hyena_order
         self.width = d
         self.grid = self.sides(config)
-        self.project = nn.Linear(d, (self.order + 1) * d)
+        self.inputs = nn.Linear(d, (self.order + 1) * d)
         taps = SHORT ** len(self.grid)
         self.short = nn.Parameter(torch.randn((self.order + 1) * d, 1, *([SHORT] * len(self.grid))) * taps**-0.5)
         steps = self.order - 1
@@ -61,7 +61,7 @@ class Hyena(Mixer):
 
     def parts(self, x_BTD: Tensor) -> list[Tensor]:
         """Return x_0, ..., x_{o-1}, v, each [B, D, T], after projection and short convolution."""
-        return list(self.convolve_short(self.project(x_BTD).transpose(1, 2)).split(self.width, 1))
+        return list(self.convolve_short(self.inputs(x_BTD).transpose(1, 2)).split(self.width, 1))
 
     def convolve_short(self, z_BCT: Tensor) -> Tensor:
         """Depthwise and causal: position i sees i-2, i-1, i."""
@@ -92,7 +92,7 @@ class Hyena(Mixer):
         return self.o((v * gates[0]).transpose(1, 2))
 
     def reference(self, x_BTD: Tensor) -> Tensor:
-        z_BCT = self.project(x_BTD).transpose(1, 2)
+        z_BCT = self.inputs(x_BTD).transpose(1, 2)
         *gates, v = self.convolve_short_slowly(z_BCT).split(self.width, 1)
         h = self.taps()
         for i in range(self.order - 1, 0, -1):
@@ -108,17 +108,33 @@ class Hyena(Mixer):
         return torch.stack(columns, -1)
 
     def matrix(self, x_BTD: Tensor) -> Tensor:
-        """Return A_BDTT, one matrix a channel."""
+        """Return A_BDTT, one matrix a channel; it acts on `value`."""
         *gates, _ = self.parts(x_BTD)
         t, h = x_BTD.shape[1], self.taps()
-        impulses = torch.eye(t, dtype=x_BTD.dtype, device=x_BTD.device)[:, None].expand(t, self.width, t)
+        eye_TT = torch.eye(t, dtype=x_BTD.dtype, device=x_BTD.device)
+        impulses = eye_TT[:, None].expand(t, self.width, t)
         a_BDTT = torch.diag_embed(gates[0])
         for i in range(1, self.order):
             response_DTT = self.convolve(impulses, h[i - 1], i).permute(1, 2, 0) + torch.diag_embed(
                 self.skip_SD[i - 1, :, None].expand(self.width, t)
             )
             a_BDTT = a_BDTT @ response_DTT * gates[i][:, :, None, :]
-        return a_BDTT
+        everything = eye_TT[:, None].expand(t, (self.order + 1) * self.width, t)
+        short_DTT = self.convolve_short(everything)[:, -self.width :].permute(1, 2, 0)
+        return a_BDTT @ short_DTT
+
+    def value(self, x_BTD: Tensor) -> Tensor:
+        """Return v [B, D, T, 1], an affine map of x: what the matrix acts on."""
+        return self.inputs(x_BTD)[..., -self.width :].transpose(1, 2)[..., None]
+
+    def project(self, y_BDT1: Tensor) -> Tensor:
+        """Return the output projection of the channels, y_BTD."""
+        return self.o(y_BDT1[..., 0].transpose(1, 2))
+
+    @property
+    def receptive_field(self) -> int | None:
+        """None: filters are as long as the window."""
+        return None
 
     @property
     def degree(self) -> int:

@@ -1,4 +1,4 @@
-"""Activations: GELU, SiLU, ReLU and the square, and the fitted polynomial that replaces them on a trained interval.
+"""Activations: GELU, SiLU, ReLU, the square and the fourth power, and the fitted polynomial that replaces them on a trained interval.
 
 Every activation is an `Activation`: a `Tap`, then the function. The polynomial one holds scalar coefficients (never
 one set a channel), so that a compiled circuit evaluates it once on packed slots. Degrees against error: methods.md
@@ -21,12 +21,14 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "square": lambda x: x * x,
+    "quartic": lambda x: (x * x) * (x * x),
 }
+LEVELS = {"square": 1, "quartic": 2}  # of the activations that are polynomials as they stand
 ACTIVATIONS = (*EXACT, "polynomial")
 
 
 class Activation(nn.Module):
-    """Elementwise function by name: gelu, silu, relu, square, or polynomial (of `degree`, coefficients in the state
+    """Elementwise function by name: gelu, silu, relu, square, quartic, or polynomial (of `degree`, coefficients in the state
     dict).
     """
 
@@ -40,10 +42,10 @@ class Activation(nn.Module):
 
     @property
     def depth(self) -> int:
-        if self.kind == "square":
-            return 1
+        if self.kind in LEVELS:
+            return LEVELS[self.kind]
         if self.polynomial is None:
-            raise ValueError(f"activation {self.kind!r} is not polynomial; use 'square' or 'polynomial'")
+            raise ValueError(f"activation {self.kind!r} is not polynomial; use 'square', 'quartic' or 'polynomial'")
         return self.polynomial.polynomial().depth
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from polyformer.activations import Activation
+from polyformer.fold import folded
 from polyformer.layers import PolynomialLayer
 from polyformer.mixers.base import Attention
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import MLP, Transformer
-from polyformer.norms import Norm
+from polyformer.norms import BatchNorm, Norm
 
 OPSET = 17
 DOMAIN = "polyformer"
@@ -39,6 +40,8 @@ DOMAIN = "polyformer"
 
 def export_onnx(model: Transformer, path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write `model` to `path`; `metadata` is added to the producer and the model config in metadata_props."""
+    if any(isinstance(m, BatchNorm) for m in model.modules()):
+        model = folded(model)
     proto = build(model)
     helper.set_model_props(proto, {"producer": "polyformer", "config": model.config.to_json(), **(metadata or {})})
     onnx.checker.check_model(proto)
@@ -46,7 +49,7 @@ def export_onnx(model: Transformer, path: Path, *, metadata: dict[str, str] | No
 
 
 def build(model: Transformer) -> onnx.ModelProto:
-    """Return the ONNX model of a Transformer for one window of its full length."""
+    """Return the ONNX model of a Transformer for one window of its full length; its BatchNorms are `folded` away."""
     g = Graph()
     t, v = model.config.length, model.config.vocab
     token = g.constant("token.weight", model.token.weight)
@@ -54,7 +57,7 @@ def build(model: Transformer) -> onnx.ModelProto:
     x = g.node("Add", [x, g.constant("position.weight", model.position[:t])], "position")
     for i, block in enumerate(model.blocks):
         x = _block(g, block, f"blocks.{i}", x)
-    logits = linear(g, model.head, "head", norm(g, model.norm, "norm", x), output="logits")
+    logits = linear(g, model.head, "head", norm(g, model.norm, "norm", x), output="logits")  # type: ignore[arg-type]
     graph = helper.make_graph(
         g.nodes,
         "polyformer",
@@ -189,6 +192,9 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
         return g.polynomial(layer.polynomial, name, x)
     if layer.kind == "square":
         return g.node("Mul", [x, x], name)
+    if layer.kind == "quartic":
+        square = g.node("Mul", [x, x], f"{name}.square")
+        return g.node("Mul", [square, square], name)
     if layer.kind == "relu":
         return g.node("Relu", [x], name)
     if layer.kind == "silu":
@@ -206,6 +212,10 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
 
 def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
     """Causal attention: heads split, scores, non-linearity, values, heads merged, output projection."""
+    if not isinstance(layer, (PowerSoftmax, Softmax)):
+        raise TypeError(
+            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax"
+        )
     t, h, k = layer.length, layer.heads, layer.head_size
     split = g.constant(f"{name}.split", np.array([1, t, h, k], dtype=np.int64))
     merge = g.constant(f"{name}.merge", np.array([1, t, h * k], dtype=np.int64))
@@ -217,15 +227,14 @@ def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
         )
 
     q, key, v = heads("q", [0, 2, 1, 3]), heads("k", [0, 2, 3, 1]), heads("v", [0, 2, 1, 3])
+    if layer.las.width > 1:
+        smoothing = g.constant(f"{name}.v.toeplitz", layer.las.toeplitz(t, layer.mask_TT)[None, None])
+        v = g.node("MatMul", [smoothing, v], f"{name}.v.smooth")
     scores = g.node("MatMul", [q, key], f"{name}.scores")
     if isinstance(layer, PowerSoftmax):
         y = _power_softmax(g, layer, name, scores, v)
-    elif isinstance(layer, Softmax):
-        y = _softmax(g, layer, name, scores, v)
     else:
-        raise TypeError(
-            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax"
-        )
+        y = _softmax(g, layer, name, scores, v)
     y = g.node(
         "Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged"
     )
@@ -236,8 +245,13 @@ def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str
     t = layer.length
     f_T1 = torch.ones(1, 1) if layer.form == "stable" else layer.row_factor(t)
     f_T1 = f_T1.detach().double().expand(t, 1)
-    mask = layer.mask_TT.double() * f_T1 / math.sqrt(layer.head_size)
-    u = g.node("Mul", [scores, g.constant(f"{name}.mask", mask[None, None])], f"{name}.masked")
+    mask, shift = _score_map(layer)
+    masked, u = g.constant(f"{name}.mask", mask * f_T1), f"{name}.masked"
+    if shift is None:
+        g.node("Mul", [scores, masked], u)
+    else:
+        product = g.node("Mul", [scores, masked], f"{name}.masked.product")
+        g.node("Add", [product, g.constant(f"{name}.shift", shift * f_T1)], u)
     powers = _power(g, name, u, layer.power)
     eps = g.constant(f"{name}.eps", (layer.eps * f_T1**layer.power)[None, None])
     total = g.node(
@@ -252,6 +266,16 @@ def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str
     else:
         return g.node("Div", [numerator, d], f"{name}.out")
     return g.node("Mul", [numerator, inverse], f"{name}.out")
+
+
+def _score_map(layer: Attention) -> tuple[Tensor, Tensor | None]:
+    """Return constants [1, H or 1, T, T]: masked scores are (q k^T) scale + shift, mask, decay and BatchNorm included."""
+    visible_HTT = layer.visible(layer.length).detach().double()
+    visible_HTT = visible_HTT if visible_HTT.ndim == 3 else visible_HTT[None]
+    if layer.score_norm is None:
+        return visible_HTT[None] / math.sqrt(layer.head_size), None
+    scale_H, shift_H = (c.detach().double()[:, None, None] for c in layer.score_norm.affine())
+    return (visible_HTT * scale_H)[None] / math.sqrt(layer.head_size), (visible_HTT * shift_H)[None]
 
 
 def _power(g: Graph, name: str, u: str, p: int) -> str:
@@ -291,7 +315,12 @@ def _goldschmidt(g: Graph, layer: PowerSoftmax, name: str, d: str) -> str:
 
 
 def _softmax(g: Graph, layer: Softmax, name: str, scores: str, v: str) -> str:
-    scaled = g.node("Mul", [scores, g.constant(f"{name}.scale", 1 / math.sqrt(layer.head_size))], f"{name}.scaled")
+    scale, shift = _score_map(layer)
+    plain = not any(layer.las.alphas) and shift is None
+    scale_or_number: Tensor | float = 1 / math.sqrt(layer.head_size) if plain else scale
+    scaled = g.node("Mul", [scores, g.constant(f"{name}.scale", scale_or_number)], f"{name}.scaled")
+    if shift is not None:
+        scaled = g.node("Add", [scaled, g.constant(f"{name}.shift", shift)], f"{name}.shifted")
     hidden = torch.where(layer.mask_TT == 0, -1e9, 0.0)[None, None]
     weights = g.node(
         "Softmax",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polyformer import mixers
 from polyformer.activations import Activation
-from polyformer.norms import Norm
+from polyformer.norms import BatchNorm, Norm, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class ModelConfig:
     blocks: int = 2
     parallel: bool = False  # x + mixer(n(x)) + mlp(n(x)) with one norm a block: fewer levels, same work
     mixer: str = "power_softmax"
+    mixers: tuple[str, ...] = ()  # one a block, in place of `mixer`: a hybrid stack
     norms: tuple[str, ...] = ()  # one a site, in order (2 a block, 1 if parallel, then the final one)
     activation: str = "gelu"
     power: int = 4  # p, even
@@ -49,6 +50,16 @@ class ModelConfig:
     expand: int = 2  # inner channels of the state-space mixers, in widths
     conv_width: int = 4  # positions under the short convolution
     gate_degree: int = 2  # of the polynomial that stands for the decay of polynomial_s6
+    mlp_norm: bool = False  # a BatchNorm before the activation of each MLP, for vision (methods.md 2.2)
+    score_norm: bool = False  # a BatchNorm over the heads of attention scores, for vision
+    causal: bool = True  # False: every position sees every position (encoders, vision)
+    las_decay: float = 0.0  # LaS: largest decay of scores with distance; 0 is none
+    las_width: int = 1  # LaS: positions over which weights are averaged; 1 is none
+    grid: tuple[int, ...] = ()  # sides of the token grid in raster order, for mixers with more than one axis
+    hyena_order: int = 2  # o products, degree o + 1
+    hyena_filter: str = "product"  # product, joint, direct
+    hyena_window: str = "decay"  # decay, learned, none
+    hyena_direction: str = "4dirp"  # of hyena_nd: standard, seq, parallel, 4dir, 4dirp
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -58,6 +69,14 @@ class ModelConfig:
                 f"{len(self.norms)} norms given, {self.sites} sites to fill "
                 f"({self.blocks} blocks, parallel={self.parallel})"
             )
+
+        if self.mixers and len(self.mixers) != self.blocks:
+            raise ValueError(f"{len(self.mixers)} mixers given for {self.blocks} blocks; give one a block, or none")
+
+    @property
+    def layer_mixers(self) -> tuple[str, ...]:
+        """The name of each block's mixer."""
+        return self.mixers or (self.mixer,) * self.blocks
 
     @property
     def sites(self) -> int:
@@ -69,7 +88,9 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         values = json.loads(text)
-        values["norms"] = tuple(values["norms"])
+        for name in ("norms", "grid", "mixers"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 
@@ -79,11 +100,13 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.width, config.hidden)
+        self.norm = BatchNorm(config.hidden) if config.mlp_norm else None
         self.act = Activation(config.activation, degree=config.activation_degree)
         self.down = nn.Linear(config.hidden, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x_BTD)))
+        h_BTH = self.up(x_BTD)
+        return self.down(self.act(h_BTH if self.norm is None else self.norm(h_BTH)))
 
     @property
     def depth(self) -> int:
@@ -95,10 +118,10 @@ class Block(nn.Module):
     exists.
     """
 
-    def __init__(self, config: ModelConfig, norms: tuple[str, ...]) -> None:
+    def __init__(self, config: ModelConfig, norms: tuple[str, ...], mixer: mixers.Mixer) -> None:
         super().__init__()
         self.norm1 = _norm(config, norms[0])
-        self.mixer = mixers.load(config.mixer)(config)
+        self.mixer = mixer
         self.norm2 = None if config.parallel else _norm(config, norms[1])
         self.mlp = MLP(config)
 
@@ -127,11 +150,8 @@ class Transformer(nn.Module):
         self.config = config
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Parameter(torch.zeros(config.length, config.width))
-        per_block = 1 if config.parallel else 2
-        self.blocks = nn.ModuleList(
-            Block(config, config.norms[i * per_block : (i + 1) * per_block]) for i in range(config.blocks)
-        )
-        self.norm = _norm(config, config.norms[-1])
+        self.blocks = stack(config, [mixers.load(name)(config) for name in config.layer_mixers])
+        self.norm = final_norm(config)
         self.head = nn.Linear(config.width, config.vocab)
         self.reset()
 
@@ -141,18 +161,7 @@ class Transformer(nn.Module):
         """
         nn.init.normal_(self.token.weight)
         nn.init.normal_(self.position, std=0.2)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                gain = (
-                    (2 * self.config.blocks) ** -0.5
-                    if name.endswith((".o", ".down"))
-                    else 0.25
-                    if name == "head"
-                    else 1.0
-                )
-                nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        reset_linears(self, self.config.blocks)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return x0_BTD = E[token] + P[position]: the client computes this in clear."""
@@ -169,17 +178,43 @@ class Transformer(nn.Module):
         """Multiplicative levels from x0 to the logits, all plaintext products included; raises ValueError if a part is
         not polynomial.
         """
-        return sum(block.depth for block in self.blocks) + _joined(self.norm, 1)  # type: ignore[misc]
+        return stack_levels(self.blocks, self.norm)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
 
-def _norm(config: ModelConfig, kind: str) -> Norm:
-    return Norm(config.width, kind, degree=config.norm_degree, newton=config.norm_newton)
+def stack(config: ModelConfig, layers: list[mixers.Mixer]) -> nn.ModuleList:
+    """Return the blocks of a config around their mixers, one a block."""
+    n = 1 if config.parallel else 2
+    return nn.ModuleList(Block(config, config.norms[i * n : (i + 1) * n], mixer) for i, mixer in enumerate(layers))
 
 
-def _joined(norm: Norm, depth: int) -> int:
+def final_norm(config: ModelConfig) -> Norm | BatchNorm:
+    """Return the norm before the head."""
+    return _norm(config, config.norms[-1])
+
+
+def stack_levels(blocks: nn.ModuleList, norm: Norm | BatchNorm) -> int:
+    """Return the levels of blocks, final norm and head."""
+    return sum(block.depth for block in blocks) + _joined(norm, 1)  # type: ignore[misc]
+
+
+def reset_linears(model: nn.Module, blocks: int) -> None:
+    """Initialise every linear at 1/sqrt(fan in), outputs into the residual smaller by depth, and the head smaller."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            gain = (2 * blocks) ** -0.5 if name.endswith((".o", ".down")) else 0.25 if name == "head" else 1.0
+            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _norm(config: ModelConfig, kind: str) -> Norm | BatchNorm:
+    return make_norm(config.width, kind, degree=config.norm_degree, newton=config.norm_newton)
+
+
+def _joined(norm: Norm | BatchNorm, depth: int) -> int:
     """Levels of a norm followed by a part whose first level is a linear: the linear runs beside the norm's
     polynomial.
     """

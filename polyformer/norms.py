@@ -1,13 +1,14 @@
-"""Normalisations: exact LayerNorm and RMSNorm, the same with a polynomial inverse square root, and a foldable affine
-map.
+"""Normalisations: exact LayerNorm and RMSNorm, the same with a polynomial inverse square root, BatchNorm, and a foldable
+affine map.
 
-Every norm is y = gamma * (x - [mean]) * q(S) (+ beta), S = mean((x - [mean])^2) the value that the `Tap` sees:
+Every `Norm` is y = gamma * (x - [mean]) * q(S) (+ beta), S = mean((x - [mean])^2) the value that the `Tap` sees:
 
     affine      q = 1, no mean: folds into the next linear, costs no level
     rms         q = (S + eps)^(-1/2)
     layer       the same after subtracting the mean (exact also under encryption: a plaintext average)
     rms_poly    q a polynomial in S; `newton` steps refine it (2 levels each)
     layer_poly  likewise, with the mean
+    batch       a `BatchNorm`: in evaluation mode an affine map with the statistics seen in training
 
 Levels before the product with x: 1 for the square, then those of q. Since q(S) is a scalar per position it commutes
 with the linear that follows, so W (x q) = (W x) q costs max(square + q, linear) + 1. Spec: methods.md 1.3 and 1.6;
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from polyformer.approx import depth_of_degree, newton_inverse_sqrt
 from polyformer.layers import PolynomialLayer, Tap
 
 NORMS = ("affine", "rms", "layer", "rms_poly", "layer_poly")
+BATCH = "batch"
 
 
 class Norm(nn.Module):
@@ -35,7 +38,7 @@ class Norm(nn.Module):
     def __init__(self, width: int, kind: str, *, degree: int = 2, newton: int = 0, eps: float = 1e-5) -> None:
         super().__init__()
         if kind not in NORMS:
-            raise ValueError(f"unknown norm {kind!r}; known: {', '.join(NORMS)}")
+            raise ValueError(f"unknown norm {kind!r}; known: {', '.join(NORMS)}, and {BATCH} as `make_norm` builds it")
         self.kind, self.eps, self.newton = kind, eps, newton
         self.centre = kind.startswith("layer")
         self.gamma = nn.Parameter(torch.ones(width))
@@ -66,3 +69,77 @@ class Norm(nn.Module):
             x_BTD = x_BTD * self.inverse_root(s_BT1)
         y_BTD = x_BTD * self.gamma
         return y_BTD if self.beta is None else y_BTD + self.beta
+
+
+class BatchNorm(nn.Module):
+    """Normalise each channel by statistics over everything else: the batch's in training, the running ones after it.
+
+    In evaluation mode it is an affine map with constants, which folds into a neighbouring linear and costs nothing.
+    For vision (methods.md 2.2); in causal language models it fails, and statistics over positions look ahead.
+    Args: `width` of the channel axis, `axis` its place (-1: features of x_BTD; 1: heads of s_BHTT), `momentum` of the
+    running statistics, `eps` added to the variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, width: int, *, axis: int = -1, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.axis, self.momentum, self.eps = axis, momentum, eps
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    @property
+    def depth(self) -> int:
+        """0, as for an affine norm: it folds."""
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_BC = x.transpose(1, self.axis)
+        y_BC = F.batch_norm(
+            x_BC, self.mean, self.variance, self.gamma, self.beta, self.training, self.momentum, self.eps
+        )
+        return y_BC.transpose(1, self.axis)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return (scale, shift) of evaluation mode, each [width]: y = x scale + shift."""
+        scale = self.gamma * torch.rsqrt(self.variance + self.eps)
+        return scale, self.beta - self.mean * scale
+
+    @torch.no_grad()
+    def to_norm(self) -> Norm:
+        """Return the affine `Norm` that equals this one in evaluation mode."""
+        norm = Norm(len(self.gamma), "affine").to(self.gamma)
+        scale, shift = self.affine()
+        norm.gamma.copy_(scale)
+        assert norm.beta is not None
+        norm.beta.copy_(shift)
+        return norm
+
+
+def make_norm(width: int, kind: str, *, degree: int = 2, newton: int = 0) -> Norm | BatchNorm:
+    """Return the norm of a name, `batch` included."""
+    return BatchNorm(width) if kind == BATCH else Norm(width, kind, degree=degree, newton=newton)
+
+
+@torch.no_grad()
+def fold(norm: BatchNorm, linear: nn.Linear) -> nn.Linear:
+    """Return the linear that equals linear(norm(x)) in evaluation mode: W' = W diag(scale), b' = b + W shift."""
+    scale, shift = norm.affine()
+    return _linear(linear.weight * scale, linear.weight @ shift + linear.bias)
+
+
+@torch.no_grad()
+def fold_before(linear: nn.Linear, norm: BatchNorm) -> nn.Linear:
+    """Return the linear that equals norm(linear(x)) in evaluation mode: W' = diag(scale) W, b' = scale b + shift."""
+    scale, shift = norm.affine()
+    return _linear(linear.weight * scale[:, None], linear.bias * scale + shift)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+    return linear

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyformer.las import LocalSmooth
+from polyformer.norms import BatchNorm
+
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
 
@@ -70,8 +73,9 @@ class Mixer(nn.Module, ABC):
 
 
 class Attention(Mixer):
-    """Projections q, k, v, o of causal multi-head attention; the parameters are the same for every score
-    non-linearity.
+    """Projections q, k, v, o of multi-head attention, causal or not; the parameters are the same for every score
+    non-linearity. A non-linearity takes its scores from `normed_scores`, multiplies them by `visible`, and its weights
+    by `las.smooth(v)`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,9 +83,28 @@ class Attention(Mixer):
         d = config.width
         self.heads, self.head_size, self.length = config.heads, d // config.heads, config.length
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
-        self.register_buffer("mask_TT", torch.ones(config.length, config.length).tril(), persistent=False)
+        self.causal = config.causal
+        ones_TT = torch.ones(config.length, config.length)
+        self.register_buffer("mask_TT", ones_TT.tril() if config.causal else ones_TT, persistent=False)
+        if config.score_norm and config.causal:
+            raise ValueError("score_norm takes statistics over hidden keys too; set causal=False, or score_norm=False")
+        self.score_norm = BatchNorm(config.heads, axis=1) if config.score_norm else None
+        self.las = LocalSmooth(config.heads, decay=config.las_decay, width=config.las_width, causal=config.causal)
 
     mask_TT: Tensor
+
+    def normed_scores(self, s_BHTT: Tensor) -> Tensor:
+        """Return scores through the BatchNorm over heads, if there is one; masks and decay come after it."""
+        return s_BHTT if self.score_norm is None else self.score_norm(s_BHTT)
+
+    def visible(self, t: int) -> Tensor:
+        """Return the factor of the scores, [T, T] or [H, T, T]: 0 for hidden keys, else 1 or the decay of LaS."""
+        mask_TT = self.mask_TT[:t, :t]
+        return mask_TT * self.las.decay(t, mask_TT) if any(self.las.alphas) else mask_TT
+
+    def keys(self, i: int, t: int) -> range:
+        """Return the keys that row i of t sees."""
+        return range(i + 1 if self.causal else t)
 
     def split(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, K]"""

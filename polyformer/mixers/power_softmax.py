@@ -6,7 +6,7 @@ of one map, f_i a factor of row i:
 
     exact       w_ij = M_ij s_ij^p / (eps + sum_l M_il s_il^p)                     f_i = 1
     stable      u = f_i s,  w_ij = u_ij^p / (eps f_i^p + sum_l u_il^p)             f_i = 1/max(||s_i||_inf, eps^(1/p)),
-    detached: training mean        the same with f_i = n_i^(-1/p), n_i = i + 1 visible keys           denominators are
+    detached: training mean        the same with f_i = n_i^(-1/p), n_i visible keys (i + 1)            denominators are
     eps/n_i + mean of powers rows        the same with public trained f_i (buffer `row_T`)                  all rows
     share ONE narrow interval of denominators
 
@@ -35,7 +35,7 @@ FORMS = ("exact", "stable", "mean", "rows")
 
 
 class PowerSoftmax(Attention):
-    """Causal PowerSoftmax attention in one of the forms above; `config.reciprocal` says how 1/x is computed."""
+    """PowerSoftmax attention, causal or not, in one of the forms above; `config.reciprocal` says how 1/x is computed."""
 
     row_T: Tensor
     goldschmidt_start_T: Tensor
@@ -52,9 +52,8 @@ class PowerSoftmax(Attention):
         self.tap = Tap("denominator")
         self.steps = config.reciprocal_degree if config.reciprocal == "goldschmidt" else 0
         self.reciprocal = PolynomialLayer(config.reciprocal_degree) if config.reciprocal == "polynomial" else None
-        n_T = torch.arange(1, config.length + 1, dtype=torch.float64)
         if self.form == "rows":
-            self.register_buffer("row_T", (n_T ** (-1 / self.power)).float())
+            self.register_buffer("row_T", (self.counts(config.length).double() ** (-1 / self.power)).float())
         if self.steps:
             self.register_buffer("goldschmidt_start_T", torch.ones(config.length))
         elif config.reciprocal not in ("exact", "polynomial"):
@@ -66,7 +65,13 @@ class PowerSoftmax(Attention):
     def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
         """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
         t = q_BHTK.shape[2]
-        return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.mask_TT[:t, :t] / math.sqrt(self.head_size))
+        if self.score_norm is None:  # one product with T x T constants instead of two
+            return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.visible(t) / math.sqrt(self.head_size))
+        return self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(self.head_size)) * self.visible(t)
+
+    def counts(self, t: int) -> Tensor:
+        """Return n_T, the number of keys that each row sees."""
+        return self.mask_TT[:t, :t].sum(1)
 
     def row_factor(self, t: int, s_BHTT: Tensor | None = None) -> Tensor:
         """Return f, broadcastable to [B, H, T, 1]; only the stable form looks at the scores."""
@@ -76,9 +81,7 @@ class PowerSoftmax(Attention):
         if self.form == "rows":
             return self.row_T[:t, None].to(self.mask_TT.dtype)
         if self.form == "mean":
-            return torch.arange(1, t + 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)[:, None] ** (
-                -1 / self.power
-            )
+            return self.counts(t)[:, None] ** (-1 / self.power)
         return torch.ones(1, 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)
 
     def powers(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,12 +104,12 @@ class PowerSoftmax(Attention):
     def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BTD)
         u_BHTT, d_BHT1 = self.powers(q, k)
-        return self.o(self.merge((u_BHTT @ v) * self.invert(d_BHT1)))
+        return self.o(self.merge((u_BHTT @ self.las.smooth(v)) * self.invert(d_BHT1)))
 
     def matrix(self, x_BTD: Tensor) -> Tensor:
         q, k, _ = self.qkv(x_BTD)
         u_BHTT, d_BHT1 = self.powers(q, k)
-        return u_BHTT * self.invert(d_BHT1)
+        return self.las.pool(u_BHTT * self.invert(d_BHT1))
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         """Row by row, from the definition in the exact form; the polynomial reciprocal is applied to the scaled
@@ -114,15 +117,21 @@ class PowerSoftmax(Attention):
         """
         q, k, v = self.qkv(x_BTD)
         rows = []
-        for i in range(x_BTD.shape[1]):
-            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(
+        t = x_BTD.shape[1]
+        v = self.las.smooth(v)
+        for i in range(t):
+            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in self.keys(i, t)], -1) / math.sqrt(
                 self.head_size
             )
+            if self.score_norm is not None:
+                scale_H, shift_H = self.score_norm.affine()
+                s_BHj = s_BHj * scale_H[:, None] + shift_H[:, None]
+            s_BHj = s_BHj * self.visible(t)[..., i, : s_BHj.shape[-1]]
             sums_BH = (s_BHj**self.power).sum(-1) + self.eps
             if self.reciprocal_kind == "exact":
                 inverse_BH = 1.0 / sums_BH
             else:
-                f = float(self.row_factor(i + 1)[-1]) ** self.power
+                f = float(self.row_factor(t).expand(t, 1)[i]) ** self.power
                 scaled = (sums_BH * f)[:, :, None, None]
                 start = self.goldschmidt_start_T[i].to(scaled.dtype) if self.steps else None
                 inverse_BH = (
@@ -134,7 +143,7 @@ class PowerSoftmax(Attention):
                     )[:, :, 0, 0]
                 )
             w_BHj = s_BHj**self.power * inverse_BH[..., None]
-            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)]).sum(0))
+            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in self.keys(i, t)]).sum(0))
         return self.o(self.merge(torch.stack(rows, 2)))
 
     @property

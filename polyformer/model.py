@@ -52,6 +52,14 @@ class ModelConfig:
     hyena_filter: str = "product"  # product, joint, direct
     hyena_window: str = "decay"  # decay, learned, none
     hyena_direction: str = "4dirp"  # of hyena_nd: standard, seq, parallel, 4dir, 4dirp
+    length_scaling: str = "after_sqrt"  # of pointwise attention: none, after_sqrt, after, both
+    feature_map: str = "identity"  # of linear attention: identity, elu
+    decay: str = "data"  # of gated linear attention: data, fixed
+    output_gate: str = "silu"  # of gated linear attention: silu, linear, none
+    state: int = 16  # N of the state-space mixers
+    expand: int = 2  # inner channels of the state-space mixers, in widths
+    conv_width: int = 4  # positions under the short convolution
+    gate_degree: int = 2  # of the polynomial that stands for the decay of polynomial_s6
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -110,10 +118,10 @@ class Block(nn.Module):
     exists.
     """
 
-    def __init__(self, config: ModelConfig, norms: tuple[str, ...], mixer: mixers.Mixer) -> None:
+    def __init__(self, config: ModelConfig, norms: tuple[str, ...], mixer: mixers.Mixer | None = None) -> None:
         super().__init__()
         self.norm1 = _norm(config, norms[0])
-        self.mixer = mixer
+        self.mixer = mixers.load(config.mixer)(config) if mixer is None else mixer
         self.norm2 = None if config.parallel else _norm(config, norms[1])
         self.mlp = MLP(config)
 
@@ -198,7 +206,8 @@ def reset_linears(model: nn.Module, blocks: int) -> None:
         if isinstance(module, nn.Linear):
             gain = (2 * blocks) ** -0.5 if name.endswith((".o", ".down")) else 0.25 if name == "head" else 1.0
             nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _norm(config: ModelConfig, kind: str) -> Norm | BatchNorm:

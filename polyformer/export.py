@@ -30,7 +30,7 @@ from polyformer.layers import PolynomialLayer
 from polyformer.mixers.base import Attention
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
-from polyformer.model import MLP, Transformer
+from polyformer.model import MLP, ModelConfig, Transformer
 from polyformer.norms import Norm
 
 OPSET = 17
@@ -46,7 +46,13 @@ def export_onnx(model: Transformer, path: Path, *, metadata: dict[str, str] | No
 
 
 def build(model: Transformer) -> onnx.ModelProto:
-    """Return the ONNX model of a Transformer for one window of its full length."""
+    """Return the ONNX model of a Transformer for one window of its full length.
+
+    Raises:
+        ValueError: the config has a part that this writer does not know (those of released checkpoints).
+    """
+    _check_known(model.config)
+    assert model.position is not None and isinstance(model.head, nn.Linear)
     g = Graph()
     t, v = model.config.length, model.config.vocab
     token = g.constant("token.weight", model.token.weight)
@@ -66,6 +72,30 @@ def build(model: Transformer) -> onnx.ModelProto:
     return helper.make_model(
         graph, functions=list(g.functions.values()), opset_imports=imports, producer_name="polyformer", ir_version=8
     )
+
+
+# What this writer knows, by field of the config; the parts of released checkpoints are not among it yet.
+WRITABLE: dict[str, tuple[object, ...]] = {
+    "order": ("pre",),
+    "causal": (True,),
+    "kv_heads": (0,),
+    "rotary": (0,),
+    "positions": ("learned",),
+    "token_types": (0,),
+    "biases": (True,),
+    "gated": (False,),
+    "head": ("linear",),
+    "head_bias": (True,),
+    "activation": ("gelu", "silu", "relu", "square", "polynomial"),
+}
+
+
+def _check_known(config: ModelConfig) -> None:
+    unknown = [
+        f"{name}={getattr(config, name)!r}" for name, known in WRITABLE.items() if getattr(config, name) not in known
+    ]
+    if unknown:
+        raise ValueError(f"export_onnx cannot write {', '.join(unknown)} yet; it writes {WRITABLE}")
 
 
 class Graph:

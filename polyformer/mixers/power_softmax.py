@@ -35,7 +35,9 @@ FORMS = ("exact", "stable", "mean", "rows")
 
 
 class PowerSoftmax(Attention):
-    """Causal PowerSoftmax attention in one of the forms above; `config.reciprocal` says how 1/x is computed."""
+    """PowerSoftmax attention in one of the forms above; `config.reciprocal` says how 1/x is computed. Without `causal`
+    all T keys are visible, n_i = T. Hidden keys of padding leave n_i as it is: a factor changes no weight.
+    """
 
     row_T: Tensor
     goldschmidt_start_T: Tensor
@@ -52,7 +54,7 @@ class PowerSoftmax(Attention):
         self.tap = Tap("denominator")
         self.steps = config.reciprocal_degree if config.reciprocal == "goldschmidt" else 0
         self.reciprocal = PolynomialLayer(config.reciprocal_degree) if config.reciprocal == "polynomial" else None
-        n_T = torch.arange(1, config.length + 1, dtype=torch.float64)
+        n_T = self.visible_keys(config.length).double()
         if self.form == "rows":
             self.register_buffer("row_T", (n_T ** (-1 / self.power)).float())
         if self.steps:
@@ -63,10 +65,14 @@ class PowerSoftmax(Attention):
                 "goldschmidt (whose reciprocal_degree is the number of steps, at least 1)"
             )
 
-    def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
+    def visible_keys(self, t: int) -> Tensor:
+        """Return n [T], the number of keys that each of t rows sees."""
+        return torch.arange(1, t + 1) if self.causal else torch.full((t,), t)
+
+    def scores(self, q_BHTK: Tensor, k_BHTK: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
-        t = q_BHTK.shape[2]
-        return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.mask_TT[:t, :t] / math.sqrt(self.head_size))
+        mask = self.mask(q_BHTK.shape[2], visible_BT)
+        return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (mask / math.sqrt(self.head_size))
 
     def row_factor(self, t: int, s_BHTT: Tensor | None = None) -> Tensor:
         """Return f, broadcastable to [B, H, T, 1]; only the stable form looks at the scores."""
@@ -76,14 +82,12 @@ class PowerSoftmax(Attention):
         if self.form == "rows":
             return self.row_T[:t, None].to(self.mask_TT.dtype)
         if self.form == "mean":
-            return torch.arange(1, t + 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)[:, None] ** (
-                -1 / self.power
-            )
+            return self.visible_keys(t).to(self.mask_TT)[:, None] ** (-1 / self.power)
         return torch.ones(1, 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)
 
-    def powers(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+    def powers(self, q_BHTK: Tensor, k_BHTK: Tensor, visible_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return u^p [B, H, T, T] and the denominators eps f^p + sum u^p [B, H, T, 1]."""
-        s_BHTT = self.scores(q_BHTK, k_BHTK)
+        s_BHTT = self.scores(q_BHTK, k_BHTK, visible_BT)
         f = self.row_factor(s_BHTT.shape[2], s_BHTT)
         u_BHTT = integer_power(s_BHTT * f, self.power)
         return u_BHTT, self.tap(u_BHTT.sum(-1, keepdim=True) + self.eps * integer_power(f, self.power))
@@ -98,31 +102,32 @@ class PowerSoftmax(Attention):
             )
         return 1.0 / d_BHT1
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
-        u_BHTT, d_BHT1 = self.powers(q, k)
+        u_BHTT, d_BHT1 = self.powers(q, k, visible_BT)
         return self.o(self.merge((u_BHTT @ v) * self.invert(d_BHT1)))
 
-    def matrix(self, x_BTD: Tensor) -> Tensor:
+    def matrix(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, _ = self.qkv(x_BTD)
-        u_BHTT, d_BHT1 = self.powers(q, k)
+        u_BHTT, d_BHT1 = self.powers(q, k, visible_BT)
         return u_BHTT * self.invert(d_BHT1)
 
-    def reference(self, x_BTD: Tensor) -> Tensor:
+    def reference(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         """Row by row, from the definition in the exact form; the polynomial reciprocal is applied to the scaled
         denominator.
         """
         q, k, v = self.qkv(x_BTD)
         rows = []
         for i in range(x_BTD.shape[1]):
-            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(
-                self.head_size
-            )
+            s_BHj = self.row_scores(q, k, i)
+            keys = s_BHj.shape[-1]
+            if visible_BT is not None:
+                s_BHj = s_BHj * visible_BT[:, None, :keys]
             sums_BH = (s_BHj**self.power).sum(-1) + self.eps
             if self.reciprocal_kind == "exact":
                 inverse_BH = 1.0 / sums_BH
             else:
-                f = float(self.row_factor(i + 1)[-1]) ** self.power
+                f = float(self.row_factor(x_BTD.shape[1]).flatten()[i]) ** self.power
                 scaled = (sums_BH * f)[:, :, None, None]
                 start = self.goldschmidt_start_T[i].to(scaled.dtype) if self.steps else None
                 inverse_BH = (
@@ -134,7 +139,7 @@ class PowerSoftmax(Attention):
                     )[:, :, 0, 0]
                 )
             w_BHj = s_BHj**self.power * inverse_BH[..., None]
-            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)]).sum(0))
+            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(keys)]).sum(0))
         return self.o(self.merge(torch.stack(rows, 2)))
 
     @property
@@ -153,11 +158,11 @@ class PowerSoftmax(Attention):
 
     @property
     def depth(self) -> int:
-        """q/k/v 1, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n (values run beside it),
-        product 1, output 1.
+        """q/k/v 1, rotary positions 1 if any, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n
+        (values run beside it), product 1, output 1.
         """
         reciprocal = self.steps + 1 if self.steps else depth_of_degree(self.reciprocal_degree)
-        return 1 + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
+        return 1 + self.rotary_depth + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
 
 
 def integer_power(x: Tensor, p: int) -> Tensor:

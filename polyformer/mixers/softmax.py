@@ -1,4 +1,4 @@
-"""Causal softmax attention: the twin that a polynomial model is compared with (and may start from). Not polynomial,
+"""Softmax attention: the twin that a polynomial model is compared with (and may start from). Not polynomial,
 never compiled.
 """
 
@@ -14,28 +14,32 @@ from polyformer.mixers.base import Attention
 
 
 class Softmax(Attention):
-    """A = softmax(q k^T / sqrt(K)) over the keys j <= i."""
+    """A = softmax(q k^T / sqrt(K)) over the keys that the mask leaves, j <= i if causal."""
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.o(self.merge(F.scaled_dot_product_attention(*self.qkv(x_BTD), is_causal=True)))
+    def forward(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
+        if visible_BT is None:
+            y_BHTK = F.scaled_dot_product_attention(*self.qkv(x_BTD), is_causal=self.causal)
+        else:
+            mask = self.mask(x_BTD.shape[1], visible_BT) > 0
+            y_BHTK = F.scaled_dot_product_attention(*self.qkv(x_BTD), attn_mask=mask)
+        return self.o(self.merge(y_BHTK))
 
-    def reference(self, x_BTD: Tensor) -> Tensor:
+    def reference(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
         rows = []
         for i in range(x_BTD.shape[1]):
-            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in range(i + 1)], -1) / math.sqrt(
-                self.head_size
-            )
-            e_BHj = torch.exp(s_BHj)
+            e_BHj = torch.exp(self.row_scores(q, k, i))
+            j = e_BHj.shape[-1]
+            if visible_BT is not None:
+                e_BHj = e_BHj * visible_BT[:, None, :j]
             w_BHj = e_BHj / e_BHj.sum(-1, keepdim=True)
-            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(i + 1)]).sum(0))
+            rows.append(torch.stack([w_BHj[:, :, n, None] * v[:, :, n] for n in range(j)]).sum(0))
         return self.o(self.merge(torch.stack(rows, 2)))
 
-    def matrix(self, x_BTD: Tensor) -> Tensor:
+    def matrix(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, _ = self.qkv(x_BTD)
-        t = x_BTD.shape[1]
         s_BHTT = q @ k.transpose(-1, -2) / math.sqrt(self.head_size)
-        return torch.softmax(s_BHTT.masked_fill(self.mask_TT[:t, :t] == 0, -math.inf), -1)
+        return torch.softmax(s_BHTT.masked_fill(self.mask(x_BTD.shape[1], visible_BT) == 0, -math.inf), -1)
 
     @property
     def degree(self) -> int:

@@ -93,7 +93,7 @@ class GatedLinear(Attention):
         return (a_BHTT[:, :, None] * gates_BHKT1).flatten(1, 2)
 
     def value(self, x_BTD: Tensor) -> Tensor:
-        return self.v(x_BTD).transpose(1, 2)[..., None]
+        return super().value(x_BTD).transpose(2, 3).flatten(1, 2)[..., None]
 
     def project(self, y_BHTK: Tensor) -> Tensor:
         """Here every channel is a head: [B, D, T, 1] in."""

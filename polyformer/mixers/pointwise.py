@@ -61,7 +61,7 @@ class Pointwise(Attention):
         v, t, rows = self.las.smooth(v), x_BTD.shape[1], []
         for i in range(t):
             row_BHK = torch.zeros_like(v[:, :, i])
-            for j in self.keys(i, t):
+            for j in range(i + 1 if self.causal else t):
                 s_BH1 = (q[:, :, i] * k[:, :, j]).sum(-1, keepdim=True) * self.before / math.sqrt(self.head_size)
                 if self.score_norm is not None:
                     scale_H, shift_H = self.score_norm.affine()

@@ -1,4 +1,5 @@
-"""Activations: GELU, SiLU, ReLU, the square and the fourth power, and the fitted polynomial that replaces them on a trained interval.
+"""Activations: GELU (and its tanh form, GPT-2's), SiLU, ReLU, the square and the fourth power, and the fitted
+polynomial that replaces them on a trained interval.
 
 Every activation is an `Activation`: a `Tap`, then the function. The polynomial one holds scalar coefficients (never
 one set a channel), so that a compiled circuit evaluates it once on packed slots. Degrees against error: methods.md
@@ -18,6 +19,7 @@ from polyformer.layers import PolynomialLayer, Tap
 
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
     "square": lambda x: x * x,
@@ -28,8 +30,8 @@ ACTIVATIONS = (*EXACT, "polynomial")
 
 
 class Activation(nn.Module):
-    """Elementwise function by name: gelu, silu, relu, square, quartic, or polynomial (of `degree`, coefficients in the state
-    dict).
+    """Elementwise function by name: gelu, gelu_tanh, silu, relu, square, quartic, or polynomial (of `degree`,
+    coefficients in the state dict).
     """
 
     def __init__(self, kind: str, *, degree: int = 2, trainable: bool = True) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polyformer import mixers
-from polyformer.model import ModelConfig, final_norm, reset_linears, stack, stack_levels
+from polyformer.model import ModelConfig, lone_norm, reset_linears, stack, stack_levels
 
 C = TypeVar("C", bound="ClassifierConfig")
 
@@ -38,6 +38,10 @@ class ClassifierConfig:
         if self.body.causal:
             raise ValueError("the body is causal; an encoder sees both sides, set causal=False in its ModelConfig")
 
+        for name, known in (("order", "pre"), ("positions", "learned"), ("token_types", 0), ("head", "linear")):
+            if getattr(self.body, name) != known:
+                raise ValueError(f"{name} of the body is {getattr(self.body, name)!r}; a classifier has {known!r}")
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -58,7 +62,7 @@ class Classifier(nn.Module):
         self.config = config
         self.position = nn.Parameter(torch.zeros(config.body.length, config.body.width))
         self.blocks = stack(config.body, layers)
-        self.norm = final_norm(config.body)
+        self.norm = lone_norm(config.body)
         self.head = nn.Linear(config.body.width, config.classes)
 
     def reset(self) -> None:

@@ -31,7 +31,7 @@ from polyformer.layers import PolynomialLayer
 from polyformer.mixers.base import Attention
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
-from polyformer.model import MLP, Transformer
+from polyformer.model import MLP, ModelConfig, Transformer
 from polyformer.norms import BatchNorm, Norm
 
 OPSET = 17
@@ -49,7 +49,13 @@ def export_onnx(model: Transformer, path: Path, *, metadata: dict[str, str] | No
 
 
 def build(model: Transformer) -> onnx.ModelProto:
-    """Return the ONNX model of a Transformer for one window of its full length; its BatchNorms are `folded` away."""
+    """Return the ONNX model of a Transformer for one window of its full length; its BatchNorms are `folded` away.
+
+    Raises:
+        ValueError: the config has a part that this writer does not know (those of released checkpoints).
+    """
+    _check_known(model.config)
+    assert model.position is not None and isinstance(model.head, nn.Linear)
     g = Graph()
     t, v = model.config.length, model.config.vocab
     token = g.constant("token.weight", model.token.weight)
@@ -69,6 +75,30 @@ def build(model: Transformer) -> onnx.ModelProto:
     return helper.make_model(
         graph, functions=list(g.functions.values()), opset_imports=imports, producer_name="polyformer", ir_version=8
     )
+
+
+# What this writer knows, by field of the config; the parts of released checkpoints are not among it yet.
+WRITABLE: dict[str, tuple[object, ...]] = {
+    "order": ("pre",),
+    "causal": (True, False),
+    "kv_heads": (0,),
+    "rotary": (0,),
+    "positions": ("learned",),
+    "token_types": (0,),
+    "biases": (True,),
+    "gated": (False,),
+    "head": ("linear",),
+    "head_bias": (True,),
+    "activation": ("gelu", "silu", "relu", "square", "quartic", "polynomial"),
+}
+
+
+def _check_known(config: ModelConfig) -> None:
+    unknown = [
+        f"{name}={getattr(config, name)!r}" for name, known in WRITABLE.items() if getattr(config, name) not in known
+    ]
+    if unknown:
+        raise ValueError(f"export_onnx cannot write {', '.join(unknown)} yet; it writes {WRITABLE}")
 
 
 class Graph:
@@ -270,7 +300,7 @@ def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str
 
 def _score_map(layer: Attention) -> tuple[Tensor, Tensor | None]:
     """Return constants [1, H or 1, T, T]: masked scores are (q k^T) scale + shift, mask, decay and BatchNorm included."""
-    visible_HTT = layer.visible(layer.length).detach().double()
+    visible_HTT = layer.factor(layer.length).detach().double()
     visible_HTT = visible_HTT if visible_HTT.ndim == 3 else visible_HTT[None]
     if layer.score_norm is None:
         return visible_HTT[None] / math.sqrt(layer.head_size), None

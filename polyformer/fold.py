@@ -25,7 +25,11 @@ def folded(model: M) -> M:
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
         if isinstance(module, MLP) and module.norm is not None:
-            module.up, module.norm = fold_before(module.up, module.norm), None
+            if module.gate is None:
+                module.up = fold_before(module.up, module.norm)
+            else:
+                module.gate = fold_before(module.gate, module.norm)
+            module.norm = None
         for name, child in list(module.named_children()):
             if isinstance(child, BatchNorm) and not isinstance(module, (MLP, Attention)):
                 setattr(module, name, child.to_norm())

@@ -119,23 +119,23 @@ class BatchNorm(nn.Module):
         return norm
 
 
-def make_norm(width: int, kind: str, *, degree: int = 2, newton: int = 0) -> Norm | BatchNorm:
+def make_norm(width: int, kind: str, *, degree: int = 2, newton: int = 0, eps: float = 1e-5) -> Norm | BatchNorm:
     """Return the norm of a name, `batch` included."""
-    return BatchNorm(width) if kind == BATCH else Norm(width, kind, degree=degree, newton=newton)
+    return BatchNorm(width, eps=eps) if kind == BATCH else Norm(width, kind, degree=degree, newton=newton, eps=eps)
 
 
 @torch.no_grad()
 def fold(norm: BatchNorm, linear: nn.Linear) -> nn.Linear:
     """Return the linear that equals linear(norm(x)) in evaluation mode: W' = W diag(scale), b' = b + W shift."""
     scale, shift = norm.affine()
-    return _linear(linear.weight * scale, linear.weight @ shift + linear.bias)
+    return _linear(linear.weight * scale, linear.weight @ shift + (0.0 if linear.bias is None else linear.bias))
 
 
 @torch.no_grad()
 def fold_before(linear: nn.Linear, norm: BatchNorm) -> nn.Linear:
     """Return the linear that equals norm(linear(x)) in evaluation mode: W' = diag(scale) W, b' = scale b + shift."""
     scale, shift = norm.affine()
-    return _linear(linear.weight * scale[:, None], linear.bias * scale + shift)
+    return _linear(linear.weight * scale[:, None], shift if linear.bias is None else linear.bias * scale + shift)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

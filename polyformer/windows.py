@@ -73,6 +73,12 @@ class Windowed(Mixer):
             a_BHTT[:, :, index_T[:, None], index_T] = a
         return a_BHTT
 
+    def value(self, x_BTD: Tensor) -> Tensor:
+        return self.inner.value(x_BTD)
+
+    def project(self, y_BHTK: Tensor) -> Tensor:
+        return self.inner.project(y_BHTK)
+
     @property
     def degree(self) -> int:
         return self.inner.degree

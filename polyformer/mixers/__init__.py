@@ -4,7 +4,8 @@ The interface is `Mixer`: `forward`, a slow `reference`, `matrix` with the `valu
 `degree`/`depth`, and `receptive_field`. The registry is the folder itself: file `power_softmax.py` holds class
 `PowerSoftmax`.
 
-    no division, a polynomial     pointwise (with a polynomial sigma), linear, gated_linear (fixed decay), polynomial_s6
+    no division, a polynomial     pointwise (with a polynomial sigma), linear, gated_linear (fixed decay), polynomial_s6,
+                                  hyena, hyena_nd
     one division                  power_softmax
     not polynomial, to compare    softmax, gated_linear (decay from data), mamba, mamba2, rwkv, griffin
 """

@@ -1,12 +1,13 @@
 """The interface of a sequence mixer, and what several mixers share: the projections of attention, a short convolution.
 
-Shapes: B batch, T positions, D width, H heads, K = D/H head size, E inner channels. x_BTD in, y_BTD out; A_BHTT[b, h,
-i, j] is the weight that output position i of head h gives to value j. Where a gate or a convolution differs from
-channel to channel, every channel is a head: H = E, K = 1.
+Shapes: B batch, T positions, D width, H heads, G key heads (H a multiple of G), K = D/H head size, R rotary channels,
+E inner channels. x_BTD in, y_BTD out; A_BHTT[b, h, i, j] is the weight that output position i of head h gives to value
+j. Where a gate or a convolution differs from channel to channel, every channel is a head: H = E, K = 1.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -73,43 +74,60 @@ class Mixer(nn.Module, ABC):
 
 
 class Attention(Mixer):
-    """Projections q, k, v, o of multi-head attention, causal or not; the parameters are the same for every score
-    non-linearity. A non-linearity takes its scores from `normed_scores`, multiplies them by `visible`, and its weights
-    by `las.smooth(v)`.
+    """Projections q, k, v, o of multi-head attention; the parameters are the same for every score non-linearity.
+
+    Grouped queries (GQA, arXiv 2305.13245): k and v have G heads, head h reads key head h // (H/G). Rotary positions
+    (RoFormer, arXiv 2104.09864) turn the leading R channels of q and k, channel c with c + R/2, by the angle
+    t base^(-2c/R). Without `causal` every position sees every key. `visible_BT` (bool), where a method takes it, hides
+    keys of padding on top of that. A non-linearity takes its scores from `normed_scores`, multiplies them by `factor`
+    and its weights by `las.smooth(v)`.
     """
+
+    mask_TT: Tensor
+    cos_TR: Tensor
+    sin_TR: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d = config.width
         self.heads, self.head_size, self.length = config.heads, d // config.heads, config.length
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
-        self.causal = config.causal
-        ones_TT = torch.ones(config.length, config.length)
-        self.register_buffer("mask_TT", ones_TT.tril() if config.causal else ones_TT, persistent=False)
+        options = [name for name in ("las_decay", "score_norm") if getattr(config, name)]
+        options += ["las_width > 1"] * (config.las_width > 1) + ["causal=False"] * (not config.causal)
+        if options and not self.scored:
+            raise ValueError(
+                f"{type(self).__name__} has no matrix of scores and cannot take {', '.join(options)}; "
+                "use softmax, power_softmax or pointwise"
+            )
         if config.score_norm and config.causal:
             raise ValueError("score_norm takes statistics over hidden keys too; set causal=False, or score_norm=False")
+        self.kv_heads, self.causal, self.rotary = config.kv_heads or config.heads, config.causal, config.rotary
+        outs = (d, self.kv_heads * self.head_size, self.kv_heads * self.head_size, d)
+        self.q, self.k, self.v, self.o = (nn.Linear(d, out, bias=config.biases) for out in outs)
+        ones = torch.ones(config.length, config.length)
+        self.register_buffer("mask_TT", ones.tril() if config.causal else ones, persistent=False)
         self.score_norm = BatchNorm(config.heads, axis=1) if config.score_norm else None
         self.las = LocalSmooth(config.heads, decay=config.las_decay, width=config.las_width, causal=config.causal)
+        if config.rotary:
+            c = torch.arange(0, config.rotary, 2, dtype=torch.float64)
+            angle_TR = torch.arange(config.length)[:, None] * config.rotary_base ** (-c / config.rotary).repeat(2)
+            self.register_buffer("cos_TR", angle_TR.cos().float(), persistent=False)
+            self.register_buffer("sin_TR", angle_TR.sin().float(), persistent=False)
 
-    mask_TT: Tensor
+    scored = True  # the forward pass makes the T x T scores, so that LaS, a norm over them and both sides are possible
 
     def normed_scores(self, s_BHTT: Tensor) -> Tensor:
         """Return scores through the BatchNorm over heads, if there is one; masks and decay come after it."""
         return s_BHTT if self.score_norm is None else self.score_norm(s_BHTT)
 
-    def visible(self, t: int) -> Tensor:
-        """Return the factor of the scores, [T, T] or [H, T, T]: 0 for hidden keys, else 1 or the decay of LaS."""
-        mask_TT = self.mask_TT[:t, :t]
-        return mask_TT * self.las.decay(t, mask_TT) if any(self.las.alphas) else mask_TT
-
-    def keys(self, i: int, t: int) -> range:
-        """Return the keys that row i of t sees."""
-        return range(i + 1 if self.causal else t)
+    def factor(self, t: int, visible_BT: Tensor | None = None) -> Tensor:
+        """Return the factor of the scores, [T, T] or more axes before: 0 for hidden keys, else 1 or the decay of LaS."""
+        mask = self.mask(t, visible_BT)
+        return mask * self.las.decay(t, mask) if any(self.las.alphas) else mask
 
     def split(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, H, T, K]"""
+        """[B, T, D] -> [B, H, T, K], H as many heads as the width holds."""
         b, t, _ = x_BTD.shape
-        return x_BTD.view(b, t, self.heads, self.head_size).transpose(1, 2)
+        return x_BTD.view(b, t, -1, self.head_size).transpose(1, 2)
 
     def merge(self, y_BHTK: Tensor) -> Tensor:
         """[B, H, T, K] -> [B, T, D]"""
@@ -117,11 +135,52 @@ class Attention(Mixer):
         return y_BHTK.transpose(1, 2).reshape(b, t, -1)
 
     def qkv(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k, v, each [B, H, T, K]."""
-        return self.split(self.q(x_BTD)), self.split(self.k(x_BTD)), self.split(self.v(x_BTD))
+        """Return q, k, v, each [B, H, T, K]: rotated, key heads repeated for their group."""
+        q, k, v = self.rotate(self.split(self.q(x_BTD))), self.rotate(self.split(self.k(x_BTD))), self.v(x_BTD)
+        return q, self._grouped(k), self._grouped(self.split(v))
 
     def value(self, x_BTD: Tensor) -> Tensor:
-        return self.split(self.v(x_BTD))
+        """Return v [B, H, T, K], what `matrix` multiplies."""
+        return self._grouped(self.split(self.v(x_BTD)))
+
+    def rotate(self, x_BHTK: Tensor) -> Tensor:
+        """Turn the leading R channels by the angles of their positions."""
+        if not self.rotary:
+            return x_BHTK
+        t = x_BHTK.shape[2]
+        x_BHTR, rest = x_BHTK[..., : self.rotary], x_BHTK[..., self.rotary :]
+        low, high = x_BHTR.chunk(2, -1)
+        turned_BHTR = torch.cat((-high, low), -1)
+        return torch.cat((x_BHTR * self.cos_TR[:t] + turned_BHTR * self.sin_TR[:t], rest), -1)
+
+    def mask(self, t: int, visible_BT: Tensor | None = None) -> Tensor:
+        """Return the mask of ones and zeros: [T, T], or [B, 1, T, T] where keys are hidden."""
+        if visible_BT is not None and (self.las.width > 1 or self.score_norm is not None):
+            raise ValueError(
+                "visible_BT hides padding, but LaS averages over it and score_norm counts it; leave one out"
+            )
+        mask_TT = self.mask_TT[:t, :t]
+        return mask_TT if visible_BT is None else mask_TT * visible_BT[:, None, None, :].to(mask_TT.dtype)
+
+    def row_scores(self, q_BHTK: Tensor, k_BHTK: Tensor, i: int) -> Tensor:
+        """Return s [B, H, J] of row i against the keys that the mask leaves, one by one: a part of each `reference`. The
+        norm over scores is that of evaluation mode.
+        """
+        t = q_BHTK.shape[2]
+        keys = range(i + 1 if self.causal else t)
+        s_BHJ = torch.stack([(q_BHTK[:, :, i] * k_BHTK[:, :, j]).sum(-1) for j in keys], -1) / math.sqrt(self.head_size)
+        if self.score_norm is not None:
+            scale_H, shift_H = self.score_norm.affine()
+            s_BHJ = s_BHJ * scale_H[:, None] + shift_H[:, None]
+        return s_BHJ * self.las.decay(t, s_BHJ)[:, i, : len(keys)]
+
+    @property
+    def rotary_depth(self) -> int:
+        """Levels of the rotary positions: products of q and k with plaintext cosines and sines."""
+        return int(self.rotary > 0)
+
+    def _grouped(self, x_BGTK: Tensor) -> Tensor:
+        return x_BGTK if self.kv_heads == self.heads else x_BGTK.repeat_interleave(self.heads // self.kv_heads, 1)
 
     def project(self, y_BHTK: Tensor) -> Tensor:
         return self.o(self.merge(y_BHTK))

@@ -34,6 +34,8 @@ EPS = 1e-5  # below the mean square of a row
 class GatedLinear(Attention):
     """Causal linear attention with the decay `config.decay` and the gate `config.output_gate`."""
 
+    scored = False
+
     log_fixed_H: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -91,7 +93,7 @@ class GatedLinear(Attention):
         return (a_BHTT[:, :, None] * gates_BHKT1).flatten(1, 2)
 
     def value(self, x_BTD: Tensor) -> Tensor:
-        return self.v(x_BTD).transpose(1, 2)[..., None]
+        return super().value(x_BTD).transpose(2, 3).flatten(1, 2)[..., None]
 
     def project(self, y_BHTK: Tensor) -> Tensor:
         """Here every channel is a head: [B, D, T, 1] in."""

@@ -28,6 +28,8 @@ FEATURES = ("identity", "elu")
 class Linear(Attention):
     """Causal linear attention with the feature map `config.feature_map`."""
 
+    scored = False
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         if config.feature_map not in FEATURES:

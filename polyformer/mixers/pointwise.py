@@ -29,7 +29,7 @@ SCALINGS = ("none", "after_sqrt", "after", "both")
 
 
 class Pointwise(Attention):
-    """Causal pointwise attention with sigma = `config.activation` and the scaling `config.length_scaling`."""
+    """Pointwise attention with sigma = `config.activation` and the scaling `config.length_scaling`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -41,26 +41,32 @@ class Pointwise(Attention):
         self.act = Activation(config.activation, degree=config.activation_degree)
 
     def weights(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
-        """Return A_BHTT."""
+        """Return A_BHTT, before pooling."""
         t = q_BHTK.shape[2]
-        s_BHTT = (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.before / math.sqrt(self.head_size))
+        s_BHTT = self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) * (self.before / math.sqrt(self.head_size)))
+        if any(self.las.alphas):
+            s_BHTT = s_BHTT * self.las.decay(t, s_BHTT)
         return self.act(s_BHTT) * (self.mask_TT[:t, :t] * self.after)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BTD)
-        return self.project(self.weights(q, k) @ v)
+        return self.project(self.weights(q, k) @ self.las.smooth(v))
 
     def matrix(self, x_BTD: Tensor) -> Tensor:
         q, k, _ = self.qkv(x_BTD)
-        return self.weights(q, k)
+        return self.las.pool(self.weights(q, k))
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BTD)
-        rows = []
-        for i in range(x_BTD.shape[1]):
+        v, t, rows = self.las.smooth(v), x_BTD.shape[1], []
+        for i in range(t):
             row_BHK = torch.zeros_like(v[:, :, i])
-            for j in range(i + 1):
+            for j in range(i + 1 if self.causal else t):
                 s_BH1 = (q[:, :, i] * k[:, :, j]).sum(-1, keepdim=True) * self.before / math.sqrt(self.head_size)
+                if self.score_norm is not None:
+                    scale_H, shift_H = self.score_norm.affine()
+                    s_BH1 = s_BH1 * scale_H[:, None] + shift_H[:, None]
+                s_BH1 = s_BH1 * self.las.decay(t, s_BH1)[:, i, j, None]
                 row_BHK = row_BHK + self.after * self.act(s_BH1) * v[:, :, j]
             rows.append(row_BHK)
         return self.project(torch.stack(rows, 2))

@@ -35,7 +35,9 @@ FORMS = ("exact", "stable", "mean", "rows")
 
 
 class PowerSoftmax(Attention):
-    """PowerSoftmax attention, causal or not, in one of the forms above; `config.reciprocal` says how 1/x is computed."""
+    """PowerSoftmax attention in one of the forms above; `config.reciprocal` says how 1/x is computed. Without `causal`
+    all T keys are visible, n_i = T. Hidden keys of padding leave n_i as it is: a factor changes no weight.
+    """
 
     row_T: Tensor
     goldschmidt_start_T: Tensor
@@ -53,7 +55,7 @@ class PowerSoftmax(Attention):
         self.steps = config.reciprocal_degree if config.reciprocal == "goldschmidt" else 0
         self.reciprocal = PolynomialLayer(config.reciprocal_degree) if config.reciprocal == "polynomial" else None
         if self.form == "rows":
-            self.register_buffer("row_T", (self.counts(config.length).double() ** (-1 / self.power)).float())
+            self.register_buffer("row_T", (self.visible_keys(config.length).double() ** (-1 / self.power)).float())
         if self.steps:
             self.register_buffer("goldschmidt_start_T", torch.ones(config.length))
         elif config.reciprocal not in ("exact", "polynomial"):
@@ -62,16 +64,16 @@ class PowerSoftmax(Attention):
                 "goldschmidt (whose reciprocal_degree is the number of steps, at least 1)"
             )
 
-    def scores(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
-        """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
-        t = q_BHTK.shape[2]
-        if self.score_norm is None:  # one product with T x T constants instead of two
-            return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (self.visible(t) / math.sqrt(self.head_size))
-        return self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(self.head_size)) * self.visible(t)
+    def visible_keys(self, t: int) -> Tensor:
+        """Return n [T], the number of keys that each of t rows sees."""
+        return torch.arange(1, t + 1) if self.causal else torch.full((t,), t)
 
-    def counts(self, t: int) -> Tensor:
-        """Return n_T, the number of keys that each row sees."""
-        return self.mask_TT[:t, :t].sum(1)
+    def scores(self, q_BHTK: Tensor, k_BHTK: Tensor, visible_BT: Tensor | None = None) -> Tensor:
+        """Return the masked scores [B, H, T, T]; a hidden key has score exactly 0."""
+        f = self.factor(q_BHTK.shape[2], visible_BT)
+        if self.score_norm is None:  # one product with T x T constants instead of two
+            return (q_BHTK @ k_BHTK.transpose(-1, -2)) * (f / math.sqrt(self.head_size))
+        return self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(self.head_size)) * f
 
     def row_factor(self, t: int, s_BHTT: Tensor | None = None) -> Tensor:
         """Return f, broadcastable to [B, H, T, 1]; only the stable form looks at the scores."""
@@ -81,12 +83,12 @@ class PowerSoftmax(Attention):
         if self.form == "rows":
             return self.row_T[:t, None].to(self.mask_TT.dtype)
         if self.form == "mean":
-            return self.counts(t)[:, None] ** (-1 / self.power)
+            return self.visible_keys(t).to(self.mask_TT)[:, None] ** (-1 / self.power)
         return torch.ones(1, 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)
 
-    def powers(self, q_BHTK: Tensor, k_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+    def powers(self, q_BHTK: Tensor, k_BHTK: Tensor, visible_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return u^p [B, H, T, T] and the denominators eps f^p + sum u^p [B, H, T, 1]."""
-        s_BHTT = self.scores(q_BHTK, k_BHTK)
+        s_BHTT = self.scores(q_BHTK, k_BHTK, visible_BT)
         f = self.row_factor(s_BHTT.shape[2], s_BHTT)
         u_BHTT = integer_power(s_BHTT * f, self.power)
         return u_BHTT, self.tap(u_BHTT.sum(-1, keepdim=True) + self.eps * integer_power(f, self.power))
@@ -101,37 +103,33 @@ class PowerSoftmax(Attention):
             )
         return 1.0 / d_BHT1
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
-        u_BHTT, d_BHT1 = self.powers(q, k)
+        u_BHTT, d_BHT1 = self.powers(q, k, visible_BT)
         return self.o(self.merge((u_BHTT @ self.las.smooth(v)) * self.invert(d_BHT1)))
 
-    def matrix(self, x_BTD: Tensor) -> Tensor:
+    def matrix(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, _ = self.qkv(x_BTD)
-        u_BHTT, d_BHT1 = self.powers(q, k)
+        u_BHTT, d_BHT1 = self.powers(q, k, visible_BT)
         return self.las.pool(u_BHTT * self.invert(d_BHT1))
 
-    def reference(self, x_BTD: Tensor) -> Tensor:
+    def reference(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         """Row by row, from the definition in the exact form; the polynomial reciprocal is applied to the scaled
         denominator.
         """
         q, k, v = self.qkv(x_BTD)
         rows = []
-        t = x_BTD.shape[1]
         v = self.las.smooth(v)
-        for i in range(t):
-            s_BHj = torch.stack([(q[:, :, i] * k[:, :, j]).sum(-1) for j in self.keys(i, t)], -1) / math.sqrt(
-                self.head_size
-            )
-            if self.score_norm is not None:
-                scale_H, shift_H = self.score_norm.affine()
-                s_BHj = s_BHj * scale_H[:, None] + shift_H[:, None]
-            s_BHj = s_BHj * self.visible(t)[..., i, : s_BHj.shape[-1]]
+        for i in range(x_BTD.shape[1]):
+            s_BHj = self.row_scores(q, k, i)
+            keys = s_BHj.shape[-1]
+            if visible_BT is not None:
+                s_BHj = s_BHj * visible_BT[:, None, :keys]
             sums_BH = (s_BHj**self.power).sum(-1) + self.eps
             if self.reciprocal_kind == "exact":
                 inverse_BH = 1.0 / sums_BH
             else:
-                f = float(self.row_factor(t).expand(t, 1)[i]) ** self.power
+                f = float(self.row_factor(x_BTD.shape[1]).expand(x_BTD.shape[1], 1)[i]) ** self.power
                 scaled = (sums_BH * f)[:, :, None, None]
                 start = self.goldschmidt_start_T[i].to(scaled.dtype) if self.steps else None
                 inverse_BH = (
@@ -143,7 +141,7 @@ class PowerSoftmax(Attention):
                     )[:, :, 0, 0]
                 )
             w_BHj = s_BHj**self.power * inverse_BH[..., None]
-            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in self.keys(i, t)]).sum(0))
+            rows.append(torch.stack([w_BHj[:, :, j, None] * v[:, :, j] for j in range(keys)]).sum(0))
         return self.o(self.merge(torch.stack(rows, 2)))
 
     @property
@@ -162,11 +160,11 @@ class PowerSoftmax(Attention):
 
     @property
     def depth(self) -> int:
-        """q/k/v 1, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n (values run beside it),
-        product 1, output 1.
+        """q/k/v 1, rotary positions 1 if any, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n
+        (values run beside it), product 1, output 1.
         """
         reciprocal = self.steps + 1 if self.steps else depth_of_degree(self.reciprocal_degree)
-        return 1 + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
+        return 1 + self.rotary_depth + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
 
 
 def integer_power(x: Tensor, p: int) -> Tensor:

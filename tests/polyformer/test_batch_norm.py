@@ -128,7 +128,7 @@ def test_after_folding_the_file_holds_no_root_comparison_or_division_but_that_of
 def test_mixers_with_a_norm_over_scores_equal_their_reference():
     model = model_after_training().double().eval()
     x = torch.randn(2, 6, 12, dtype=torch.float64)
-    for name in ("power_softmax", "softmax"):
+    for name in ("power_softmax", "softmax", "pointwise"):
         other = Transformer(replace(CONFIG, mixer=name)).double().eval()
         other.load_state_dict(model.state_dict())
         mixer = other.blocks[0].mixer

@@ -108,8 +108,7 @@ def test_windows_equal_their_reference_and_matrix(name, shift):
         results.append((y.detach(), x.grad, *(p.grad.clone() for p in mixer.parameters())))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
-    inner = mixer.inner
-    y = inner.o(inner.merge(mixer.matrix(x) @ inner.split(inner.v(x))))
+    y = mixer.project(mixer.matrix(x) @ mixer.value(x))
     torch.testing.assert_close(y, mixer(x), rtol=1e-10, atol=1e-10)
 
 

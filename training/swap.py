@@ -1,0 +1,115 @@
+"""Swap the attention of a trained or released model and go on training (methods.md 1.4, stages 1 and 2).
+
+The parameters q, k, v, o are the same for every attention mixer, so the swap copies them and changes the score
+non-linearity alone. Put onto a frozen softmax checkpoint it is a bug: PowerSoftmax keeps the order of scores only in
+|s|, so a swapped model must be trained on. `recover` does that and returns the curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from polyformer.model import Transformer
+from training.data import Mix, Sampler
+from training.loop import Schedule, run_stage
+from training.recipe import Progress
+from training.train import heldout_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """Continued training after a swap. Losses in nats a token; `curve` holds (steps done, held-out loss), the first at
+    0 steps.
+    """
+
+    before: float  # of the model before the swap
+    curve: tuple[tuple[int, float], ...]
+
+
+def swap_attention(
+    model: Transformer, *, mixer: str = "power_softmax", power: int = 4, eps: float = 1.0, form: str = "stable"
+) -> Transformer:
+    """Return a copy of a model with another attention mixer and the same parameters; the original is left alone.
+
+    Raises:
+        ValueError: the mixer has parameters that the model lacks, or the other way round.
+    """
+    swapped = Transformer(replace(model.config, mixer=mixer, power=power, eps=eps, form=form, reciprocal="exact"))
+    missing, unexpected = swapped.load_state_dict(model.state_dict(), strict=False)
+    # `row_T`, the public factors of the form `rows`, starts at its own value and is not learned
+    missing = [name for name in missing if not name.endswith("row_T")]
+    unexpected = [name for name in unexpected if not name.endswith("row_T")]
+    if missing or unexpected:
+        raise ValueError(
+            f"mixer {mixer!r} does not take the parameters of {model.config.mixer!r}: missing {missing[:3]}, "
+            f"left over {unexpected[:3]}; swap between softmax and power_softmax"
+        )
+    return swapped.train(model.training)
+
+
+def recover(
+    original: Transformer,
+    swapped: Transformer,
+    docs: Sequence[Tensor],
+    heldout_NS: Tensor,
+    out: Path,
+    *,
+    steps: int,
+    batch: int = 8,
+    lr: float = 1e-4,
+    warmup: int = 10,
+    every: int = 50,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Train `swapped` in place on next-token loss and measure it before, every `every` steps and at the end.
+
+    Args:
+        docs: training documents as token ids, one int64 vector each; the end-of-text token has id 0.
+        heldout_NS: held-out windows [n, T + 1], T at most the model's window.
+        out: folder for `train.jsonl` and the checkpoint; an interrupted run goes on there and measures from there.
+        steps, batch, lr, warmup: of the schedule.
+        every: steps between measurements and between checkpoints, a multiple of 10 (the loop reports every 10).
+
+    Raises:
+        ValueError: the model has no head, so there is no next-token loss; or `every` is no multiple of 10.
+    """
+    if every < 10 or every % 10:
+        raise ValueError(f"every is {every}; it must be a multiple of 10")
+    if swapped.config.head == "none":
+        raise ValueError("the model has no head (head is 'none'); distil its states instead of training on tokens")
+    out.mkdir(parents=True, exist_ok=True)
+    sampler = Sampler(docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed)
+    before = heldout_loss(original.eval(), heldout_NS)
+    curve = [(0, heldout_loss(swapped.eval(), heldout_NS))]
+
+    def measured(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if done % every == 0 or done == total:
+            swapped.eval()
+            curve.append((done, heldout_loss(swapped, heldout_NS)))
+            swapped.train()
+            figures = figures | {"heldout": curve[-1][1]}
+        if progress is not None:
+            progress(stage, done, total, figures)
+
+    run_stage(
+        swapped,
+        sampler,
+        stage="swap",
+        schedule=Schedule(
+            steps=steps,
+            lr=lr,
+            warmup=min(warmup, max(1, steps // 4)),
+            weight_decay=0.0,
+            clip=1.0,
+            checkpoint_every=every,
+        ),
+        folder=out / "checkpoints",
+        log=out / "train.jsonl",
+        progress=measured,
+    )
+    return Recovery(before=before, curve=tuple(curve))

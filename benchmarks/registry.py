@@ -48,3 +48,13 @@ def ops(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path,
     params = Params(log_n=16, levels=30, scale_bits=40, first_bits=46, digits=5)
     record = table.measure(params, repeats=repeats, progress=progress)
     return table.save(record, folder or table.COSTS), record
+
+
+@benchmark("security")
+def security(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Lattice estimates behind the 128-bit limits: attacks on each ring and secret (some minutes; repeats are ignored)."""
+    from . import records
+    from . import security_estimate as estimate
+
+    record = estimate.measure(progress)
+    return estimate.save(record, folder or records.RESULTS), record

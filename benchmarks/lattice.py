@@ -256,7 +256,7 @@ def _met(once: float, per_sieve: float, s_w: Array, table_w: Array) -> Array:
     accident, a share (2 kappa s)^m, are told apart as in the attack without a table.
     """
     check = 2 + 4 * (math.pi * s_w) ** 2 / math.log(2) + np.log2(2 * table_w * math.log(2) + 1)
-    best = np.full(len(s_w), np.inf)
+    best: Array = np.full(len(s_w), np.inf)
     for share in (1.0, 1.5, 2.0, 3.0):
         m_w = np.maximum(1.0, share * (table_w + np.log2(table_w + 2)))
         reduction = once + np.maximum(0.0, np.maximum(np.log2(m_w), check) - per_sieve)

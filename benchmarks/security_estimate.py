@@ -5,7 +5,7 @@ log2(Q·P) at which all stay above 128.
 
 How far the estimates are from others' (`COMPARED`, recomputed into the record; bits, ours less theirs):
 
-    usvp          0.0 from the public estimator on five instances at N = 2^15 and 2^16; +0.1 to +0.2 from the 128 of the
+    usvp          0.0 from the public estimator on four instances at N = 2^15 and 2^16; +0.1 to +0.2 from the 128 of the
                   standard's uniform rows (model `bdgl` to 2^15, `matzov` at 2^16; `matzov` gives the smaller rows 126.0)
     dual          0.0 and -0.4 from its current version, +0.1 to +0.3 from the earlier one
     hybrids       -2.2 to -3.0 on small instances, of which 2.2 are its 99 % success

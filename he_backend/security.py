@@ -173,7 +173,7 @@ def refresh_failure(log_n: int, secret: str) -> float:
     terms = (round((2 << log_n) / 3) if weight is None else weight) + 1
     if terms > EXACT_TERMS:
         tail = 0.5 * math.erfc(bound / math.sqrt(terms / 6))
-        return log_n + 1 + math.log2(tail) if tail else -math.inf
+        return min(0.0, log_n + 1 + math.log2(tail)) if tail else -math.inf
     # 2^n n! P(S > K) = sum over j of (-1)^j C(n, j) (n - 2 K - 2 j)^n for n terms: whole numbers
     left = terms - 2 * bound
     volume = sum((-1) ** j * math.comb(terms, j) * (left - 2 * j) ** terms for j in range((left + 1) // 2))

@@ -97,3 +97,13 @@ def request_2x128x128(*, repeats: int, folder: Path | None, progress: Progress) 
 
     build = partial(models.encoder, blocks=2, width=128, heads=4, hidden=512, tokens=128)
     return _request("request-2x128x128", build, 1, folder, progress)
+
+
+@benchmark("security")
+def security(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Lattice estimates behind the 128-bit limits: attacks on each ring and secret (some minutes; repeats are ignored)."""
+    from . import records
+    from . import security_estimate as estimate
+
+    record = estimate.measure(progress)
+    return estimate.save(record, folder or records.RESULTS), record

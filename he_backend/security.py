@@ -11,9 +11,16 @@ The limits are on log2(Q·P), the largest modulus under which anything is publis
     2^17           3523          -
 
 Uniform: the homomorphic encryption standard (Albrecht et al., eprint 2019/939; Bossuat et al., eprint 2024/463),
-classical attacks. Weight 192: lattice estimator, sigma = 3.19, uSVP and dual attacks give 144.8 bits at (2^16, 1550) and
-145.0 at (2^15, 768); the hybrid and meet-in-the-middle attacks that profit from sparseness were not run, and until they
-are the margin stays.
+classical attacks. Weight 192: our own estimate, sigma = 3.19, method in `benchmarks/lattice.py`, every figure in
+`benchmarks/results/security-estimate.json` (`polyformer bench security`), discussed in `benchmarks/NOTES-security.md`. Bits at
+the limit, in the stricter of two cost models (MATZOV):
+
+    ring, log2(QP)    usvp    dual   dual hybrid   dual + mitm   drop and solve   primal + mitm
+    2^15,  768       145.0   145.9         136.6         129.4            137.6           131.8
+    2^16, 1550       144.8   145.9         137.0         129.4            137.9           132.0
+
+All attacks stay above 128 up to 777 and 1570; the limits keep below. With the meet in the middle's overheads left out (a bound, no
+known attack) the figures at the limits are 126.4 and 127.7. The uniform rows have 125.5 to 127.9 in the same model.
 """
 
 from __future__ import annotations
@@ -33,6 +40,10 @@ ERROR_STD = 3.19  # of the discrete Gaussian in every fresh ciphertext and key
 # log2 of a coefficient's noise that no circuit amplified, generously: a rescale leaves about 2^6 to 2^8 (the secret's norm
 # over sqrt(12)), an encryption less than 2^11, and key switching adds less than that again.
 FRESH_NOISE_BITS = 20.0
+# secret during a refresh -> (its weight, None: uniform ternary; the bound K on the overflow that OpenFHE's sine is fitted to)
+REFRESH: dict[str, tuple[int | None, int]] = {"uniform": (None, 512), "sparse192": (192, 28), "encapsulated": (32, 16)}
+EXACT_TERMS = 64  # sums of more uniforms are taken as Gaussian
+FAILURE_BUDGET = -40.0  # log2 of the failure probability of one request above which it is refused
 
 
 def limit(params: Params) -> int:
@@ -140,3 +151,44 @@ def circuit_failure(
     if top == -math.inf:
         return top
     return min(0.0, top + math.log2(sum(2.0 ** max(x - top, -1000.0) for x in logs)))
+
+
+def refresh_failure(log_n: int, secret: str) -> float:
+    """log2 of the chance that one refresh fails because a coefficient's overflow leaves the interval of the sine.
+
+    Raising the modulus leaves q_0 I(X) on top of the message; a coefficient of I is a sum of h + 1 values uniform in
+    [-1/2, 1/2] for a secret of weight h (Bossuat et al., EUROCRYPT 2021), and it must stay within K. Union bound over N
+    coefficients, both signs. Few terms: the sum's own (Irwin-Hall) distribution, exactly; many: Gaussian of variance
+    (h + 1) / 12, 2 N Q(K / sqrt((h + 1) / 12)), which is above it.
+
+    Args:
+        secret: "uniform", "sparse192", or "encapsulated" (weight 32 while the modulus is raised, whatever it is otherwise).
+
+    Raises:
+        ParamsError: no refresh is known with this secret.
+    """
+    if secret not in REFRESH:
+        raise ParamsError(f"secret {secret!r} has no refresh; known are {', '.join(sorted(REFRESH))}")
+    weight, bound = REFRESH[secret]
+    terms = (round((2 << log_n) / 3) if weight is None else weight) + 1
+    if terms > EXACT_TERMS:
+        tail = 0.5 * math.erfc(bound / math.sqrt(terms / 6))
+        return min(0.0, log_n + 1 + math.log2(tail)) if tail else -math.inf
+    # 2^n n! P(S > K) = sum over j of (-1)^j C(n, j) (n - 2 K - 2 j)^n for n terms: whole numbers
+    left = terms - 2 * bound
+    volume = sum((-1) ** j * math.comb(terms, j) * (left - 2 * j) ** terms for j in range((left + 1) // 2))
+    return log_n + 1 + math.log2(volume) - terms - math.log2(math.factorial(terms))
+
+
+def check_failure(log2: float, *, budget: float = FAILURE_BUDGET) -> float:
+    """Refuse a request that fails too often; `log2` is `circuit_failure`'s, and is returned.
+
+    Raises:
+        ParamsError: above the budget.
+    """
+    if log2 > budget:
+        raise ParamsError(
+            f"one request fails with probability 2^{log2:.1f}, the budget is 2^{budget:.1f}: use fewer refreshes, a sparse "
+            "secret while refreshing (encapsulated), or a larger first modulus"
+        )
+    return log2

@@ -78,6 +78,37 @@ def test_decryption_failure_is_monotone_and_zero_room_is_certain():
 
 
 @pytest.mark.parametrize(
+    ("log_n", "secret", "log2"),
+    [(17, "uniform", -12), (16, "uniform", -39), (16, "sparse192", -22), (16, "encapsulated", -138)],
+)
+def test_refresh_failure(log_n, secret, log2):
+    assert log2 - 1 < security.refresh_failure(log_n, secret) < log2 + 0.5
+
+
+def test_refresh_failure_of_few_terms_is_exact():
+    h, k = security.REFRESH["encapsulated"]  # the sum of 33 uniforms exceeds 16 only in a corner simplex of edge 1/2
+    corner = (h + 1) * math.log2((h + 1) / 2 - k) - math.log2(math.factorial(h + 1))
+    assert security.refresh_failure(16, "encapsulated") == pytest.approx(17 + corner)
+    assert security.refresh_failure(10, "uniform") == -math.inf  # 2^-1700: no float
+    with pytest.raises(ParamsError, match=r"dense.*encapsulated"):
+        security.refresh_failure(16, "dense")
+
+
+def test_refreshes_count_against_the_budget():
+    p = params(first_bits=50)
+
+    def request(secret, refreshes):
+        one = security.refresh_failure(16, secret)
+        return security.circuit_failure(p, [1.0], refresh_log2=one, refreshes=refreshes)
+
+    assert security.check_failure(request("encapsulated", 1000)) == pytest.approx(-138.7 + math.log2(1000), abs=0.1)
+    for secret in ("uniform", "sparse192"):
+        with pytest.raises(ParamsError, match=r"2\^-[0-9.]+, the budget is 2\^-40\.0: .*encapsulated"):
+            security.check_failure(request(secret, 1))
+    assert security.check_failure(request("uniform", 8), budget=-36.0) == pytest.approx(-36.4, abs=0.1)
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         *[("log_n", 14.0), ("levels", True), ("digits", "5"), ("insecure", 0), ("backend", None), ("secret", 1)],

@@ -1,9 +1,9 @@
 """Levels and refreshes, placed together for the least predicted seconds, with a bound on what is missed.
 
-`place` tries, in this order: no refresh at all, if even free levels could not save the price of one; the integer program
-(`placement_milp`) if the list is small enough; the shortest path (`placement_paths`) if the program is too large or its time was
-up. The integer program's dual bound, or else that of its linear relaxation, or else every step at its cheapest level, bounds
-what any placement takes.
+`place` tries, in this order: no refresh at all, if even free levels could not save the price of one; the shortest path
+(`placement_paths`), which is over in seconds and knows whether it is exact; if it is not, the integer program
+(`placement_milp`) for as long as there is time, if the list is small enough, and the better of the two. The program's dual
+bound, or else every step at its cheapest level, bounds what any placement takes.
 
 Related: Orion (arXiv 2311.03470) places bootstraps by a shortest path over levels, region by region of residual networks.
 """
@@ -18,7 +18,7 @@ from he_backend.base import LevelError, ParamsError
 
 from . import placement_milp, placement_paths
 from .placement_check import check
-from .placement_problem import Pair, Placement, Problem, assemble, least_levels, match
+from .placement_problem import Pair, Placement, Problem, assemble, least_levels, reach
 
 METHODS = ("auto", "leveled", "milp", "paths")
 LARGEST_PROGRAM = 40_000  # unknowns; above, even the relaxation takes minutes
@@ -39,6 +39,7 @@ def place(problem: Problem, *, method: str = "auto", seconds: float = 40.0) -> P
     if method not in METHODS:
         raise ParamsError(f"placement method {method!r} is unknown; known are {', '.join(METHODS)}")
     started = time.monotonic()
+    _possible(problem)
     floor = sum(
         min([*s.seconds[: problem.highest + 1], *([problem.functional(s.id)] if s.function else [])])
         for s in problem.steps
@@ -47,35 +48,38 @@ def place(problem: Problem, *, method: str = "auto", seconds: float = 40.0) -> P
     bound = floor
     leveled = _choose(problem, (), (), (), bound=floor, method="levels alone")
     if method in ("auto", "leveled") and leveled is not None and _fits(problem, leveled):
-        cheapest = min((problem.even(v) + problem.odd(v) for v in _sites(problem)), default=float("inf"))
+        cheapest = min([problem.single(s.id)[0] for s in problem.steps], default=0.0)
+        cheapest = min(cheapest, cheapest if problem.times.pair is None else problem.times.pair)
         functional = any(s.function for s in problem.steps)
         if problem.monotone and not functional and leveled.seconds <= floor + cheapest:
             leveled = replace(leveled, bound=leveled.seconds)
             check(problem, leveled)
             return leveled
         found.append(leveled)
-    size = placement_milp.Program.size(problem)
-    if method == "milp" or (method == "auto" and size <= LARGEST_PROGRAM):
-        solution = placement_milp.solve(problem, seconds if method == "milp" else 0.6 * seconds)
+    if method == "leveled":
+        return _leveled(problem, leveled, bound)
+    if method in ("auto", "paths"):
+        found += _paths(problem, bound, seconds)
+        if any(p.bound == p.seconds and _fits(problem, p) for p in found):
+            return _best(problem, [p for p in found if _fits(problem, p)], bound)
+    small = placement_milp.Program.size(problem) <= LARGEST_PROGRAM
+    left = max(1.0, seconds - (time.monotonic() - started))
+    if method == "milp" or (method == "auto" and small):
+        solution = placement_milp.solve(problem, left)
         bound = max(bound, solution.bound)
         if solution.infeasible:
-            raise _impossible(problem, seconds)
+            raise _over_cap(problem, found, seconds)
         if solution.levels is not None:
-            proof = "integer program" if solution.proven else f"integer program, stopped after {seconds:.0f} s"
+            proof = "integer program" if solution.proven else f"integer program, stopped after {left:.0f} s"
             sites = (solution.refreshed, solution.functional, solution.pairs)
             plan = _choose(problem, *sites, bound=bound, method=proof) if problem.monotone else None
             found.append(plan or assemble(problem, solution.levels, *sites, bound=bound, method=proof))
-        if solution.proven:
-            return _best(problem, found, bound)
-    if method in ("auto", "paths"):
-        left = max(1.0, seconds - (time.monotonic() - started))
-        found += _paths(problem, bound, left)
-    if method == "paths" and size <= LARGEST_PROGRAM and not any(p.bound == p.seconds for p in found):
-        bound = max(bound, placement_milp.relaxation(problem, seconds))
-    found = [p for p in found if _fits(problem, p)]
-    if not found:
-        raise _impossible(problem, seconds)
-    return _best(problem, found, bound)
+    elif small:
+        bound = max(bound, placement_milp.relaxation(problem, left))
+    fitting = [p for p in found if _fits(problem, p)]
+    if not fitting:
+        raise _over_cap(problem, found, seconds)
+    return _best(problem, fitting, bound)
 
 
 def _choose(
@@ -107,24 +111,18 @@ def _paths(problem: Problem, bound: float, seconds: float) -> list[Placement]:
     mean = sum(s.seconds[0] for s in problem.steps) / max(held, 1)
     prices = [0.0] + ([p * mean for p in BYTE_PRICES] if problem.max_bytes is not None else [])
     for price in prices:
-        for paired in (False, True) if problem.pairs else (False,):
-            if found and time.monotonic() - started > seconds:
-                return found
-            path = placement_paths.shortest(problem, paired=paired, price_byte=price)
-            if path is None:
-                return found
-            pairs = match(problem, path.refreshed)
-            name = "shortest path" if path.exact else "shortest path, states dropped or pairs guessed"
-            plan = _choose(problem, path.refreshed, path.functional, pairs, bound=bound, method=name)
-            if plan is not None:
-                found.append(replace(plan, bound=plan.seconds) if path.exact and price == 0.0 else plan)
+        if found and time.monotonic() - started > seconds:
+            break
+        path = placement_paths.shortest(problem, price_byte=price)
+        if path is None:
+            break
+        name = "shortest path" if path.exact else "shortest path, not all states kept"
+        plan = _choose(problem, path.refreshed, path.functional, path.pairs, bound=bound, method=name)
+        if plan is not None:
+            found.append(replace(plan, bound=plan.seconds) if path.exact else plan)
         if any(_fits(problem, plan) for plan in found):
-            return found
+            break
     return found
-
-
-def _sites(problem: Problem) -> list[int]:
-    return [s.id for s in problem.steps if problem.refreshable(s.id)]
 
 
 def _fits(problem: Problem, plan: Placement) -> bool:
@@ -140,17 +138,47 @@ def _best(problem: Problem, found: Sequence[Placement], bound: float) -> Placeme
     return plan
 
 
-def _impossible(problem: Problem, seconds: float) -> LevelError | ParamsError:
-    """Why nothing fits: memory, or levels."""
-    free = replace(problem, max_bytes=None)
-    if placement_paths.shortest(free) is None:
-        deepest = max(problem.steps, key=lambda s: s.depth)
-        return LevelError(
-            f"no placement of {len(problem.steps)} steps: encryption gives {problem.top} levels, a refresh "
-            f"{problem.refresh_level} from {problem.refresh_from} on, and step %{deepest.id} alone takes {deepest.depth}; "
-            "allow more refreshes or take a longer chain"
+def _possible(problem: Problem) -> None:
+    """Whether some placement exists when memory is no object; the first step that has too few levels is named."""
+    best = reach(problem)
+    for step in problem.steps:
+        if best.given[step.id] < 0:
+            have = best.run[step.id] + step.depth
+            raise LevelError(
+                f"no placement of {len(problem.steps)} steps: %{step.id} takes {step.depth} levels and its arguments have at most "
+                f"{have}; encryption gives {problem.top}, a refresh {problem.refresh_level} from {problem.refresh_from} on. "
+                "Allow more refreshes, split the step, or take a longer chain"
+            )
+
+
+def _leveled(problem: Problem, plan: Placement | None, bound: float) -> Placement:
+    """The placement without refreshes, or why there is none."""
+    if plan is None:
+        wide = replace(
+            problem,
+            top=sum(s.depth for s in problem.steps),
+            steps=tuple(replace(s, seconds=(0.0,) * (1 + sum(s.depth for s in problem.steps))) for s in problem.steps),
         )
-    smallest, proven = placement_milp.smallest_peak(free, seconds)
+        levels = least_levels(wide, (), ())
+        assert levels is not None
+        raise LevelError(
+            f"without a refresh the steps need {max(levels)} levels, encryption gives {problem.top}; "
+            "allow refreshes or take a longer chain"
+        )
+    if not _fits(problem, plan):
+        raise ParamsError(
+            f"without a refresh the values take {plan.peak_bytes} bytes at their peak, {problem.max_bytes} are allowed"
+        )
+    return _best(problem, [plan], bound)
+
+
+def _over_cap(problem: Problem, found: Sequence[Placement], seconds: float) -> ParamsError:
+    """By how much memory is missed: the smallest peak that any placement has, or the smallest that was found."""
+    free = replace(problem, max_bytes=None)
+    smallest, proven = min((p.peak_bytes for p in found), default=None), False
+    if placement_milp.Program.size(free) <= LARGEST_PROGRAM:
+        peak, proven = placement_milp.smallest_peak(free, seconds)
+        smallest = peak if smallest is None else min(smallest, peak)
     return ParamsError(
         f"no placement keeps its values within {problem.max_bytes} bytes; the smallest cap that can be met is "
         f"{'' if proven else 'at most '}{smallest} bytes"

@@ -86,7 +86,9 @@ def _sites(problem: Problem, placement: Placement) -> None:
                 f"kind: {site} of a value that needs {steps[at].slots or 'all its'} slots; take a larger or a plain one"
             )
         if site.kind == "functional" and steps[at].function != site.function:
-            raise VerificationError(f"kind: {site}, and step %{at} computes {steps[at].function or 'no such function'!r}")
+            raise VerificationError(
+                f"kind: {site}, and step %{at} computes {steps[at].function or 'no such function'!r}"
+            )
         for reader, a in placement.refreshed:
             if site.kind == "pair" and a in site.values and reader <= at:
                 raise VerificationError(f"pair: %{reader} reads the refreshed %{a} before {site} can run, after %{at}")
@@ -118,6 +120,8 @@ def _memory(problem: Problem, placement: Placement, copied: set[int]) -> None:
                 alive += step.ciphertexts * limbs * problem.limb_bytes
         peak = max(peak, alive)
     if peak != placement.peak_bytes:
-        raise VerificationError(f"memory: the plan says {placement.peak_bytes} bytes at its peak, its values take {peak}")
+        raise VerificationError(
+            f"memory: the plan says {placement.peak_bytes} bytes at its peak, its values take {peak}"
+        )
     if problem.max_bytes is not None and peak > problem.max_bytes:
         raise VerificationError(f"memory: {peak} bytes are alive at once, {problem.max_bytes} are allowed")

@@ -18,6 +18,7 @@ sites are declared integer. (With a memory cap and seconds that fall with the le
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from scipy import optimize, sparse
 
 from he_backend.base import HEError
 
-from .placement_problem import Pair, Problem
+from .placement_problem import Pair, Problem, reach
 
 Terms = list[tuple[int, float]]  # variable, coefficient
 
@@ -113,7 +114,7 @@ class Program:
 
     def _step(self, v: int) -> None:
         step, x = self.problem.steps[v], self.x[v]
-        for low, high in zip(x, x[1:], strict=False):
+        for low, high in itertools.pairwise(x):
             self._row([(high, 1.0), (low, -1.0)], 0.0)
         for a in sorted(set(step.args)):
             for k, unknown in enumerate(x, start=1):
@@ -235,21 +236,15 @@ def smallest_peak(problem: Problem, seconds: float) -> tuple[int, bool]:
 
 def _highest(problem: Problem) -> list[int]:
     """Highest level that is of use to each value and can be reached."""
-    reach = [problem.highest if step.args else problem.top for step in problem.steps]
-    for step in problem.steps:
-        for a in step.args:
-            copy = problem.refresh_level if problem.refreshable(a) else 0
-            given = problem.functional_level if problem.steps[a].function else 0
-            reach[step.id] = min(reach[step.id], max(reach[a], copy, given) - step.depth)
-        reach[step.id] = max(0, reach[step.id])
+    highest = [max(0, level) for level in reach(problem).run]
     if not problem.monotone:
-        return reach
+        return highest
     needs = [0] * len(problem.steps)
     for step in reversed(problem.steps):
         if problem.refreshable(step.id):
             needs[step.id] = max(needs[step.id], problem.refresh_from)
-        reach[step.id] = min(reach[step.id], needs[step.id])
+        highest[step.id] = min(highest[step.id], needs[step.id])
         for a in step.args:
             start = problem.functional_from if step.function else 0
-            needs[a] = max(needs[a], reach[step.id] + step.depth, start)
-    return reach
+            needs[a] = max(needs[a], highest[step.id] + step.depth, start)
+    return highest

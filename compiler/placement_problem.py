@@ -17,6 +17,7 @@ with levels they are the best ones: a placement is a choice of sites, and that i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,7 +92,9 @@ class Problem:
             )
         for i, step in enumerate(self.steps):
             if step.id != i or any(not 0 <= a < i for a in step.args):
-                raise HEError(f"step {i} has id {step.id} and arguments {step.args}: steps are numbered in order of use")
+                raise HEError(
+                    f"step {i} has id {step.id} and arguments {step.args}: steps are numbered in order of use"
+                )
             if len(step.seconds) <= self.highest:
                 raise HEError(
                     f"step {i} has seconds for {len(step.seconds)} levels; levels 0 to {self.highest} can occur"
@@ -120,7 +123,7 @@ class Problem:
     @cached_property
     def monotone(self) -> bool:
         """Whether no step gets cheaper with a higher level."""
-        return all(a <= b for s in self.steps for a, b in zip(s.seconds, s.seconds[1:], strict=False))
+        return all(a <= b for s in self.steps for a, b in itertools.pairwise(s.seconds))
 
     def refreshable(self, v: int) -> bool:
         return self.steps[v].may_refresh and bool(self.readers[v])
@@ -217,6 +220,35 @@ class Placement:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """The highest level of each result that any placement gives it.
+
+    run    by running the step; below 0 if no refresh can bring its arguments to what it needs
+    given  the better of that and a functional refresh in its place
+    read   of the result or of its copy
+    """
+
+    run: tuple[int, ...]
+    given: tuple[int, ...]
+    read: tuple[int, ...]
+
+
+def reach(problem: Problem) -> Reach:
+    """Follow the highest levels from the inputs on; levels drop for nothing, so that all of them can be had at once."""
+    run: list[int] = []
+    given: list[int] = []
+    read: list[int] = []
+    for step in problem.steps:
+        have = min((read[a] for a in step.args), default=problem.top)
+        run.append(have - step.depth)
+        replaced = bool(step.function) and have >= problem.functional_from
+        given.append(max(run[-1], problem.functional_level if replaced else -1))
+        copied = problem.refreshable(step.id) and given[-1] >= problem.refresh_from
+        read.append(max(given[-1], problem.refresh_level if copied else -1))
+    return Reach(run=tuple(run), given=tuple(given), read=tuple(read))
+
+
 def least_levels(problem: Problem, refreshed: Collection[int], functional: Collection[int]) -> list[int] | None:
     """The lowest level of every result under a choice of sites; None if a fresh or functional ciphertext has too few."""
     low, high = [0] * len(problem.steps), [0] * len(problem.steps)  # needs that a refresh could serve, and the others
@@ -237,17 +269,6 @@ def least_levels(problem: Problem, refreshed: Collection[int], functional: Colle
             side = low if need <= problem.refresh_level else high
             side[a] = max(side[a], need)
     return levels
-
-
-def match(problem: Problem, refreshed: Collection[int]) -> list[Pair]:
-    """Disjoint pairs of refreshed values, the largest savings first and neighbours before distant ones."""
-    free = set(refreshed)
-    chosen = []
-    for (u, w), _ in sorted(problem.pairs.items(), key=lambda kv: (-kv[1], kv[0][1] - kv[0][0], kv[0])):
-        if u in free and w in free:
-            free -= {u, w}
-            chosen.append((u, w))
-    return chosen
 
 
 def peak_bytes(problem: Problem, levels: Sequence[int], refreshed: Collection[int]) -> int:
@@ -276,7 +297,7 @@ def assemble(
     method: str,
 ) -> Placement:
     """The placement of a choice of sites: refreshes that nobody reads are left out, kinds are the cheapest."""
-    reads = set()
+    reads: set[Pair] = set()
     for step in problem.steps:
         need = problem.functional_from if step.id in functional else levels[step.id] + step.depth
         reads.update((step.id, a) for a in step.args if levels[a] < need)

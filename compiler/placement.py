@@ -22,6 +22,8 @@ from .placement_problem import Pair, Placement, Problem, assemble, least_levels,
 
 METHODS = ("auto", "leveled", "milp", "paths")
 LARGEST_PROGRAM = 40_000  # unknowns; above, even the relaxation takes minutes
+NARROW = 60  # states kept in the first search
+WIDER = 12  # time of the second one over that of the first, about
 BYTE_PRICES = tuple(10.0**e for e in range(-4, 5))  # of the mean step's seconds, for all its bytes
 
 
@@ -79,7 +81,9 @@ def place(problem: Problem, *, method: str = "auto", seconds: float = 40.0) -> P
     fitting = [p for p in found if _fits(problem, p)]
     if not fitting:
         raise _over_cap(problem, found, seconds)
-    return _best(problem, fitting, bound)
+    plan = _best(problem, fitting, bound)
+    beaten = not plan.method.startswith("integer") and floor < bound
+    return replace(plan, method=f"{plan.method}; bound by integer program") if beaten else plan
 
 
 def _choose(
@@ -104,23 +108,24 @@ def _choose(
 
 
 def _paths(problem: Problem, bound: float, seconds: float) -> list[Placement]:
-    """Placements by shortest path: without and with a price on what may be paired, and on bytes while there is a cap."""
+    """Placements by shortest path: few states, more states if there is time, and prices on bytes while a cap is broken."""
     found: list[Placement] = []
     started = time.monotonic()
     held = sum(s.ciphertexts * (problem.last_reader(s.id) - s.id + 1) for s in problem.steps) * problem.limb_bytes
     mean = sum(s.seconds[0] for s in problem.steps) / max(held, 1)
     prices = [0.0] + ([p * mean for p in BYTE_PRICES] if problem.max_bytes is not None else [])
-    for price in prices:
-        if found and time.monotonic() - started > seconds:
+    for price, width in [(0.0, NARROW), *((price, placement_paths.WIDTH) for price in prices)]:
+        took = time.monotonic() - started
+        if found and WIDER * took > seconds:
             break
-        path = placement_paths.shortest(problem, price_byte=price)
+        path = placement_paths.shortest(problem, width=width, price_byte=price)
         if path is None:
             break
         name = "shortest path" if path.exact else "shortest path, not all states kept"
         plan = _choose(problem, path.refreshed, path.functional, path.pairs, bound=bound, method=name)
         if plan is not None:
             found.append(replace(plan, bound=plan.seconds) if path.exact else plan)
-        if any(_fits(problem, plan) for plan in found):
+        if any(_fits(problem, p) and (p.bound == p.seconds or width > NARROW) for p in found):
             break
     return found
 
@@ -133,7 +138,7 @@ def _best(problem: Problem, found: Sequence[Placement], bound: float) -> Placeme
     """The fastest of several, with the best bound known, checked."""
     plan = min(found, key=lambda p: p.seconds)
     exact = any(p.bound >= p.seconds for p in found)
-    plan = replace(plan, bound=plan.seconds if exact else min(plan.seconds, bound))
+    plan = replace(plan, bound=max(plan.bound, plan.seconds if exact else min(plan.seconds, bound)))
     check(problem, plan)
     return plan
 

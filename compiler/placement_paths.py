@@ -1,12 +1,12 @@
 """Placement as a shortest path: the best choice of sites if few values are open at once, a good one for any graph.
 
-The list is read backwards. A state is what the values that are already read, but not yet made, must have: for each the highest
-level asked for up to R, which a refresh could serve, and the highest above R, which it could not; and which refreshed values
-are still without a partner. A step's successors are: its value refreshed or not, and with whom; the step replaced or not. One
-state dominates another if it costs no more, asks no more of any value and has no partner less to offer. On a chain the states are
-the levels and this is the textbook shortest path; on a transformer's residual stream few values are open at once, nothing need
-be thrown away, and the result is the best one (if seconds rise with levels). Where more than `width` states remain, the dearest go, each
-level asked for counted at a refresh's seconds a level; the result is then a placement without a proof.
+The list is read backwards. A state is what the values that are already read, but not yet made, must have: for each the
+highest level asked for up to R, which a refresh could serve, and the highest above R, which it could not; and which refreshed
+values are still without a partner. A step's successors are: its value refreshed or not, and with whom; the step replaced or
+not. One state dominates another if it costs no more, asks no more of any value and has no partner less to offer. On a chain
+the states are the levels and this is the textbook shortest path; on a transformer's residual stream few values are open at
+once, nothing need be thrown away, and the result is the best one (if seconds rise with levels). Where more than `width`
+states remain, the dearest go, what is asked counted at a refresh's seconds a level; the result is then without a proof.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from .placement_problem import Pair, Problem, Step, reach
 
-WIDTH = 600  # states kept: 240 steps of a transformer in seconds
+WIDTH = 600  # states kept
+SIDEWAYS = 0.2  # share of what the other open values ask for that counts when states are dropped
 BLOCK = 128  # states compared with all others at once
 
 
@@ -190,7 +191,9 @@ def _undominated(states: _States, weights: np.ndarray, width: int) -> tuple[np.n
     complete = kept.size <= width
     if not complete:
         most = np.maximum(states.low, states.high)[order][kept]
-        score = cost[kept] + most @ weights
+        worth = most * weights
+        # Open values mostly hang on the same stream, whose one refresh serves them all: the most that is asked counts, not the sum.
+        score = cost[kept] + worth.max(axis=1, initial=0.0) + SIDEWAYS * worth.sum(axis=1)
         kept = kept[np.argsort(score, kind="stable")[:width]]
     return order[kept], complete
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compiler import placement, placement_paths
 from compiler.placement import METHODS, place
 from compiler.placement_check import check
 from compiler.placement_problem import Placement, Problem, RefreshTimes, Site, Step, assemble, least_levels
@@ -139,10 +140,9 @@ def test_program_and_path_find_the_best_of_all_choices(seed, case):
 
 
 def test_a_narrow_beam_is_a_placement_without_a_proof(monkeypatch):
-    from compiler import placement_paths
-
     p = problem(chain([1] * 14), top=4)
-    monkeypatch.setattr(placement_paths.shortest, "__kwdefaults__", {"width": 1, "price_byte": 0.0})
+    monkeypatch.setattr(placement, "NARROW", 1)
+    monkeypatch.setattr(placement_paths, "WIDTH", 1)
     plan = place(p, method="paths")
     assert "not all" in plan.method
     assert plan.bound <= place(p, method="milp").seconds <= plan.seconds

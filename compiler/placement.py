@@ -136,7 +136,7 @@ def _fits(problem: Problem, plan: Placement) -> bool:
 
 def _best(problem: Problem, found: Sequence[Placement], bound: float) -> Placement:
     """The fastest of several, with the best bound known, checked."""
-    plan = min(found, key=lambda p: p.seconds)
+    plan = min(found, key=lambda p: (p.seconds, -p.bound))  # of equals, the one with a proof
     exact = any(p.bound >= p.seconds for p in found)
     plan = replace(plan, bound=max(plan.bound, plan.seconds if exact else min(plan.seconds, bound)))
     check(problem, plan)

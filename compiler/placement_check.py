@@ -89,8 +89,8 @@ def _sites(problem: Problem, placement: Placement) -> None:
             raise VerificationError(
                 f"kind: {site}, and step %{at} computes {steps[at].function or 'no such function'!r}"
             )
-        for reader, a in placement.refreshed:
-            if site.kind == "pair" and a in site.values and reader <= at:
+        for reader, a in placement.refreshed if site.kind == "pair" else ():
+            if a in site.values and reader <= at:
                 raise VerificationError(f"pair: %{reader} reads the refreshed %{a} before {site} can run, after %{at}")
 
 
@@ -111,14 +111,15 @@ def _memory(problem: Problem, placement: Placement, copied: set[int]) -> None:
     """Add up what is alive at every step."""
     last = {a: s.id for s in problem.steps for a in s.args}
     peak = 0
-    for now in range(len(problem.steps)):
-        alive = 0
-        for step in problem.steps[: now + 1]:
-            if last.get(step.id, len(problem.steps)) >= now:
-                limbs = placement.levels[step.id] + 1
-                limbs += problem.refresh_level + 1 if step.id in copied else 0
-                alive += step.ciphertexts * limbs * problem.limb_bytes
-        peak = max(peak, alive)
+    held: dict[int, int] = {}  # value -> bytes
+    for step in problem.steps:
+        limbs = placement.levels[step.id] + 1
+        limbs += problem.refresh_level + 1 if step.id in copied else 0
+        held[step.id] = step.ciphertexts * limbs * problem.limb_bytes
+        peak = max(peak, sum(held.values()))
+        for a in set(step.args):
+            if last[a] == step.id:
+                del held[a]
     if peak != placement.peak_bytes:
         raise VerificationError(
             f"memory: the plan says {placement.peak_bytes} bytes at its peak, its values take {peak}"

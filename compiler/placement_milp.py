@@ -162,20 +162,23 @@ class Program:
         """Run HiGHS for at most so many seconds; `relax` gives the bound of the linear relaxation and no levels."""
         cost = np.array(self.cost if objective is None else objective)
         constant = self.constant if objective is None else 0.0
+        unit = (
+            float(np.max(np.abs(cost), initial=0.0)) or 1.0
+        )  # HiGHS stops at an absolute gap too: seconds may be microseconds
         lengths = [len(r) for r in self.rows]
         row = np.repeat(np.arange(len(self.rows)), lengths)
         column = np.array([i for r in self.rows for i, _ in r], dtype=np.int64)
         value = np.array([c for r in self.rows for _, c in r])
         matrix = sparse.csr_array((value, (row, column)), shape=(len(self.rows), len(cost)))
         found = optimize.milp(
-            cost,
+            cost / unit,
             integrality=np.zeros(len(cost)) if relax else np.array(self.integer, dtype=int),
             bounds=optimize.Bounds(0.0, np.array(self.upper)),
             constraints=optimize.LinearConstraint(matrix, -np.inf, np.array(self.limits)) if self.rows else None,
             options={"time_limit": seconds, "mip_rel_gap": 1e-9},
         )
         dual = found.fun if relax and found.status == 0 else getattr(found, "mip_dual_bound", None)
-        bound = constant + dual if dual is not None and math.isfinite(dual) else -math.inf
+        bound = constant + dual * unit if dual is not None and math.isfinite(dual) else -math.inf
         if found.x is None or relax:
             return Solution(
                 levels=None,
@@ -197,7 +200,7 @@ class Program:
             functional=functional,
             pairs=tuple(pair for pair, i in self.p.items() if on[i]),
             bound=bound,
-            objective=constant + float(found.fun),
+            objective=constant + float(found.fun) * unit,
             proven=found.status == 0,
             infeasible=False,
         )

@@ -95,12 +95,18 @@ def test_a_deep_model_computes_the_same_with_refreshes(tmp_path, table, model, s
         np.testing.assert_allclose(got.values[op], wanted.values[old], rtol=1e-9, atol=1e-12)
 
 
-def test_what_fits_is_leveled_like_the_pass_and_priced_like_its_trace(tmp_path, table):
+@pytest.mark.parametrize(("model", "shape"), MODELS.values(), ids=MODELS.keys())
+def test_what_fits_is_leveled_like_the_pass(tmp_path, table, model, shape):
+    build, _ = lowered(model(tmp_path / "m.onnx"), shape, table)
+    wanted = [op.level for op in assign_levels(build.ops, build.arrays, PARAMS.slots)]
+    done, placement = place_refreshes(build, replace(PARAMS, levels=max(wanted)), table, PLAIN)
+    assert [op.level for op in done.ops] == wanted
+    assert placement.sites == ()
+
+
+def test_a_leveled_program_is_priced_like_its_trace(tmp_path, table):
     build, _ = lowered(mlp(tmp_path / "m.onnx"), (64,), table)
     done, placement = place_refreshes(build, PARAMS, table, PLAIN)
-    leveled = replace(build, ops=assign_levels(build.ops, build.arrays, PARAMS.slots))
-    assert [op.level for op in done.ops] == [op.level for op in leveled.ops]
-    assert placement.sites == ()
     t = trace(as_circuit(done, PARAMS))
     whole = sum(table.node(n, t, PARAMS) for n in t.nodes) * table.contention
     assert placement.seconds == pytest.approx(whole, rel=0.05)

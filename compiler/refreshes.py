@@ -3,8 +3,9 @@
 A refresh op takes the value and gives its copy; `kind` is plain, sparse (with `slots`) or pair. A pair is two ops, one for each
 copy: the first argument of each is what it copies, the second is the other one, and one refresh serves both.
 
-Not priced: that linear maps of one value share their rotations (`passes.levels` keeps them at one level for it), so that the
-predicted seconds are a little above what a trace of the whole circuit says.
+Linear maps of one value share their rotations if they stand at one level. The placement does not know this: afterwards they
+are brought to the highest level of theirs, as `passes.levels` does, and what they share makes the whole circuit's trace a
+little cheaper than the predicted seconds.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from he_backend.trace import trace
 
 from .cost import CostTable
 from .lower import Lowered
+from .passes.levels import SHARED_BABIES
 from .placement import place
-from .placement_problem import Placement, Problem, RefreshTimes, Site, Step
+from .placement_check import check
+from .placement_problem import Placement, Problem, RefreshTimes, Site, Step, peak_bytes, site_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,11 @@ def place_refreshes(
         The program, and the placement that it follows; its step v is op v of `build`.
 
     Raises:
-        LevelError, ParamsError: see `placement.place`.
-        ParamsError: the parameters have fewer levels than an input or a refresh is to have.
+        LevelError, ParamsError: see `placement.place`; also where the parameters have fewer levels than an input or a refresh is to have.
+        VerificationError: inputs at one level break the memory cap.
     """
     problem = as_problem(build, params, table, refreshing, top=top, max_bytes=max_bytes)
-    placement = place(problem, method=method, seconds=seconds)
+    placement = _together(build, problem, place(problem, method=method, seconds=seconds))
     return rewrite(build, placement, refreshing), placement
 
 
@@ -160,15 +163,40 @@ def period(layout: np.ndarray) -> int:
     return 0
 
 
-def rewrite(build: Lowered, placement: Placement, refreshing: Refreshing) -> Lowered:
-    """The program with the placement's refresh ops right behind the values, and every level set.
+def _together(build: Lowered, problem: Problem, placement: Placement) -> Placement:
+    """The placement with the inputs at one level, as they are encrypted alike, and with linear maps that share rotations at one.
 
-    Inputs share one level, the highest of theirs: they are encrypted alike.
+    Both rise to the highest level of theirs, which their argument has; where that breaks the memory cap, only the inputs do.
     """
+    inputs = [op.id for op in build.ops if op.kind == "input"]
+    maps: dict[tuple[int, bool], list[int]] = {}
+    for op in build.ops:
+        if op.kind == "linear" and len({b for _, terms in op.attrs["plan"] for b, _ in terms}) > SHARED_BABIES:
+            maps.setdefault((op.args[0], (op.id, op.args[0]) in placement.refreshed), []).append(op.id)
+    for groups in ([inputs, *maps.values()], [inputs]):
+        levels = list(placement.levels)
+        for group in groups:
+            for v in group:
+                levels[v] = max(levels[w] for w in group)
+        copied = {a for _, a in placement.refreshed}
+        seconds = sum(s.seconds[level] for s, level in zip(problem.steps, levels, strict=True))
+        raised = replace(
+            placement,
+            levels=tuple(levels),
+            seconds=seconds + sum(site_seconds(problem, site) for site in placement.sites),
+            peak_bytes=peak_bytes(problem, levels, copied),
+        )
+        if problem.max_bytes is None or raised.peak_bytes <= problem.max_bytes:
+            break
+    check(problem, raised)
+    return raised
+
+
+def rewrite(build: Lowered, placement: Placement, refreshing: Refreshing) -> Lowered:
+    """The program with the placement's refresh ops right behind the values, and every level set."""
     due: dict[int, list[Site]] = {}
     for site in placement.sites:
         due.setdefault(max(site.values), []).append(site)
-    fresh = max((placement.levels[op.id] for op in build.ops if op.kind == "input"), default=0)
     ops: list[Op] = []
     original: dict[int, int] = {}
     copy: dict[int, int] = {}
@@ -179,7 +207,7 @@ def rewrite(build: Lowered, placement: Placement, refreshing: Refreshing) -> Low
 
     for op in build.ops:
         args = [copy[a] if (op.id, a) in placement.refreshed else original[a] for a in op.args]
-        original[op.id] = emit(op, args, fresh if op.kind == "input" else placement.levels[op.id])
+        original[op.id] = emit(op, args, placement.levels[op.id])
         for site in due.get(op.id, []):
             attrs = {"kind": site.kind, **({"slots": site.slots} if site.kind == "sparse" else {})}
             for v in site.values:

@@ -68,7 +68,6 @@ def place_refreshes(
 
     Raises:
         LevelError, ParamsError: see `placement.place`; also where the parameters have fewer levels than an input or a refresh is to have.
-        VerificationError: inputs at one level break the memory cap.
     """
     problem = as_problem(build, params, table, refreshing, top=top, max_bytes=max_bytes)
     placement = _together(build, problem, place(problem, method=method, seconds=seconds))
@@ -187,9 +186,12 @@ def _together(build: Lowered, problem: Problem, placement: Placement) -> Placeme
             peak_bytes=peak_bytes(problem, levels, copied),
         )
         if problem.max_bytes is None or raised.peak_bytes <= problem.max_bytes:
-            break
-    check(problem, raised)
-    return raised
+            check(problem, raised)
+            return raised
+    raise ParamsError(
+        f"inputs at one level bring the values to {raised.peak_bytes} bytes at their peak, {problem.max_bytes} are allowed; "
+        "allow as many"
+    )
 
 
 def rewrite(build: Lowered, placement: Placement, refreshing: Refreshing) -> Lowered:

@@ -40,7 +40,31 @@ def deep_mlp(path, layers: int = 8, width: int = 16):
     return b.save(path, x, (1, width))
 
 
+def transformer(path, blocks: int = 2, tokens: int = 8, heads: int = 2, channels: int = 4):
+    """Residual blocks of square attention without a denominator, and of an MLP."""
+    width = heads * channels
+    b = Builder((1, tokens, width))
+    x = "x"
+    for i in range(blocks):
+        parts = []
+        for name in "qkv":
+            h = b.op("Reshape", b.linear(x, width, width, name=f"{i}.{name}"), np.array([1, tokens, heads, channels]))
+            parts.append(b.op("Transpose", h, perm=[0, 2, 1, 3]))
+            if name == "k":
+                parts[-1] = b.op("Transpose", parts[-1], perm=[0, 1, 3, 2])
+        mask = np.tril(np.ones((tokens, tokens)))[None, None] / (2 * np.arange(1, tokens + 1))[None, None, :, None]
+        s = b.op("Mul", b.op("MatMul", parts[0], parts[1]), mask)
+        y = b.op("MatMul", b.op("Mul", s, s), parts[2])
+        y = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3]), np.array([1, tokens, width]))
+        x = b.op("Add", x, b.linear(y, width, width, name=f"{i}.o"), name=f"{i}.attended")
+        h = b.linear(x, width, 2 * width, name=f"{i}.up")
+        h = b.linear(b.op("Mul", h, h), 2 * width, width, name=f"{i}.down")
+        x = b.op("Mul", b.op("Add", x, h), np.array(0.2), name=f"{i}.residual")
+    return b.save(path, x, (1, tokens, width))
+
+
 MODELS = {
+    "transformer": (transformer, (8, 8)),
     "deep mlp": (deep_mlp, (16,)),
     "norms": (lambda p: norm_mlp(p, layer_norm=True), (4, 16)),
     "attention": (attention, (8, 8)),
@@ -151,3 +175,18 @@ def test_a_step_deeper_than_a_refresh_gains_is_named(tmp_path, table):
     build, _ = lowered(norm_mlp(tmp_path / "m.onnx", layer_norm=False), (4, 16), table)
     with pytest.raises(LevelError, match="no placement of"):
         place_refreshes(build, PARAMS, table, replace(PLAIN, level=1, start=1), top=1)
+
+
+def test_a_memory_cap_holds_with_maps_together_or_apart(tmp_path, table):
+    build, _ = lowered(transformer(tmp_path / "m.onnx"), (8, 8), table)
+    _, free = place_refreshes(build, PARAMS, table, PLAIN)
+    with pytest.raises(
+        ParamsError, match=r"within 1 bytes; the smallest cap that can be met is (at most )?\d+ bytes"
+    ) as error:
+        place_refreshes(build, PARAMS, table, PLAIN, max_bytes=1)
+    smallest = int(str(error.value).split()[-2])
+    assert smallest < free.peak_bytes
+    for cap in (free.peak_bytes - 1, (smallest + free.peak_bytes) // 2):
+        _, capped = place_refreshes(build, PARAMS, table, PLAIN, max_bytes=cap)
+        assert capped.peak_bytes <= cap
+        assert capped.seconds >= free.bound

@@ -3,13 +3,14 @@
 `place` tries, in this order: no refresh at all, if even free levels could not save the price of one; the shortest path
 (`placement_paths`), which is over in seconds and knows whether it is exact; if it is not, the integer program
 (`placement_milp`) for as long as there is time, if the list is small enough, and the better of the two. The program's dual
-bound, or else every step at its cheapest level, bounds what any placement takes.
+bound, or that of its linear relaxation, or else every step at its cheapest level, bounds what any placement takes.
 
 Related: Orion (arXiv 2311.03470) places bootstraps by a shortest path over levels, region by region of residual networks.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -21,7 +22,10 @@ from .placement_check import check
 from .placement_problem import Pair, Placement, Problem, assemble, least_levels, reach
 
 METHODS = ("auto", "leveled", "milp", "paths")
-LARGEST_PROGRAM = 40_000  # unknowns; above, even the relaxation takes minutes
+LARGEST_PROGRAM = 200_000  # unknowns; above, even the relaxation takes minutes
+RELAX_FIRST = (
+    20_000  # unknowns above which the program may end without any bound, and its relaxation is solved before it
+)
 NARROW = 60  # states kept in the first search
 WIDER = 12  # time of the second one over that of the first, about
 BYTE_PRICES = tuple(10.0**e for e in range(-4, 5))  # of the mean step's seconds, for all its bytes
@@ -64,20 +68,25 @@ def place(problem: Problem, *, method: str = "auto", seconds: float = 40.0) -> P
         found += _paths(problem, bound, seconds)
         if any(p.bound == p.seconds and _fits(problem, p) for p in found):
             return _best(problem, [p for p in found if _fits(problem, p)], bound)
-    small = placement_milp.Program.size(problem) <= LARGEST_PROGRAM
-    left = max(1.0, seconds - (time.monotonic() - started))
-    if method == "milp" or (method == "auto" and small):
-        solution = placement_milp.solve(problem, left)
+    size, hopeless = placement_milp.Program.size(problem), False
+
+    def left() -> float:
+        return max(1.0, seconds - (time.monotonic() - started))
+
+    if size <= LARGEST_PROGRAM and (method == "paths" or size > RELAX_FIRST):
+        relaxed = placement_milp.relaxation(problem, left())
+        bound = max(bound, relaxed)
+        hopeless = math.isinf(relaxed)  # what has no time for the relaxation has none for the program
+    if method == "milp" or (method == "auto" and size <= LARGEST_PROGRAM and not hopeless):
+        solution = placement_milp.solve(problem, left())
         bound = max(bound, solution.bound)
         if solution.infeasible:
             raise _over_cap(problem, found, seconds)
         if solution.levels is not None:
-            proof = "integer program" if solution.proven else f"integer program, stopped after {left:.0f} s"
+            proof = "integer program" if solution.proven else f"integer program, stopped after {seconds:.0f} s"
             sites = (solution.refreshed, solution.functional, solution.pairs)
             plan = _choose(problem, *sites, bound=bound, method=proof) if problem.monotone else None
             found.append(plan or assemble(problem, solution.levels, *sites, bound=bound, method=proof))
-    elif small:
-        bound = max(bound, placement_milp.relaxation(problem, left))
     fitting = [p for p in found if _fits(problem, p)]
     if not fitting:
         raise _over_cap(problem, found, seconds)

@@ -148,6 +148,24 @@ def test_a_narrow_beam_is_a_placement_without_a_proof(monkeypatch):
     assert plan.bound <= place(p, method="milp").seconds <= plan.seconds
 
 
+@pytest.mark.parametrize("largest", [0, 10_000], ids=["no program", "relaxation first"])
+def test_large_graphs_fall_back_and_say_the_gap(monkeypatch, largest):
+    p = problem(transformer(2), top=6, refresh_level=6, refresh_from=1, times=RefreshTimes(plain=2.0, pair=2.2))
+    best = place(p)
+    assert best.gap < 1e-6
+    monkeypatch.setattr(placement, "NARROW", 1)
+    monkeypatch.setattr(placement_paths, "WIDTH", 1)
+    monkeypatch.setattr(placement, "LARGEST_PROGRAM", largest)
+    monkeypatch.setattr(placement, "RELAX_FIRST", 0)
+    plan = place(p, method="paths")
+    assert 0.0 < plan.gap < 1.0
+    assert plan.bound <= best.seconds <= plan.seconds
+    floor = sum(s.seconds[0] for s in p.steps)
+    assert (plan.bound > 1.01 * floor) == (largest > 0)
+    assert ("bound by integer program" in plan.method) == (largest > 0)
+    assert best.seconds <= place(p).seconds <= plan.seconds
+
+
 # Known answers
 
 

@@ -23,9 +23,7 @@ from .placement_problem import Pair, Placement, Problem, assemble, least_levels,
 
 METHODS = ("auto", "leveled", "milp", "paths")
 LARGEST_PROGRAM = 200_000  # unknowns; above, even the relaxation takes minutes
-RELAX_FIRST = (
-    20_000  # unknowns above which the program may end without any bound, and its relaxation is solved before it
-)
+RELAX_FIRST = 20_000  # unknowns above which the program may end without a bound: its relaxation comes first
 NARROW = 60  # states kept in the first search
 WIDER = 12  # time of the second one over that of the first, about
 BYTE_PRICES = tuple(10.0**e for e in range(-4, 5))  # of the mean step's seconds, for all its bytes
@@ -68,6 +66,7 @@ def place(problem: Problem, *, method: str = "auto", seconds: float = 40.0) -> P
         found += _paths(problem, bound, seconds)
         if any(p.bound == p.seconds and _fits(problem, p) for p in found):
             return _best(problem, [p for p in found if _fits(problem, p)], bound)
+    bound = max([bound, *(p.bound for p in found)])  # what is best without a cap bounds what keeps it
     size, hopeless = placement_milp.Program.size(problem), False
 
     def left() -> float:
@@ -80,7 +79,7 @@ def place(problem: Problem, *, method: str = "auto", seconds: float = 40.0) -> P
     if method == "milp" or (method == "auto" and size <= LARGEST_PROGRAM and not hopeless):
         solution = placement_milp.solve(problem, left())
         bound = max(bound, solution.bound)
-        if solution.infeasible:
+        if solution.infeasible and not any(_fits(problem, p) for p in found):
             raise _over_cap(problem, found, seconds)
         if solution.levels is not None:
             proof = "integer program" if solution.proven else f"integer program, stopped after {seconds:.0f} s"

@@ -1,0 +1,221 @@
+"""Refreshes in a lowered circuit: prices of its ops from a cost table, a placement, and the op list with refresh ops and levels.
+
+A refresh op takes the value and gives its copy; `kind` is plain, sparse (with `slots`) or pair. A pair is two ops, one for each
+copy: the first argument of each is what it copies, the second is the other one, and one refresh serves both.
+
+Linear maps of one value share their rotations if they stand at one level. The placement does not know this: afterwards they
+are brought to the highest level of theirs, as `passes.levels` does, and what they share makes the whole circuit's trace a
+little cheaper than the predicted seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from he_backend.base import ParamsError
+from he_backend.circuit import Circuit, Op
+from he_backend.kernels import depth
+from he_backend.params import Params
+from he_backend.trace import trace
+
+from .cost import CostTable
+from .lower import Lowered
+from .passes.levels import SHARED_BABIES
+from .placement import place
+from .placement_check import check
+from .placement_problem import Placement, Problem, RefreshTimes, Site, Step, peak_bytes, site_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refreshing:
+    """What a refresh does under some parameters, as measured.
+
+    level  of a refreshed ciphertext
+    start  lowest level at which a refresh may run (StC-first keeps the levels of its slots-to-coefficients step)
+    times  seconds by kind
+    """
+
+    level: int
+    start: int
+    times: RefreshTimes
+
+
+def place_refreshes(
+    build: Lowered,
+    params: Params,
+    table: CostTable,
+    refreshing: Refreshing,
+    *,
+    top: int | None = None,
+    max_bytes: int | None = None,
+    method: str = "auto",
+    seconds: float = 40.0,
+) -> tuple[Lowered, Placement]:
+    """The same program with refresh ops and the level of every op.
+
+    Args:
+        params: whose ring and key switching the ops are priced for.
+        top: highest level of an input; None for all that the parameters have.
+        max_bytes: cap on the ciphertexts alive at once.
+        method, seconds: of the search, see `placement.place`.
+
+    Returns:
+        The program, and the placement that it follows; its step v is op v of `build`.
+
+    Raises:
+        LevelError, ParamsError: see `placement.place`; also where the parameters have fewer levels than an input or a refresh is to have.
+    """
+    problem = as_problem(build, params, table, refreshing, top=top, max_bytes=max_bytes)
+    placement = _together(build, problem, place(problem, method=method, seconds=seconds))
+    return rewrite(build, placement, refreshing), placement
+
+
+def as_problem(
+    build: Lowered,
+    params: Params,
+    table: CostTable,
+    refreshing: Refreshing,
+    *,
+    top: int | None = None,
+    max_bytes: int | None = None,
+) -> Problem:
+    """The placement problem of a program: one step an op, priced at every level that the parameters have."""
+    top = params.levels if top is None else top
+    if max(top, refreshing.level) > params.levels:
+        raise ParamsError(
+            f"inputs of level {top} and refreshes to level {refreshing.level} need as many levels; {params.name} has {params.levels}"
+        )
+    steps = tuple(
+        Step(
+            id=op.id,
+            args=op.args,
+            depth=depth(op, build.arrays, params.slots),
+            seconds=op_seconds(op, build, params, table),
+            slots=period(build.arrays[op.layout]) if op.layout else 0,
+        )
+        for op in build.ops
+    )
+    return Problem(
+        steps=steps,
+        top=top,
+        refresh_level=refreshing.level,
+        refresh_from=refreshing.start,
+        times=refreshing.times,
+        max_bytes=max_bytes,
+        limb_bytes=params.ciphertext_bytes(0),
+    )
+
+
+def op_seconds(op: Op, build: Lowered, params: Params, table: CostTable) -> tuple[float, ...]:
+    """Seconds of one op by the level of its result, one thread, plaintexts encoded ahead; never falling with the level.
+
+    The op is traced alone, once: at another level it has the same primitives, each so many levels higher.
+    """
+    if op.kind in ("input", "output"):
+        return (0.0,) * (params.levels + 1)
+    names = {a: i for i, a in enumerate(dict.fromkeys(op.args))}
+    start = depth(op, build.arrays, params.slots)
+    inputs = [Op(id=i, kind="input", args=(), attrs={"name": "x", "part": i}, level=start) for i in names.values()]
+    n = len(inputs)
+    alone = Circuit(
+        params=params,
+        ops=(
+            *inputs,
+            replace(op, id=n, args=tuple(names[a] for a in op.args), level=0),
+            Op(id=n + 1, kind="output", args=(n,), attrs={"name": "y", "part": 0}),
+        ),
+        arrays=build.arrays,
+        client_arrays={},
+        inputs=(),
+        outputs=(),
+        keys={},
+        relin_level=-1,
+    )
+    traced = trace(alone)
+    sums = "weighted_sum_extended" if any(m.op == "weighted_sum" and m.extended for m in traced.nodes) else "mul_plain"
+    counts = [
+        (sums if name == "weighted_sum" else name, at, times)
+        for (name, at), times in traced.counts().items()
+        if name != "input"
+    ]
+    row = [
+        sum(times * table.seconds(name, params, at + level) for name, at, times in counts)
+        for level in range(params.levels + 1)
+    ]
+    # More limbs are more work: where a measured table says otherwise, it is its noise.
+    return tuple(float(t) * table.contention for t in np.maximum.accumulate(row))
+
+
+def period(layout: np.ndarray) -> int:
+    """Slots after which a value of this layout repeats; 0 if it does not, or if some slots hold nothing known."""
+    if (layout < 0).any():
+        return 0
+    n = 1
+    while n < layout.size:
+        if np.array_equal(layout.reshape(-1, n), np.broadcast_to(layout[:n], (layout.size // n, n))):
+            return n
+        n *= 2
+    return 0
+
+
+def _together(build: Lowered, problem: Problem, placement: Placement) -> Placement:
+    """The placement with the inputs at one level, as they are encrypted alike, and with linear maps that share rotations at one.
+
+    Both rise to the highest level of theirs, which their argument has; where that breaks the memory cap, only the inputs do.
+    """
+    inputs = [op.id for op in build.ops if op.kind == "input"]
+    maps: dict[tuple[int, bool], list[int]] = {}
+    for op in build.ops:
+        if op.kind == "linear" and len({b for _, terms in op.attrs["plan"] for b, _ in terms}) > SHARED_BABIES:
+            maps.setdefault((op.args[0], (op.id, op.args[0]) in placement.refreshed), []).append(op.id)
+    for groups in ([inputs, *maps.values()], [inputs]):
+        levels = list(placement.levels)
+        for group in groups:
+            for v in group:
+                levels[v] = max(levels[w] for w in group)
+        copied = {a for _, a in placement.refreshed}
+        seconds = sum(s.seconds[level] for s, level in zip(problem.steps, levels, strict=True))
+        raised = replace(
+            placement,
+            levels=tuple(levels),
+            seconds=seconds + sum(site_seconds(problem, site) for site in placement.sites),
+            peak_bytes=peak_bytes(problem, levels, copied),
+        )
+        if problem.max_bytes is None or raised.peak_bytes <= problem.max_bytes:
+            check(problem, raised)
+            return raised
+    raise ParamsError(
+        f"inputs at one level bring the values to {raised.peak_bytes} bytes at their peak, {problem.max_bytes} are allowed; "
+        "allow as many"
+    )
+
+
+def rewrite(build: Lowered, placement: Placement, refreshing: Refreshing) -> Lowered:
+    """The program with the placement's refresh ops right behind the values, and every level set."""
+    due: dict[int, list[Site]] = {}
+    for site in placement.sites:
+        due.setdefault(max(site.values), []).append(site)
+    ops: list[Op] = []
+    original: dict[int, int] = {}
+    copy: dict[int, int] = {}
+
+    def emit(op: Op, args: Sequence[int], level: int, **fields: Any) -> int:
+        ops.append(replace(op, id=len(ops), args=tuple(args), level=level, **fields))
+        return len(ops) - 1
+
+    for op in build.ops:
+        args = [copy[a] if (op.id, a) in placement.refreshed else original[a] for a in op.args]
+        original[op.id] = emit(op, args, placement.levels[op.id])
+        for site in due.get(op.id, []):
+            attrs = {"kind": site.kind, **({"slots": site.slots} if site.kind == "sparse" else {})}
+            for v in site.values:
+                others = [original[w] for w in site.values if w != v]
+                copy[v] = emit(
+                    build.ops[v], [original[v], *others], refreshing.level, kind="refresh", attrs=attrs, bound=0.0
+                )
+    tensors = {original[op]: held for op, held in build.tensors.items()}
+    return replace(build, ops=tuple(ops), tensors=tensors)

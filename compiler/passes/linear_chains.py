@@ -117,6 +117,16 @@ def _parallel(graph: Graph, node: Node, view: View) -> list[Node] | None:
     return [replace(node, op="sparse", inputs=u.inputs, bias=bias, attrs={"matrix": matrix})]
 
 
+def _squeeze(node: Node, view: View) -> list[Node] | None:
+    """A sparse map whose result only loses or gains axes of length 1, as after cutting out one of three parts."""
+    maker = view.maker(node.inputs[0], "sparse") if node.op == "reshape" else None
+    if maker is None or not view.only_user(maker.name, node):
+        return None
+    if [n for n in maker.shape if n > 1] != [n for n in node.shape if n > 1]:
+        return None
+    return [replace(maker, name=node.name, shape=node.shape)]
+
+
 def _columns(graph: Graph, node: Node, view: View) -> list[Node] | None:
     """A selection of x W, seen through views, whose tokens all select the same features."""
     if node.op != "sparse" or node.bias is not None:
@@ -175,4 +185,5 @@ def linear_chains(graph: Graph) -> Graph:
     """Merge to a fixed point; a graph without sparse nodes comes back as it is."""
     if not any(node.op == "sparse" for node in graph.nodes):
         return graph
+    graph = rewrite(graph, [_squeeze])
     return rewrite(graph, [partial(_columns, graph), _nothing, partial(_chain, graph), partial(_parallel, graph)])

@@ -78,7 +78,7 @@ def _serves_attention(node: Node, view: View) -> bool:
     return False
 
 
-def _chain(graph: Graph, node: Node, view: View) -> list[Node] | None:
+def _chain(graph: Graph, refused: set[object], node: Node, view: View) -> list[Node] | None:
     """A (B x + b) + a."""
     if len(node.inputs) != 1 or (maker := view.nodes.get(node.inputs[0])) is None or len(maker.inputs) != 1:
         return None
@@ -90,8 +90,12 @@ def _chain(graph: Graph, node: Node, view: View) -> list[Node] | None:
     if outer is None or inner is None:
         return None
     (a, shift), (b, bias) = outer, inner
+    pair = (node.name, maker.name, a.nnz, b.nnz)
+    if pair in refused or int(np.diff(b.indptr)[a.indices].sum()) > maps.MAX_ENTRIES:
+        return None
     product = (a @ b).tocsr()
     if product.nnz > MAX_FILL * (a.nnz + b.nnz):
+        refused.add(pair)  # the product need not be formed again each time that the graph changes elsewhere
         return None
     moved = shift if bias is None else a @ bias + (0.0 if shift is None else shift)
     return [replace(node, op="sparse", inputs=maker.inputs, const=None, bias=moved, attrs={"matrix": product})]
@@ -186,4 +190,5 @@ def linear_chains(graph: Graph) -> Graph:
     if not any(node.op == "sparse" for node in graph.nodes):
         return graph
     graph = rewrite(graph, [_squeeze])
-    return rewrite(graph, [partial(_columns, graph), _nothing, partial(_chain, graph), partial(_parallel, graph)])
+    chain = partial(_chain, graph, set())
+    return rewrite(graph, [partial(_columns, graph), _nothing, chain, partial(_parallel, graph)])

@@ -82,13 +82,9 @@ MODELS = {
 }
 
 
-SLOW = ("cnn", "linear attention")  # in the new exporter, which takes seconds a model
 EXPORTS = [
     *(pytest.param(name, False, id=f"{name}, old exporter") for name in MODELS),
-    *(
-        pytest.param(name, True, id=f"{name}, new exporter", marks=[pytest.mark.slow] * (name in SLOW))
-        for name in MODELS
-    ),
+    *(pytest.param(name, True, id=f"{name}, new exporter", marks=pytest.mark.slow) for name in MODELS),
 ]
 
 

@@ -132,11 +132,11 @@ def _squeeze(node: Node, view: View) -> list[Node] | None:
 
 
 def _columns(graph: Graph, node: Node, view: View) -> list[Node] | None:
-    """A selection of x W, seen through views, whose tokens all select the same features."""
-    if node.op != "sparse" or node.bias is not None:
+    """Scaled and shifted elements of x W, seen through views, of which every token takes the same."""
+    if node.op != "sparse":
         return None
     matrix = node.attrs["matrix"]
-    if matrix.nnz != matrix.shape[0] or np.any(np.diff(matrix.indptr) != 1) or np.any(matrix.data != 1.0):
+    if matrix.nnz != matrix.shape[0] or np.any(np.diff(matrix.indptr) != 1):
         return None
     index, maker = matrix.indices, view.nodes.get(node.inputs[0])
     while maker is not None and maker.op in VIEWS:
@@ -151,15 +151,19 @@ def _columns(graph: Graph, node: Node, view: View) -> list[Node] | None:
     axis = next((a for a, n in enumerate(node.shape) if n == tokens and _counts(token, a)), None)
     if tokens == 1 or axis is None or node.shape[0] != 1 or axis == 0:
         return None
-    chosen = feature.take(0, axis)
-    if np.any(feature != np.expand_dims(chosen, axis)):
-        return None
-    flat = chosen.reshape(-1)
-    bias = None if maker.bias is None else maker.bias[flat]
+    shift = np.zeros(node.shape) if node.bias is None else node.bias.reshape(node.shape)
+    chosen, factor, more = (part.take(0, axis) for part in (feature, matrix.data.reshape(node.shape), shift))
+    for whole, part in ((feature, chosen), (matrix.data.reshape(node.shape), factor), (shift, more)):
+        if np.any(whole != np.expand_dims(part, axis)):
+            return None
+    flat, factor, more = chosen.reshape(-1), factor.reshape(-1), more.reshape(-1)
+    bias = None if maker.bias is None and node.bias is None else more
+    if maker.bias is not None:
+        bias = maker.bias[flat] * factor + more
     heads = (1, tokens, *chosen.shape[1:])
     perm = [0, *(i for i in range(2, len(heads)))]
     perm.insert(axis, 1)
-    made = [replace(maker, shape=(*maker.shape[:-1], flat.size), const=maker.const[:, flat], bias=bias)]
+    made = [replace(maker, shape=(*maker.shape[:-1], flat.size), const=maker.const[:, flat] * factor, bias=bias)]
     if made[-1].shape != heads:
         made.append(replace(node, op="reshape", inputs=(), shape=heads, attrs={}))
     if axis != 1:
@@ -190,5 +194,5 @@ def linear_chains(graph: Graph) -> Graph:
     if not any(node.op == "sparse" for node in graph.nodes):
         return graph
     graph = rewrite(graph, [_squeeze])
-    chain = partial(_chain, graph, set())
-    return rewrite(graph, [partial(_columns, graph), _nothing, chain, partial(_parallel, graph)])
+    graph = rewrite(graph, [_nothing, partial(_chain, graph, set()), partial(_parallel, graph)])
+    return rewrite(graph, [partial(_columns, graph)])  # last: the parts of a rotary embedding belong together

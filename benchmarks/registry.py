@@ -48,3 +48,52 @@ def ops(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path,
     params = Params(log_n=16, levels=30, scale_bits=40, first_bits=46, digits=5)
     record = table.measure(params, repeats=repeats, progress=progress)
     return table.save(record, folder or table.COSTS), record
+
+
+def _request(name: str, build: Callable[[Path], Any], repeats: int, folder: Path | None, progress: Progress) -> Any:
+    """Build a model in a temporary folder and measure one request of it."""
+    import tempfile
+
+    from compiler import Target
+
+    from . import records, requests
+
+    with tempfile.TemporaryDirectory() as place:
+        path, samples = build(Path(place))
+        record = requests.measure(
+            name,
+            path,
+            samples,
+            target=Target(max_memory_gb=21.0),
+            repeats=repeats,
+            progress=progress,
+            weights="random, seed 0",
+        )
+    return records.write(record, folder or records.RESULTS), record
+
+
+@benchmark("mlp-784")
+def mlp_784(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """MLP 784-128-10 with x^2, one input, 128 bits (about a minute)."""
+    from . import models
+
+    return _request("mlp-784", models.mlp_784, max(repeats, 21), folder, progress)
+
+
+@benchmark("cnn-28")
+def cnn_28(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """LeNet-like CNN with x^2, one image of 28 x 28, 128 bits (about two minutes)."""
+    from . import models
+
+    return _request("cnn-28", models.cnn_28, max(repeats, 5), folder, progress)
+
+
+@benchmark("request-2x128x128")
+def request_2x128x128(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Encoder of 2 blocks, d = 128, 128 tokens (BERT-Tiny's shape), one request, 128 bits (about ten minutes, 21 GB)."""
+    from functools import partial
+
+    from . import models
+
+    build = partial(models.encoder, blocks=2, width=128, heads=4, hidden=512, tokens=128)
+    return _request("request-2x128x128", build, 1, folder, progress)

@@ -17,10 +17,12 @@ from he_backend.circuit import Op, Signature
 from he_backend.container import Arrays
 
 from .attention import lower_scores, lower_values
+from .general import lower_map, lower_matmul, matrix_of, move
 from .ir import Graph, Node
-from .layout import Heads, broadcast_index, from_features, periodic, to_features
+from .layout import Heads, broadcast_index, from_features, periodic, power_of_two, to_features
 from .matvec import PlanCost, plan_matvec
 from .polynomials import prepare
+from .sparse import input_layouts, places, plan_sparse
 
 Range = tuple[float, float]
 
@@ -59,13 +61,14 @@ class Lowering:
         self.graph, self.ranges, self.slots, self.cost = graph, ranges, slots, cost
         self.users = graph.users()
         self.nodes = graph.by_name
-        if len(graph.input_shape) not in (2, 3) or graph.input_shape[0] != 1:
+        if len(graph.input_shape) < 2 or graph.input_shape[0] != 1:
             raise UnsupportedOpError(
-                f"input {graph.input!r} has shape {graph.input_shape}; [1, tokens, features] and [1, features] are compiled"
+                f"input {graph.input!r} has shape {graph.input_shape}; one request, [1, ...], is compiled at a time"
             )
-        self.tokens = graph.input_shape[1] if len(graph.input_shape) == 3 else 1
-        if slots % self.tokens:
-            raise UnsupportedOpError(f"{self.tokens} tokens do not divide {slots} slots; pad to a power of two")
+        # Tokens side by side, if that is what the second axis can be; else every tensor is a vector.
+        sequence = len(graph.input_shape) == 3 and slots % graph.input_shape[1] == 0
+        sequence = sequence and all(user.op != "sparse" for user in self.users[graph.input])
+        self.tokens = graph.input_shape[1] if sequence else 1
         self.positions = slots // self.tokens
         self.ops: list[Op] = []
         self.arrays: Arrays = {}
@@ -146,6 +149,14 @@ class Lowering:
                     return float(self.bound(sums[0].name) ** (1.0 / power))
         return self.bound(name)
 
+    def repeats(self, name: str) -> bool:
+        """Whether a tensor takes part in sums of two tensors or over features, which want it repeated over the slots."""
+        if name in self.streams and len(self.users[name]) > 0 and any(u.op == "add" for u in self.users[name]):
+            return True
+        return any(
+            user.op == "reduce_sum" or (user.op in ELEMENTWISE and self.repeats(user.name)) for user in self.users[name]
+        )
+
     def goes_to_heads(self, name: str) -> Heads | None:
         """The head geometry if a tensor [1, T, D] is split into heads for a product of two tensors."""
         for user in self.users[name]:
@@ -188,16 +199,34 @@ class Lowering:
         return name
 
     def _input(self) -> Signature:
-        name, features = self.graph.input, self.graph.input_shape[-1]
-        layout = from_features(periodic(features, self.positions), self.tokens, features)
+        name = self.graph.input
+        layout = self._input_layout()
         factor = self.wanted(name)
-        op = self.emit("input", (), name, factor=factor, name="x", part=0)
-        self.placed[name] = Placed(ops=(op,), layout=layout[None], factor=factor)
-        self.tensors[op] = (name, 0)
-        self.client_arrays["input"] = layout[None].astype(np.int32)
+        ops = tuple(self.emit("input", (), name, factor=factor, name="x", part=part) for part in range(len(layout)))
+        self.placed[name] = Placed(ops=ops, layout=layout, factor=factor)
+        self.tensors |= {op: (name, part) for part, op in enumerate(ops)}
+        self.client_arrays["input"] = layout.astype(np.int32)
         return Signature(
             name="x", shape=self.graph.input_shape[1:], layout="input", factor=factor, bound=self.bound(name), level=0
         )
+
+    def _input_layout(self) -> np.ndarray:
+        """Layout [ciphertexts, slots]; a vector that one linear map reads is packed as that map wants it."""
+        shape = self.graph.input_shape
+        if self.tokens > 1:
+            parts = feature_tiles(shape[-1], self.positions)
+            return np.stack([from_features(part, self.tokens, shape[-1]) for part in parts])
+        size, users = int(np.prod(shape)), self.users[self.graph.input]
+        wide = int(np.prod(users[0].shape)) if users else size
+        layouts = input_layouts(size, wide, self.slots)
+        if len(users) != 1 or users[0].op not in ("linear", "sparse"):
+            return layouts[0]
+        matrix, repeated = matrix_of(users[0], shape), self.repeats(users[0].name)
+
+        def seconds(layout: np.ndarray) -> float:
+            return plan_sparse(matrix, layout, places(wide, layout, matrix, repeated=repeated), self.cost).seconds
+
+        return min(layouts, key=seconds)
 
     def _output(self) -> Signature:
         name = self.graph.output
@@ -215,37 +244,92 @@ class Lowering:
         )
 
 
+def feature_tiles(features: int, positions: int) -> list[np.ndarray]:
+    """Feature maps [P] of the ciphertexts of a tensor: one that repeats, or as many as the features fill."""
+    if power_of_two(features) <= positions:
+        return [periodic(features, positions)]
+    index = np.arange(-(-features // positions) * positions).reshape(-1, positions)
+    return list(np.where(index < features, index, -1))
+
+
 def _linear(low: Lowering, node: Node) -> Placed:
     assert node.const is not None
     x = low.placed[node.inputs[0]]
     features_in, features_out = node.const.shape
-    source = to_features(x.layout[0], low.tokens, features_in) if len(x.ops) == 1 else None
-    if source is None:
-        raise UnsupportedOpError(f"{node}: the input is not one ciphertext of [tokens, features]")
+    shape = low.graph.shape(node.inputs[0])
+    sources = [to_features(part, low.tokens, features_in) for part in x.layout]
+    if low.tokens == 1 or shape != (1, low.tokens, features_in) or any(f is None for f in sources):
+        rows = int(np.prod(shape[:-1]))
+        bias = None if node.bias is None else np.tile(np.broadcast_to(node.bias, (features_out,)), rows)
+        return lower_map(low, node, x, matrix_of(node, shape), bias)
     heads = low.goes_to_heads(node.name)
-    target = heads.feature if heads is not None else periodic(features_out, low.positions)
+    targets = [heads.feature] if heads is not None else feature_tiles(features_out, low.positions)
     factor = low.wanted(node.name)
-    plan = plan_matvec(source, target, node.const * (x.factor / factor), low.cost)
+    ops = []
+    for part, target in enumerate(targets):
+        constant = None
+        if node.bias is not None:
+            values = np.where(target >= 0, np.broadcast_to(node.bias, (features_out,))[np.maximum(target, 0)], 0.0)
+            constant = low.array(f"{node.name}.{part}.bias", values / factor)
+        ops.append(_tile(low, node, x, [f for f in sources if f is not None], part, target, constant, factor))
+    layout = np.stack([from_features(target, low.tokens, features_out) for target in targets])
+    return Placed(ops=tuple(ops), layout=layout, factor=factor, heads=heads)
+
+
+def _tile(
+    low: Lowering,
+    node: Node,
+    x: Placed,
+    sources: list[np.ndarray],
+    part: int,
+    target: np.ndarray,
+    bias: str | None,
+    factor: float,
+) -> int:
+    """One ciphertext of a linear map's result: a matrix-vector product of every source ciphertext, those with equal folds summed first."""
+    assert node.const is not None
     t = low.tokens
-    bias = None
-    if node.bias is not None:
-        values = np.where(target >= 0, node.bias[np.maximum(target, 0)] / factor, 0.0)
-        bias = low.array(f"{node.name}.bias", values)
-    op = low.emit(
-        "linear",
-        x.ops,
-        node.source,
-        factor=factor,
-        weights=low.array(f"{node.name}.weights", plan.weights),
-        plan=[[g * t, [[b * t, row] for b, row in terms]] for g, terms in plan.plan],
-        bias=None if plan.folds else bias,
-    )
-    if plan.folds:
-        op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=[f * t for f in plan.folds])
-        if bias is not None:
-            op = low.emit("add_plain", (op,), node.source, factor=factor, array=bias)
-    layout = from_features(target, low.tokens, features_out)
-    return Placed(ops=(op,), layout=layout[None], factor=factor, heads=heads)
+    columns = _held(target)
+    partial: dict[tuple[int, ...], int] = {}
+    for i, source in enumerate(sources):
+        rows = _held(source)
+        matrix = node.const[rows][:, columns] * (x.factor / factor)
+        plan = plan_matvec(_local(source, rows), _local(target, columns), matrix, low.cost)
+        alone = len(sources) == 1 and not plan.folds
+        op = low.emit(
+            "linear",
+            (x.ops[i],),
+            node.source,
+            factor=factor,
+            weights=low.array(f"{node.name}.{part}.{i}.weights", plan.weights),
+            plan=[[g * t, [[b * t, row] for b, row in terms]] for g, terms in plan.plan],
+            bias=bias if alone else None,
+        )
+        if alone:
+            return op
+        known = partial.get(plan.folds)
+        partial[plan.folds] = op if known is None else low.emit("add", (known, op), node.source, factor=factor)
+    total = -1
+    for folds, op in partial.items():
+        if folds:
+            op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=[f * t for f in folds])
+        total = op if total < 0 else low.emit("add", (total, op), node.source, factor=factor)
+    return total if bias is None else low.emit("add_plain", (total,), node.source, factor=factor, array=bias)
+
+
+def _held(feature: np.ndarray) -> np.ndarray:
+    """The features that a map holds, ascending."""
+    return np.unique(feature[feature >= 0])
+
+
+def _local(feature: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """A feature map counted within the features that it holds."""
+    return np.where(feature >= 0, np.searchsorted(held, np.maximum(feature, 0)), -1)
+
+
+def _sparse(low: Lowering, node: Node) -> Placed:
+    x = low.placed[node.inputs[0]]
+    return lower_map(low, node, x, node.attrs["matrix"], node.bias)
 
 
 def _scaled(low: Lowering, x: Placed, factor: float, source: str) -> Placed:
@@ -259,12 +343,27 @@ def _scaled(low: Lowering, x: Placed, factor: float, source: str) -> Placed:
 
 def _add(low: Lowering, node: Node) -> Placed:
     a, b = (low.placed[name] for name in node.inputs)
-    if a.layout.shape != b.layout.shape or not np.array_equal(a.layout, b.layout):
-        raise UnsupportedOpError(f"{node}: the operands lie in different layouts")
+    if low.graph.shape(node.inputs[0]) != node.shape:
+        a, b = b, a
+    index = broadcast_index(_smaller(low, node), node.shape)
+    if low.graph.shape(node.inputs[0]) != low.graph.shape(node.inputs[1]) or not np.array_equal(a.layout, b.layout):
+        b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
     if not np.isclose(a.factor, b.factor, rtol=1e-9):
         b = _scaled(low, b, a.factor, node.source)
     ops = tuple(low.emit("add", pair, node.source, factor=a.factor) for pair in zip(a.ops, b.ops, strict=True))
     return replace(a, ops=ops, clean=a.clean and b.clean)
+
+
+def _smaller(low: Lowering, node: Node) -> tuple[int, ...]:
+    """Shape of the operand that is broadcast; of the second one where both have the node's shape.
+
+    Raises:
+        UnsupportedOpError: both are broadcast.
+    """
+    a, b = (low.graph.shape(name) for name in node.inputs)
+    if node.shape not in (a, b):
+        raise UnsupportedOpError(f"{node}: both operands, {a} and {b}, would have to be broadcast; expand one of them")
+    return b if a == node.shape else a
 
 
 def constant_slots(low: Lowering, const: np.ndarray, shape: tuple[int, ...], layout: np.ndarray) -> Array:
@@ -310,12 +409,13 @@ def _mul_const(low: Lowering, node: Node) -> Placed:
 
 
 def _mul(low: Lowering, node: Node) -> Placed:
-    names = sorted(node.inputs, key=lambda n: -int(np.prod(low.graph.shape(n))))
-    a, b = (low.placed[name] for name in names)
-    index = broadcast_index(low.graph.shape(names[1]), node.shape)
-    wanted = np.where(a.layout >= 0, index[np.maximum(a.layout, 0)], b.layout)
-    if low.graph.shape(names[0]) != node.shape or not np.array_equal(wanted, np.broadcast_to(b.layout, wanted.shape)):
-        raise UnsupportedOpError(f"{node}: the second operand does not lie where the first one needs it")
+    a, b = (low.placed[name] for name in node.inputs)
+    if low.graph.shape(node.inputs[0]) != node.shape:
+        a, b = b, a
+    index = broadcast_index(_smaller(low, node), node.shape)
+    wanted = np.where(a.layout >= 0, index[np.maximum(a.layout, 0)], b.layout[0] if len(b.layout) == 1 else -1)
+    if not np.array_equal(wanted, np.broadcast_to(b.layout, wanted.shape) if len(b.layout) in (1, len(wanted)) else 0):
+        b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
     pairs = zip(a.ops, b.ops * (len(a.ops) // len(b.ops)), strict=True)
     factor = a.factor * b.factor
     ops = tuple(low.emit("mul", pair, node.source, factor=factor) for pair in pairs)
@@ -342,13 +442,13 @@ def _reduce_sum(low: Lowering, node: Node) -> Placed:
             total = low.emit("add", (total, op), node.source, factor=x.factor)
         steps = x.heads.copy_steps
     else:
-        feature = to_features(x.layout[0], low.tokens, shape[-1])
-        if feature is None or not np.array_equal(feature, periodic(shape[-1], low.positions)):
-            raise UnsupportedOpError(f"{node}: sums are taken over features in the periodic layout, or over keys")
-        if (feature < 0).any() and not x.clean:
-            raise UnsupportedOpError(
-                f"{node}: {shape[-1]} features are padded with values that are not 0; use a power of two"
-            )
+        whole = len(x.ops) == 1 and shape in ((1, low.tokens, shape[-1]), (1, shape[-1]))
+        feature = to_features(x.layout[0], low.tokens, shape[-1]) if whole else None
+        if feature is None or power_of_two(shape[-1]) > low.positions:
+            return lower_map(low, node, x, matrix_of(node, shape), None)
+        padded = (feature < 0).any() and not x.clean
+        if padded or not np.array_equal(feature, periodic(shape[-1], low.positions)):
+            return lower_map(low, node, x, matrix_of(node, shape), None)
         period = 1 << (shape[-1] - 1).bit_length()
         steps = [low.tokens << k for k in range(period.bit_length() - 1)]
     if steps:
@@ -374,14 +474,15 @@ def _reshape(low: Lowering, node: Node) -> Placed:
 def _matmul(low: Lowering, node: Node) -> Placed:
     a, b = (low.placed[name] for name in node.inputs)
     if a.heads is None or a.heads != b.heads:
-        raise UnsupportedOpError(
-            f"{node}: products of two encrypted matrices are compiled for attention heads of equal shape"
-        )
+        return lower_matmul(low, node, a, b)
     return (lower_values if a.scores else lower_scores)(low, node, a, b, a.heads)
 
 
+ELEMENTWISE = ("add", "add_const", "mul", "mul_const", "polynomial", "reshape")
+
 HANDLERS: dict[str, Callable[[Lowering, Node], Placed]] = {
     "linear": _linear,
+    "sparse": _sparse,
     "add": _add,
     "add_const": _add_const,
     "mul": _mul,

@@ -21,7 +21,7 @@ from .schedule import Forecast, forecast
 
 GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5
-SCALES = (40, 45, 50)
+SCALES = (30, 35, 40, 45, 50)
 BACKENDS = {
     "openfhe": frozenset({"hoisting", "double_hoisting"}),
     "tenseal": frozenset(),

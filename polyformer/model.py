@@ -41,6 +41,14 @@ class ModelConfig:
     activation_degree: int = 2
     norm_degree: int = 2  # of the inverse square root's seed
     norm_newton: int = 0
+    length_scaling: str = "after_sqrt"  # of pointwise attention: none, after_sqrt, after, both
+    feature_map: str = "identity"  # of linear attention: identity, elu
+    decay: str = "data"  # of gated linear attention: data, fixed
+    output_gate: str = "silu"  # of gated linear attention: silu, linear, none
+    state: int = 16  # N of the state-space mixers
+    expand: int = 2  # inner channels of the state-space mixers, in widths
+    conv_width: int = 4  # positions under the short convolution
+    gate_degree: int = 2  # of the polynomial that stands for the decay of polynomial_s6
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -143,7 +151,8 @@ class Transformer(nn.Module):
                     else 1.0
                 )
                 nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return x0_BTD = E[token] + P[position]: the client computes this in clear."""

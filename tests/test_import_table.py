@@ -41,6 +41,7 @@ TABLE = (
         may=EVERYTHING,
     ),
     Rule(paths=("polyformer/export.py",), may=("polyformer", "torch", "numpy", "onnx"), never=COMMAND_LINE),
+    Rule(paths=("polyformer/mixers/mamba.py",), may=("polyformer", "torch", "numpy", "mamba_ssm"), never=COMMAND_LINE),
     Rule(paths=("polyformer/**",), may=("polyformer", "torch", "numpy"), never=COMMAND_LINE),
     Rule(
         paths=("training/**",),

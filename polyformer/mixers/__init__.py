@@ -1,7 +1,12 @@
 """Sequence mixers, y = A(x) x: one mixer, one class, one file. `load("power_softmax")` imports the file when asked for.
 
-The interface is `Mixer`: `forward`, a slow `reference`, `matrix`, and the certificate `degree`/`depth`. The registry
-is the folder itself: file `power_softmax.py` holds class `PowerSoftmax`.
+The interface is `Mixer`: `forward`, a slow `reference`, `matrix` with the `value` it acts on, the certificate
+`degree`/`depth`, and `receptive_field`. The registry is the folder itself: file `power_softmax.py` holds class
+`PowerSoftmax`.
+
+    no division, a polynomial     pointwise (with a polynomial sigma), linear, gated_linear (fixed decay), polynomial_s6
+    one division                  power_softmax
+    not polynomial, to compare    softmax, gated_linear (decay from data), mamba, mamba2, rwkv, griffin
 """
 
 from __future__ import annotations

@@ -119,11 +119,10 @@ def test_too_deep_for_tenseal_says_by_how_many_levels(tmp_path, monkeypatch):
         compile_onnx(path, np.zeros((2, 64), dtype=np.float32), target=Target(backend="tenseal"))
 
 
-def test_a_model_too_wide_is_refused_with_both_numbers(tmp_path):
-    path = norm_mlp(tmp_path / "m.onnx", layer_norm=False, tokens=16, width=64)
-    x = np.zeros((2, 16, 64), dtype=np.float32)
-    with pytest.raises(UnsupportedOpError, match="128 features need 128 positions, a ciphertext has 64"):
-        compile_onnx(path, x, target=Target(insecure_log_n=11))
+def test_a_model_too_wide_for_one_ciphertext_takes_several(tmp_path):
+    three_ways(
+        norm_mlp(tmp_path / "m.onnx", layer_norm=False, tokens=16, width=64), Target(insecure_log_n=11), scale=0.3
+    )
 
 
 @pytest.mark.parametrize(

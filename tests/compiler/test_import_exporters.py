@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from compiler import Target, compile_onnx
 from compiler.ir import evaluate
 from compiler.onnx_import import import_onnx
 from compiler.pipeline import simplify
+from he_backend.simulator import simulate
 
 from .test_import_ops import check
 
@@ -149,3 +151,18 @@ def test_vision_transformer_keeps_the_shape_of_attention(tmp_path):
         split = graph.by_name[turned.inputs[0]]
         assert (split.op, split.shape) == ("reshape", (1, 5, 2, 4))
         assert graph.by_name[split.inputs[0]].op == "linear"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_models_compile(tmp_path, name):
+    torch.manual_seed(0)
+    model, shape = MODELS[name]()
+    model, path = model.eval(), tmp_path / "m.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.zeros(shape),), str(path), dynamo=False)
+    x = np.random.default_rng(0).normal(0, 0.5, size=(4, *shape[1:]))
+    compiled = compile_onnx(path, x, target=Target(insecure_log_n=12))
+    wanted = model(torch.tensor(x[:1], dtype=torch.float32)).detach().numpy()[0]
+    got = simulate(compiled.circuit, {"x": x[0]}).outputs["y"]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.max(np.abs(wanted)))

@@ -78,7 +78,7 @@ def _serves_attention(node: Node, view: View) -> bool:
     return False
 
 
-def _chain(graph: Graph, node: Node, view: View) -> list[Node] | None:
+def _chain(graph: Graph, refused: set[object], node: Node, view: View) -> list[Node] | None:
     """A (B x + b) + a."""
     if len(node.inputs) != 1 or (maker := view.nodes.get(node.inputs[0])) is None or len(maker.inputs) != 1:
         return None
@@ -90,8 +90,12 @@ def _chain(graph: Graph, node: Node, view: View) -> list[Node] | None:
     if outer is None or inner is None:
         return None
     (a, shift), (b, bias) = outer, inner
+    pair = (node.name, maker.name, a.nnz, b.nnz)
+    if pair in refused or int(np.diff(b.indptr)[a.indices].sum()) > maps.MAX_ENTRIES:
+        return None
     product = (a @ b).tocsr()
     if product.nnz > MAX_FILL * (a.nnz + b.nnz):
+        refused.add(pair)  # the product need not be formed again each time that the graph changes elsewhere
         return None
     moved = shift if bias is None else a @ bias + (0.0 if shift is None else shift)
     return [replace(node, op="sparse", inputs=maker.inputs, const=None, bias=moved, attrs={"matrix": product})]
@@ -117,12 +121,22 @@ def _parallel(graph: Graph, node: Node, view: View) -> list[Node] | None:
     return [replace(node, op="sparse", inputs=u.inputs, bias=bias, attrs={"matrix": matrix})]
 
 
+def _squeeze(node: Node, view: View) -> list[Node] | None:
+    """A sparse map whose result only loses or gains axes of length 1, as after cutting out one of three parts."""
+    maker = view.maker(node.inputs[0], "sparse") if node.op == "reshape" else None
+    if maker is None or not view.only_user(maker.name, node):
+        return None
+    if [n for n in maker.shape if n > 1] != [n for n in node.shape if n > 1]:
+        return None
+    return [replace(maker, name=node.name, shape=node.shape)]
+
+
 def _columns(graph: Graph, node: Node, view: View) -> list[Node] | None:
-    """A selection of x W, seen through views, whose tokens all select the same features."""
-    if node.op != "sparse" or node.bias is not None:
+    """Scaled and shifted elements of x W, seen through views, of which every token takes the same."""
+    if node.op != "sparse":
         return None
     matrix = node.attrs["matrix"]
-    if matrix.nnz != matrix.shape[0] or np.any(np.diff(matrix.indptr) != 1) or np.any(matrix.data != 1.0):
+    if matrix.nnz != matrix.shape[0] or np.any(np.diff(matrix.indptr) != 1):
         return None
     index, maker = matrix.indices, view.nodes.get(node.inputs[0])
     while maker is not None and maker.op in VIEWS:
@@ -137,15 +151,19 @@ def _columns(graph: Graph, node: Node, view: View) -> list[Node] | None:
     axis = next((a for a, n in enumerate(node.shape) if n == tokens and _counts(token, a)), None)
     if tokens == 1 or axis is None or node.shape[0] != 1 or axis == 0:
         return None
-    chosen = feature.take(0, axis)
-    if np.any(feature != np.expand_dims(chosen, axis)):
-        return None
-    flat = chosen.reshape(-1)
-    bias = None if maker.bias is None else maker.bias[flat]
+    shift = np.zeros(node.shape) if node.bias is None else node.bias.reshape(node.shape)
+    chosen, factor, more = (part.take(0, axis) for part in (feature, matrix.data.reshape(node.shape), shift))
+    for whole, part in ((feature, chosen), (matrix.data.reshape(node.shape), factor), (shift, more)):
+        if np.any(whole != np.expand_dims(part, axis)):
+            return None
+    flat, factor, more = chosen.reshape(-1), factor.reshape(-1), more.reshape(-1)
+    bias = None if maker.bias is None and node.bias is None else more
+    if maker.bias is not None:
+        bias = maker.bias[flat] * factor + more
     heads = (1, tokens, *chosen.shape[1:])
     perm = [0, *(i for i in range(2, len(heads)))]
     perm.insert(axis, 1)
-    made = [replace(maker, shape=(*maker.shape[:-1], flat.size), const=maker.const[:, flat], bias=bias)]
+    made = [replace(maker, shape=(*maker.shape[:-1], flat.size), const=maker.const[:, flat] * factor, bias=bias)]
     if made[-1].shape != heads:
         made.append(replace(node, op="reshape", inputs=(), shape=heads, attrs={}))
     if axis != 1:
@@ -175,4 +193,6 @@ def linear_chains(graph: Graph) -> Graph:
     """Merge to a fixed point; a graph without sparse nodes comes back as it is."""
     if not any(node.op == "sparse" for node in graph.nodes):
         return graph
-    return rewrite(graph, [partial(_columns, graph), _nothing, partial(_chain, graph), partial(_parallel, graph)])
+    graph = rewrite(graph, [_squeeze])
+    graph = rewrite(graph, [_nothing, partial(_chain, graph, set()), partial(_parallel, graph)])
+    return rewrite(graph, [partial(_columns, graph)])  # last: the parts of a rotary embedding belong together

@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 def compile_(
     model: Annotated[Path, typer.Argument(help="ONNX file, from `polyformer export`.")],
     calibration: Annotated[
-        Path | None, typer.Option(help=".npz with `tokens` [n, T]; default: beside the model.")
+        Path | None, typer.Option(help=".npz with `tokens` [n, T] or `inputs` [n, ...]; default: beside the model.")
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Circuit file; default: beside the model.")] = None,
     backend: Backend = "openfhe",
@@ -104,14 +104,17 @@ def compile_files(
 
     must_exist(model, "polyformer export")
     archive = load_array(must_exist(calibration, "polyformer export"))
-    if isinstance(archive, np.ndarray) or "tokens" not in archive:
-        raise Failure(f"{calibration} holds no `tokens`; `polyformer export` makes one that does")
+    if isinstance(archive, np.ndarray) or not {"tokens", "inputs"} & set(archive):
+        raise Failure(
+            f"{calibration} holds no `tokens` [n, T], which `polyformer export` writes, and no `inputs` [n, ...] of a "
+            "model that starts from numbers"
+        )
     with archive as file:
-        tokens = file["tokens"]
+        samples = file["tokens"] if "tokens" in file else file["inputs"]
     target = Target(backend=backend, max_memory_gb=max_memory_gb, insecure_log_n=insecure_log_n, threads=threads)
     compiled = compile_onnx(
         model,
-        tokens,
+        samples,
         target=target,
         approximate=approximate,
         progress=lambda stage, done, total: progress(done, total, stage),

@@ -1,13 +1,18 @@
 """Functions fitted on calibrated ranges: what is stated is what happens, and what cannot be fitted is refused."""
 
+import json
+
 import numpy as np
 import pytest
 
+from compiler import Target, compile_onnx
 from compiler.certificate import certify
 from compiler.ir import evaluate
 from compiler.onnx_import import import_onnx
 from compiler.passes.approximate import approximate, widened
 from he_backend.base import UnsupportedOpError
+from he_backend.simulator import simulate
+from polyformer import cli
 
 from .test_import_ops import Model
 
@@ -129,6 +134,39 @@ def test_what_is_not_elementwise_is_refused(tmp_path, kind):
     path = m.save(tmp_path / "m.onnx", y)
     with pytest.raises(UnsupportedOpError, match=rf"is a {kind}, which does not act on each element alone"):
         import_onnx(path, approximate=True)
+
+
+def test_an_approximated_model_compiles(tmp_path):
+    m = Model((1, 16))
+    h = m.op("Relu", m.op("Gemm", "x", m.normal(16, 8) / 4, m.normal(8)))
+    path = m.save(tmp_path / "m.onnx", m.op("Gemm", h, m.normal(8, 3) / 3, m.normal(3)))
+    x = np.random.default_rng(0).normal(size=(16, 16))
+    with pytest.raises(UnsupportedOpError, match=r"'1.Relu' is a Relu.*--approximate"):
+        compile_onnx(path, x, target=Target(insecure_log_n=11))
+    compiled = compile_onnx(path, x, target=Target(insecure_log_n=11), approximate=True)
+    assert compiled.approximations is not None
+    (made,) = compiled.approximations.approximations
+    assert made.source == "1.Relu"
+    assert compiled.certificate.degree == made.degree
+    graph = import_onnx(path, approximate=True)
+    for row in x[:4]:
+        y = simulate(compiled.circuit, {"x": row}).outputs["y"]
+        assert np.max(np.abs(y - evaluate(graph, row[None])[graph.output][0])) <= compiled.approximations.error + 1e-6
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_command_line_says_what_was_approximated(tmp_path, capsys, approximate):
+    m = Model((1, 16))
+    h = m.op("Sigmoid", m.op("Gemm", "x", m.normal(16, 8) / 4, m.normal(8)))
+    path = m.save(tmp_path / "m.onnx", m.op("Gemm", h, m.normal(8, 3) / 3, m.normal(3)))
+    np.savez(tmp_path / "calibration.npz", inputs=np.random.default_rng(0).normal(size=(16, 16)))
+    command = ["compile", str(path), "--insecure-log-n", "11", "--json", *["--approximate"] * approximate]
+    assert cli.run(command) == (0 if approximate else 1)
+    shown = capsys.readouterr()
+    if approximate:
+        assert "1.Sigmoid: Sigmoid by a polynomial of degree" in json.loads(shown.out)["approximations"]
+    else:
+        assert "--approximate" in shown.err
 
 
 def test_margins_keep_the_sign():

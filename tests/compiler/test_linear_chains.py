@@ -47,6 +47,25 @@ def fused_heads(m):
     return m.op("Reshape", m.op("Transpose", y, perm=[0, 2, 1, 3]), np.array([1, 4, 6]))
 
 
+def scaled_rotary_heads(m):
+    """Queries cut from one map with keys, scaled; half of each head's channels turned."""
+    x = m.op("Add", m.op("MatMul", "x", m.normal(6, 8)), m.normal(8))
+    parts = m.op("Split", x, np.array([4, 4]), outputs=2, axis=-1)
+    q, k = (m.op("Transpose", m.op("Reshape", p, np.array([1, 4, 2, 2])), perm=[0, 2, 1, 3]) for p in parts)
+    first, second = m.op("Split", k, np.array([1, 1]), outputs=2, axis=-1)
+    turned = m.op("Concat", m.op("Neg", second), first, axis=-1)
+    k = m.op("Add", m.op("Mul", k, m.normal(4, 2)), m.op("Mul", turned, m.normal(4, 2)))
+    return m.op("MatMul", m.op("Mul", q, np.array(0.5)), m.op("Transpose", k, perm=[0, 1, 3, 2]))
+
+
+def scaled_cut(m):
+    """A scale and a shift between the cut and the heads."""
+    x = m.op("Add", m.op("MatMul", "x", m.normal(6, 8)), m.normal(8))
+    q, k = m.op("Split", x, np.array([4, 4]), outputs=2, axis=-1)
+    q = m.op("Add", m.op("Mul", q, np.array(0.5)), m.normal(4))
+    return m.op("MatMul", q, m.op("Transpose", k, perm=[0, 2, 1]))
+
+
 ORDERS = ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])  # queries, keys transposed, values
 
 
@@ -69,6 +88,12 @@ CASES = {
     "conv block": ((1, 2, 8, 8), conv_block, {"sparse": 1}),
     "cnn": ((1, 2, 8, 8), cnn, {"sparse": 2, "mul": 1}),
     "rotary": ((1, 4, 6), rotary, {"sparse": 1}),
+    "rotary heads": (
+        (1, 4, 6),
+        scaled_rotary_heads,
+        {"linear": 2, "reshape": 1, "transpose": 2, "sparse": 1, "mul_const": 1, "matmul": 1},
+    ),
+    "scaled cut": ((1, 4, 6), scaled_cut, {"linear": 2, "transpose": 1, "matmul": 1}),
     "heads cut from one map": ((1, 4, 6), fused_heads, {**HEADS, "mul": 1}),
     "one map cut, then heads": ((1, 4, 6), fused_split, HEADS),
     "concat of all parts": ((1, 4, 6), split_and_join, {"reshape": 1, "mul": 1}),

@@ -8,6 +8,9 @@ are P = slots / T positions. A *feature map* says which feature each position ho
     heads      [channel i][spare copy][shift copy b][head h]: the channels of a head lie outermost, so that the sum of a score
                over them is cyclic too, without mask and without spreading the result (two rotations trees and a level saved);
                copy b holds the key shifted by b tokens, which does T / B products of queries and keys instead of T.
+
+A tensor that is wider than a ciphertext is cut by features into tiles, one ciphertext each. Tensors that are no [T, F] at all have
+layouts without positions: any map from (ciphertext, slot) to element, see `sparse`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,24 @@ def periodic(features: int, positions: int) -> np.ndarray:
         )
     feature = np.arange(positions) % period
     return np.where(feature < features, feature, -1)
+
+
+def feature_tiles(features: int, positions: int) -> list[np.ndarray]:
+    """Feature maps [P] of the ciphertexts of a tensor: one that repeats, or as many as the features fill."""
+    if power_of_two(features) <= positions:
+        return [periodic(features, positions)]
+    index = np.arange(-(-features // positions) * positions).reshape(-1, positions)
+    return list(np.where(index < features, index, -1))
+
+
+def held(feature: np.ndarray) -> np.ndarray:
+    """The features that a map holds, ascending."""
+    return np.unique(feature[feature >= 0])
+
+
+def local(feature: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """A feature map counted within the features that it holds."""
+    return np.where(feature >= 0, np.searchsorted(features, np.maximum(feature, 0)), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +160,9 @@ def broadcast_index(shape: tuple[int, ...], target: tuple[int, ...]) -> np.ndarr
     """Flat indices into a tensor of `shape` for every element of `target` that it broadcasts to, [size of target]."""
     index = np.arange(int(np.prod(shape))).reshape(shape)
     return np.broadcast_to(index, target).reshape(-1)
+
+
+def constant_slots(const: np.ndarray, shape: tuple[int, ...], layout: np.ndarray) -> np.ndarray:
+    """A broadcast constant in a layout: [ciphertexts, slots], 0 where the layout is unused."""
+    flat = np.broadcast_to(const, shape).reshape(-1)
+    return np.where(layout >= 0, flat[np.maximum(layout, 0)], 0.0)

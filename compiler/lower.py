@@ -12,14 +12,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from he_backend.base import Array, UnsupportedOpError
+from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Op, Signature
 from he_backend.container import Arrays
 
 from .attention import lower_scores, lower_values
 from .general import lower_map, lower_matmul, matrix_of, move
 from .ir import Graph, Node
-from .layout import Heads, broadcast_index, from_features, periodic, power_of_two, to_features
+from .layout import (
+    Heads,
+    broadcast_index,
+    constant_slots,
+    feature_tiles,
+    from_features,
+    held,
+    local,
+    periodic,
+    power_of_two,
+    to_features,
+)
 from .matvec import PlanCost, plan_matvec
 from .polynomials import prepare
 from .sparse import input_layouts, places, plan_sparse
@@ -244,14 +255,6 @@ class Lowering:
         )
 
 
-def feature_tiles(features: int, positions: int) -> list[np.ndarray]:
-    """Feature maps [P] of the ciphertexts of a tensor: one that repeats, or as many as the features fill."""
-    if power_of_two(features) <= positions:
-        return [periodic(features, positions)]
-    index = np.arange(-(-features // positions) * positions).reshape(-1, positions)
-    return list(np.where(index < features, index, -1))
-
-
 def _linear(low: Lowering, node: Node) -> Placed:
     assert node.const is not None
     x = low.placed[node.inputs[0]]
@@ -289,12 +292,12 @@ def _tile(
     """One ciphertext of a linear map's result: a matrix-vector product of every source ciphertext, those with equal folds summed first."""
     assert node.const is not None
     t = low.tokens
-    columns = _held(target)
+    columns = held(target)
     partial: dict[tuple[int, ...], int] = {}
     for i, source in enumerate(sources):
-        rows = _held(source)
+        rows = held(source)
         matrix = node.const[rows][:, columns] * (x.factor / factor)
-        plan = plan_matvec(_local(source, rows), _local(target, columns), matrix, low.cost)
+        plan = plan_matvec(local(source, rows), local(target, columns), matrix, low.cost)
         alone = len(sources) == 1 and not plan.folds
         op = low.emit(
             "linear",
@@ -315,16 +318,6 @@ def _tile(
             op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=[f * t for f in folds])
         total = op if total < 0 else low.emit("add", (total, op), node.source, factor=factor)
     return total if bias is None else low.emit("add_plain", (total,), node.source, factor=factor, array=bias)
-
-
-def _held(feature: np.ndarray) -> np.ndarray:
-    """The features that a map holds, ascending."""
-    return np.unique(feature[feature >= 0])
-
-
-def _local(feature: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """A feature map counted within the features that it holds."""
-    return np.where(feature >= 0, np.searchsorted(held, np.maximum(feature, 0)), -1)
 
 
 def _sparse(low: Lowering, node: Node) -> Placed:
@@ -366,16 +359,10 @@ def _smaller(low: Lowering, node: Node) -> tuple[int, ...]:
     return b if a == node.shape else a
 
 
-def constant_slots(low: Lowering, const: np.ndarray, shape: tuple[int, ...], layout: np.ndarray) -> Array:
-    """A broadcast constant in a layout: [ciphertexts, slots], 0 where the layout is unused."""
-    flat = np.broadcast_to(const, shape).reshape(-1)
-    return np.where(layout >= 0, flat[np.maximum(layout, 0)], 0.0)
-
-
 def _add_const(low: Lowering, node: Node) -> Placed:
     x = low.placed[node.inputs[0]]
     assert node.const is not None
-    values = constant_slots(low, node.const, node.shape, x.layout) / x.factor
+    values = constant_slots(node.const, node.shape, x.layout) / x.factor
     ops = tuple(
         low.emit("add_plain", (op,), node.source, factor=x.factor, array=low.array(f"{node.name}.{part}", values[part]))
         for part, op in enumerate(x.ops)
@@ -392,7 +379,7 @@ def _mul_const(low: Lowering, node: Node) -> Placed:
             raise UnsupportedOpError(f"{node}: a product by zero; remove the branch")
         return replace(x, factor=x.factor * c)
     factor = low.wanted(node.name)
-    values = constant_slots(low, node.const, node.shape, x.layout) * (x.factor / factor)
+    values = constant_slots(node.const, node.shape, x.layout) * (x.factor / factor)
     ops = tuple(
         low.emit(
             "linear",

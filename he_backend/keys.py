@@ -6,7 +6,7 @@
     FOLDER/evaluation/relin.key        one file a key: a 64-byte header, then the body that the backend made
     FOLDER/evaluation/rotation-K.key
 
-    header of a key file: 16 bytes magic, then little-endian u32 kind (0 relin, 1 rotation), k, level, 0; then key_id (32 ASCII)
+    header of a key file: 16 bytes magic, then little-endian u32 kind (its place in KINDS), k, level, 0; then key_id (32 ASCII)
 
 The evaluation folder is what a server gets. Files are complete or absent: written as .part and renamed.
 """

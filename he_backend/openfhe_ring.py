@@ -24,7 +24,7 @@ import numpy as np
 from . import openfhe_bytes, openfhe_rounding, refresh, security
 from .base import CapabilityError, HEError, ParamsError
 from .openfhe_bytes import Residues, Template
-from .params import Params
+from .params import SPARSE_KEY_LIMBS, Params
 
 INSTALL = "pip install 'openfhe>=1.6.1,<1.7' (wheels load on CPython 3.10 with glibc >= 2.35 and CPython 3.12 with glibc >= 2.39)"
 
@@ -264,9 +264,9 @@ class Ring:
     def key_primes(self, level: int, kind: str = "rotation") -> tuple[int, ...]:
         """The primes of a key file's limbs: for each of 2 · digits polynomials, q_0..q_level, then P.
 
-        An "encapsulation" begins with a key of two polynomials modulo q_0 and the first special prime.
+        An "encapsulation" begins with a key of two polynomials modulo q_0 and two primes that occur nowhere else.
         """
-        sparse = self._sparse_key_primes if kind == "encapsulation" else ()
+        sparse = self._key_template("to sparse").primes if kind == "encapsulation" else ()
         return sparse + (self.moduli[: level + 1] + self.special) * (2 * self.key_digits(level))
 
     def key_digits(self, level: int) -> int:
@@ -282,9 +282,12 @@ class Ring:
     def _full_key_primes(self) -> tuple[int, ...]:
         return (self.moduli + self.special) * (2 * self.params.digits)
 
-    @property
-    def _sparse_key_primes(self) -> tuple[int, ...]:
-        return (self.moduli[0], self.special[0]) * 2
+    def _sparse_key_primes(self, data: bytes) -> tuple[int, ...]:
+        """Those of a key to the secret of weight 32, read off one: OpenFHE 1.6.1 takes two of 33 bits beside q_0."""
+        primes = openfhe_bytes.primes_of(data, self.n)
+        if len(primes) != SPARSE_KEY_LIMBS or primes[:3] != primes[3:] or primes[0] != self.moduli[0]:
+            raise CapabilityError(f"OpenFHE's encapsulation key has limbs {primes}, not the known ones; {INSTALL}")
+        return primes
 
     def _automorphism(self, kind: str, k: int) -> int:
         """Index of a key in the library's map; the two of an encapsulation have even ones, which no automorphism has."""
@@ -310,7 +313,7 @@ class Ring:
         o = library()
         openfhe_bytes.check(rows, self.key_primes(level, kind), self.n, f"{kind} key k={k} at level {level}")
         if kind == "encapsulation":
-            sparse, rows = rows[:4], rows[4:]
+            sparse, rows = rows[:SPARSE_KEY_LIMBS], rows[SPARSE_KEY_LIMBS:]
             self._insert("to sparse", self._key_template("to sparse"), 0, list(sparse), tag)
         template, source = self._key_template("relin" if kind == "relin" else "rotation"), iter(rows)
         full = [next(source) if keep else None for keep in self._kept(level)]
@@ -336,7 +339,7 @@ class Ring:
             if (kind, 0) not in self._templates:
                 if kind == "to sparse":
                     data, _ = self.make_encapsulation(self._throwaway.secretKey)
-                    template = Template.of(data, self.n, self._sparse_key_primes)
+                    template = Template.of(data, self.n, self._sparse_key_primes(data))
                 else:
                     data = self.make_key(kind, 1, self._throwaway.secretKey)
                     template = Template.of(data, self.n, self._full_key_primes)
@@ -394,7 +397,7 @@ class Ring:
 
     def encapsulation_residues(self, data: tuple[bytes, bytes], level: int) -> Residues:
         """Residues of both keys for `level`, in the order of `key_primes`."""
-        sparse = openfhe_bytes.residues(data[0], self.n, self._sparse_key_primes)
+        sparse = openfhe_bytes.residues(data[0], self.n, self._sparse_key_primes(data[0]))
         return np.concatenate([sparse, self.key_residues(data[1], level)])
 
     def prepare_refresh(self) -> None:

@@ -26,6 +26,7 @@ FIELD_TYPES: dict[str, type] = {
 # Levels that a refresh (StC-first, encapsulated secret) spends beside its two linear transforms: one on a normalisation, the
 # rest on the sine. OpenFHE 1.6.1: GetBootstrapDepth([e, d], SPARSE_ENCAPSULATED) = e + d + 10.
 SINE_LEVELS = 10
+SPARSE_KEY_LIMBS = 6  # of the key to the encapsulated secret: two polynomials modulo q_0 and two more primes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +152,9 @@ class Params:
         return 2 * (level + 1) * (8 << self.log_n)
 
     def key_bytes(self, level: int, kind: str = "rotation") -> int:
-        """One key-switching key generated for `level`; an "encapsulation" is two, one of them modulo q_0 and one special prime."""
+        """One key-switching key generated for `level`; an "encapsulation" is two, one of them with few limbs."""
         digits = math.ceil((level + 1) / self.digit_limbs)
-        limbs = 2 * digits * (level + 1 + self.special_limbs) + (4 if kind == "encapsulation" else 0)
+        limbs = 2 * digits * (level + 1 + self.special_limbs) + (SPARSE_KEY_LIMBS if kind == "encapsulation" else 0)
         return limbs * (8 << self.log_n)
 
     def to_json(self) -> dict[str, Any]:

@@ -117,10 +117,14 @@ def keys(params: Params) -> Iterator[tuple[str, int, int]]:
         yield "rotation", k, level
 
 
-def apply_error(params: Params, values: Array, rng: np.random.Generator) -> Array:
-    """A refreshed slot vector: the sine for the identity, and noise. Values repeat with `refresh_period`, and so does the noise."""
-    angle = 2.0 * math.pi * 2.0 ** -correction_factor(params)
-    noise = rng.normal(0.0, error_std(params), params.refresh_period)
+def apply_error(params: Params, values: Array, ratio: float, rng: np.random.Generator) -> Array:
+    """A refreshed slot vector: the sine for the identity, and noise. Values repeat with `refresh_period`, and so does the noise.
+
+    Args:
+        ratio: nominal scale over the exact scale of the values.
+    """
+    angle = 2.0 * math.pi * 2.0 ** -correction_factor(params) / ratio
+    noise = rng.normal(0.0, error_std(params) * ratio, params.refresh_period)
     refreshed: Array = np.sin(angle * values) / angle + np.tile(noise, params.slots // params.refresh_period)
     return refreshed
 

@@ -292,10 +292,14 @@ class Evaluator(_Party):
         """
         p = self.params
         if not p.refreshes:
-            raise CapabilityError(f"{p.name} has no refresh: compile with a refresh budget (refresh_encode, refresh_decode)")
+            raise CapabilityError(
+                f"{p.name} has no refresh: compile with a refresh budget (refresh_encode, refresh_decode)"
+            )
         self._settled(a, "refresh")
         if a.level != p.refresh_input:
-            raise LevelError(f"refresh at level {a.level}: budget {p.refresh_decode} wants level {p.refresh_input}; drop to it")
+            raise LevelError(
+                f"refresh at level {a.level}: budget {p.refresh_decode} wants level {p.refresh_input}; drop to it"
+            )
         self.check_refresh_keys()
         self._ring.prepare_refresh()
         with KEY_MAPS.read():

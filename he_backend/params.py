@@ -76,14 +76,18 @@ class Params:
     def _check_refresh(self) -> None:
         encode, decode, period = self.refresh_encode, self.refresh_decode, self.refresh_period
         if not (8 <= period <= self.slots and period & (period - 1) == 0):
-            raise ParamsError(f"refresh_slots is {self.refresh_slots}; it must be a power of two from 8 to {self.slots}")
+            raise ParamsError(
+                f"refresh_slots is {self.refresh_slots}; it must be a power of two from 8 to {self.slots}"
+            )
         most = period.bit_length() - 1
         if not (1 <= encode <= most and 1 <= decode <= most and encode + decode > 2):
             raise ParamsError(
                 f"refresh budget ({encode}, {decode}): each must be 1 to {most} levels for {period} slots, one of them 2 or more"
             )
         if self.secret != "sparse192":
-            raise ParamsError(f"a refresh with a {self.secret} secret fails too often or too deep: use secret 'sparse192'")
+            raise ParamsError(
+                f"a refresh with a {self.secret} secret fails too often or too deep: use secret 'sparse192'"
+            )
         if not 1 <= self.first_bits - self.scale_bits <= 6:
             raise ParamsError(
                 f"first modulus of {self.first_bits} bits at scale 2^{self.scale_bits}: a refresh wants it 1 to 6 bits larger"

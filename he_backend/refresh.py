@@ -61,9 +61,10 @@ def _uses(params: Params) -> Iterator[tuple[int, int]]:
         for k in range(1, min(4, params.slots // block)):
             yield k * block, params.levels
         block *= 4
-    if period < params.slots:  # the last step of slots to coefficients, for both halves of a period
-        yield period, params.refresh_input
-        yield period + 1, params.refresh_input
+    if (
+        period < params.slots
+    ):  # one sum and the matrices' offset in one; how far up the library does it is not documented
+        yield period + 1, params.levels
     decode = collapse(layers, params.refresh_decode)
     distance = 1
     for i, part in enumerate(decode):
@@ -141,9 +142,10 @@ def error_std(params: Params) -> float:
 def failure_log2(params: Params) -> float:
     """log2 of the chance that one refresh is wrong: some coefficient of the raised message wraps more than K times.
 
-    A coefficient is a sum of h + 1 uniform terms, its wraps near normal with variance (h + 1) / 12; union bound over 2N coefficients
-    of the two elements (Bossuat et al., eprint 2022/024, section 3): 2N Q(K / sqrt((h + 1) / 12)).
+    A coefficient wraps as often as a sum of h + 1 terms, uniform in [-1/2, 1/2], rounds to. For h = 32 that is 16.5 at most, so that
+    its tail beyond K = 16 is a simplex's volume, (h/2 + 1/2 - K)^(h + 1) / (h + 1)! on each side (the normal approximation
+    2N Q(K / sqrt((h + 1) / 12)) of Bossuat et al., eprint 2022/024, gives 2^-55 where this gives 2^-138); union bound over 2N.
     """
-    t = RANGE / math.sqrt((ENCAPSULATED_WEIGHT + 1) / 12)
-    tail = -t * t / 2 / math.log(2) - math.log2(t * math.sqrt(2 * math.pi))  # Q(t) < phi(t) / t
-    return params.log_n + 1 + tail
+    terms = ENCAPSULATED_WEIGHT + 1
+    tail = terms * math.log2(terms / 2 - RANGE) - math.lgamma(terms + 1) / math.log(2)
+    return params.log_n + 1 + 1 + tail

@@ -68,7 +68,9 @@ def check_fit(params: Params) -> None:
         ParamsError: says by how many levels the circuit is too deep for SEAL's largest ring.
     """
     if params.refreshes:
-        raise CapabilityError(f"{params.name}: SEAL has no refresh; use the openfhe backend, or compile a leveled circuit")
+        raise CapabilityError(
+            f"{params.name}: SEAL has no refresh; use the openfhe backend, or compile a leveled circuit"
+        )
     if params.secret != "uniform":
         raise ParamsError(f"SEAL has uniform ternary secrets only, not {params.secret!r}")
     room = security.LIMITS["uniform"][MAX_LOG_N] - SPECIAL_PRIME_BITS - params.first_bits

@@ -54,14 +54,17 @@ def refreshing(params: Params = REFRESHING) -> Circuit:
         Op(id=5, kind="output", args=(4,), attrs={"name": "y", "part": 0}, level=0, source="y"),
     )
     layout = (np.arange(params.slots, dtype=np.int32) // stride).reshape(1, -1)
-    sides = {"shape": (WIDTH,), "layout": "features", "factor": 1.0}
+
+    def side(name: str, bound: float, level: int) -> Signature:
+        return Signature(name=name, shape=(WIDTH,), layout="features", factor=1.0, bound=bound, level=level)
+
     draft = Circuit(
         params=params,
         ops=ops,
         arrays={"first": diagonals(first), "bias": bias},
         client_arrays={"features": layout},
-        inputs=(Signature(name="x", bound=1.0, level=low + 1, **sides),),
-        outputs=(Signature(name="y", bound=20.0, level=0, **sides),),
+        inputs=(side("x", 1.0, low + 1),),
+        outputs=(side("y", 20.0, 0),),
         keys={},
         relin_level=-1,
         error_bound=2.0**-12,

@@ -5,6 +5,7 @@
     FOLDER/evaluation/manifest.json    format, version, circuit_sha256, params, key_id, files
     FOLDER/evaluation/relin.key        one file a key: a 64-byte header, then the body that the backend made
     FOLDER/evaluation/rotation-K.key
+    FOLDER/evaluation/conjugation.key, encapsulation.key     where the parameters refresh
 
     header of a key file: 16 bytes magic, then little-endian u32 kind (its place in KINDS), k, level, 0; then key_id (32 ASCII)
 

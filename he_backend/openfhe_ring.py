@@ -7,6 +7,7 @@ dropping) share `KEY_MAPS`, so that a client who uploads keys does not disturb t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -113,6 +114,8 @@ class Ring:
 
     def __init__(self, params: Params, *, allow_insecure: bool = False) -> None:
         security.check(params, allow_insecure=allow_insecure)
+        if params.refreshes:
+            _claim(params)
         self.params = params
         self.n = 1 << params.log_n
         self.cc = self._context(params)
@@ -371,18 +374,21 @@ class Ring:
     def make_encapsulation(self, secret: Any) -> tuple[bytes, bytes]:
         """Two full keys as maps of one entry: from `secret` to a new secret of weight 32, and back.
 
-        The library makes both in one call and only together with the rotations of a refresh. Those are fewest for a period
-        of one slot (log2 of the slots), so that is what it is asked for, and they are dropped. Its maps have no call for one
-        entry, but its files have: the detour is a file of public keys (2.8 GB at N = 2^16, deleted at once).
+        The library makes both in one call and only together with the rotations of a refresh. Those are fewest with one level a
+        butterfly layer (log2 of the slots), so that is what it is asked for, of a period that is not the parameters' own, and they
+        are dropped. Its maps have no call for one entry, but its files have: the detour is a file of public keys, deleted at once.
         """
         o, tag = library(), secret.GetKeyTag()
         found: list[bytes] = []
+        period = self.params.slots // (2 if self.params.refresh_period == self.params.slots else 1)
+        layers = period.bit_length() - 1
         with self._lock, tempfile.TemporaryDirectory() as folder, KEY_MAPS.write():
             path = os.path.join(folder, "keys")
             try:
-                self.cc.EvalBootstrapSetup([1, 1], [0, 0], 1, refresh.correction_factor(self.params), False, True)
-                self.cc.EvalBootstrapKeyGen(secret, 1)
-                written = o.SerializeEvalBootstrapKey(path, o.BINARY, self.cc, tag, 1)
+                factor = refresh.correction_factor(self.params)
+                self.cc.EvalBootstrapSetup([layers, layers], [0, 0], period, factor, False, True)
+                self.cc.EvalBootstrapKeyGen(secret, period)
+                written = o.SerializeEvalBootstrapKey(path, o.BINARY, self.cc, tag, period)
                 for kind in ("to sparse", "to dense"):
                     drop_keys(tag)
                     index = self._automorphism(kind, 0)
@@ -428,6 +434,24 @@ def _prime(entry: dict[str, Any]) -> tuple[int, int]:
     """(prime, root of unity) of one limb's description."""
     inner = entry["ptr_wrapper"]["data"]["value0"]
     return int(inner["cm"]["v"]), int(inner["ru"]["v"])
+
+
+_claimed: dict[Params, Params] = {}  # the library's contexts, which are one a process too -> whose refresh they have
+
+
+def _claim(params: Params) -> None:
+    """Contexts that differ in the refresh only are one in the library, and that has one correction factor and one budget a
+    period. Whoever changed them under a loaded key set would make it read past the end of keys.
+
+    Raises:
+        CapabilityError: this process refreshes otherwise already.
+    """
+    context = dataclasses.replace(params, refresh_encode=0, refresh_decode=0, refresh_slots=0)
+    if (other := _claimed.setdefault(context, params)) != params:
+        raise CapabilityError(
+            f"this process has keys or an evaluator for {other.name} already; OpenFHE cannot hold {params.name} beside it: "
+            "use another process"
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -97,7 +97,7 @@ BUDGETS = {
     "all slots": ((3, 3), 512),
     "remainders": ((2, 2), 512),
     "unequal": ((6, 7), 512),
-    "period of half": ((3, 3), 256),
+    "period of half": ((4, 3), 256),
     "short period": ((3, 2), 64),
     "one matrix": ((1, 2), 16),
 }
@@ -141,6 +141,14 @@ def test_a_periodic_vector_is_refreshed_with_fewer_keys():
     back = client.decrypt(client.import_ciphertext(evaluator.export_ciphertext(sent), level=6))
     np.testing.assert_allclose(back, x, rtol=0, atol=10 * refresh.error_std(params))
     evaluator.close()
+
+
+def test_two_refreshes_of_one_context_need_two_processes():
+    """The library would exchange the matrices of the first for those of the second."""
+    module = keys.backend("openfhe")
+    module.Client(REFRESHING, allow_insecure=True)
+    with pytest.raises(CapabilityError, match="use another process"):
+        module.Client(replace(REFRESHING, refresh_encode=2), allow_insecure=True)
 
 
 REFUSED = {

@@ -5,8 +5,8 @@ coefficients at the lowest levels, modulus raised under a secret of weight 32, c
 transform is an FFT of log2(slots) butterfly layers collapsed into as many matrices as its level budget (Chen, Chillotti and Song,
 eprint 2018/1043); a matrix of l layers has 2^(l + 1) - 1 diagonals at equal distances, summed baby-step giant-step.
 
-A key lies at the highest level at which its rotation occurs here: slots to coefficients works at levels 1 to
-`refresh_decode + 1` only, so that half of the keys are small.
+A key lies at the highest level at which its rotation occurs here. What slots to coefficients alone uses is small, because it
+works at the bottom; with full slots that takes a third off (N = 2^11, budget 3 and 3), with 4096 of 2^15 slots 7 %.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ transform is an FFT of log2(slots) butterfly layers collapsed into as many matri
 eprint 2018/1043); a matrix of l layers has 2^(l + 1) - 1 diagonals at equal distances, summed baby-step giant-step.
 
 A key lies at the highest level at which its rotation occurs here. What slots to coefficients alone uses is small, because it
-works at the bottom; with full slots that takes a third off (N = 2^11, budget 3 and 3), with 4096 of 2^15 slots 7 %.
+works at the bottom; at N = 2^16, 23 levels and all slots that takes 8 % off with budget (3, 3), 26 % with (2, 2).
 """
 
 from __future__ import annotations

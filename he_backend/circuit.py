@@ -12,7 +12,8 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     rotate       a          k
     rotate_sum   a          steps                 for k in steps: a = a + rotate(a, k)
     polynomial   x          factors | (chebyshev, domain)   see `kernels.polynomial`
-    refresh      a          kind                  back to the level that the parameters allow
+    refresh      a          kind                  "plain": back to at most `params.refresh_output`; slots within [-1, 1] that
+                                                  repeat with `params.refresh_period`
     output       a          name, part
 
 Every op carries the level of its result, after rescaling: operands above it are dropped, so levels need no op of their own.

@@ -128,6 +128,8 @@ class Executor:
                 f"relinearisation needs a key for level {self.trace.relin_level}, loaded is {self.evaluator.relin_level}"
                 " (-1: none); run keygen for this circuit"
             )
+        if any(node.op == "refresh" for node in self.trace.nodes):
+            self.evaluator.check_refresh_keys()
 
     def _key(self, node: Node, row: Any) -> Hashable:
         return (row, node.level, self.scales.plain[node.id], node.extended)
@@ -174,6 +176,8 @@ class Executor:
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(work, chosen))
+        if any(node.op == "refresh" for node in self.trace.nodes):
+            self.evaluator.prepare_refresh()  # its matrices belong to no request
         return Prepared(
             done=len(chosen),
             total=len(jobs),

@@ -5,8 +5,9 @@
     FOLDER/evaluation/manifest.json    format, version, circuit_sha256, params, key_id, files
     FOLDER/evaluation/relin.key        one file a key: a 64-byte header, then the body that the backend made
     FOLDER/evaluation/rotation-K.key
+    FOLDER/evaluation/conjugation.key, encapsulation.key     where the parameters refresh
 
-    header of a key file: 16 bytes magic, then little-endian u32 kind (0 relin, 1 rotation), k, level, 0; then key_id (32 ASCII)
+    header of a key file: 16 bytes magic, then little-endian u32 kind (its place in KINDS), k, level, 0; then key_id (32 ASCII)
 
 The evaluation folder is what a server gets. Files are complete or absent: written as .part and renamed.
 """
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import refresh
 from .base import CapabilityError, ManifestError, WireError
 from .circuit import ClientSpec
 from .container import strict_json
@@ -34,7 +36,7 @@ FORMAT, VERSION = "polyformer-keys", 1
 SECRET_MAGIC = b"POLYFHE-SECRET1\n"
 KEY_MAGIC = b"POLYFHE-EVALKEY1"
 HEADER = 64
-KINDS = ("relin", "rotation")
+KINDS = ("relin", "rotation", "conjugation", "encapsulation")
 MAX_MANIFEST = 4 << 20
 BACKENDS = ("openfhe", "tenseal")
 
@@ -139,7 +141,7 @@ def _row(row: Any) -> KeyFile:
 
 
 def file_name(kind: str, k: int) -> str:
-    return "relin.key" if kind == "relin" else f"rotation-{k}.key"
+    return f"rotation-{k}.key" if kind == "rotation" else f"{kind}.key"
 
 
 def wanted(spec: ClientSpec) -> Iterator[tuple[str, int, int]]:
@@ -148,11 +150,14 @@ def wanted(spec: ClientSpec) -> Iterator[tuple[str, int, int]]:
         yield "relin", 0, spec.relin_level
     for k, level in sorted(spec.keys.items()):
         yield "rotation", int(k), int(level)
+    if spec.params.refreshes:
+        for kind, level in refresh.own_keys(spec.params).items():
+            yield kind, 0, level
 
 
 def evaluation_bytes(spec: ClientSpec) -> int:
     """Predicted bytes of the evaluation folder."""
-    return sum(HEADER + spec.params.key_bytes(level) for _, _, level in wanted(spec))
+    return sum(HEADER + spec.params.key_bytes(level, kind) for kind, _, level in wanted(spec))
 
 
 # ---- the client's side
@@ -304,7 +309,7 @@ def check_file(path: Path, row: KeyFile, manifest: Manifest) -> None:
     """
     size = path.stat().st_size if path.exists() else -1
     if manifest.params.backend == "openfhe":
-        expected = HEADER + manifest.params.key_bytes(row.level)
+        expected = HEADER + manifest.params.key_bytes(row.level, row.kind)
         if row.bytes != expected:
             raise WireError(
                 f"{row.name}: the manifest says {row.bytes} bytes, a key for level {row.level} has {expected}"

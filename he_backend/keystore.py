@@ -139,7 +139,9 @@ class KeyStore:
         """For our circuit, and no more or larger files than it needs."""
         manifest.check(self.spec)
         params = self.spec.params
-        most = keys.HEADER + params.key_bytes(params.levels) + LIBRARY_OVERHEAD  # SEAL's keys are for the whole chain
+        most = (
+            keys.HEADER + params.key_bytes(params.levels, "encapsulation") + LIBRARY_OVERHEAD
+        )  # SEAL's keys are for the whole chain
         wanted = {(kind, k): level for kind, k, level in keys.wanted(self.spec)}
         for f in manifest.files:
             if wanted.get((f.kind, f.k)) != f.level:

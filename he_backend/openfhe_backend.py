@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from . import refresh
 from .base import Array, CapabilityError, HEError, LevelError, MissingKeyError, WireError
 from .openfhe_bytes import Residues
 from .openfhe_ring import KEY_MAPS, Ring, drop_keys, library, ring
 from .params import Params
 
 NAME = "openfhe"
-CAPABILITIES = frozenset({"hoisting", "double_hoisting"})
+CAPABILITIES = frozenset({"hoisting", "double_hoisting", "bootstrap"})
+KINDS = ("relin", "rotation", "conjugation", "encapsulation")
 _serial = itertools.count(1)  # tags in the library's static maps: one an evaluator, even under the same key
 
 
@@ -105,7 +107,8 @@ class _Party:
 class Evaluator(_Party):
     """The server's half. Evaluation keys come one at a time through `load_key`; `close` forgets them.
 
-    key_levels   rotation -> level that its key was made for; relin_level likewise, -1 without one
+    key_levels      rotation -> level that its key was made for; relin_level likewise, -1 without one
+    refresh_levels  the same for the keys that only a refresh uses, by kind: conjugation, encapsulation
     """
 
     capabilities = CAPABILITIES
@@ -115,41 +118,46 @@ class Evaluator(_Party):
         self.key_id = key_id
         self.key_levels: dict[int, int] = {}
         self.relin_level = -1
+        self.refresh_levels: dict[str, int] = {}
         self._lock = threading.Lock()
         self._bias: dict[int, Any] = {}  # level -> ciphertext that undoes the bias of a key switch
 
     # ---- keys
 
     def load_key(self, kind: str, k: int, level: int, body: Any) -> None:
-        """One evaluation key, "relin" or "rotation" by k, from the bytes (any buffer) that `Client.make_key` gave.
+        """One evaluation key of `KINDS`, a rotation's by k, from the bytes (any buffer) that `Client.make_key` gave.
 
         Raises:
             WireError: it is malformed, or was loaded before; keys loaded before stay as they were.
         """
-        if (kind == "relin" and self.relin_level >= 0) or (kind == "rotation" and k % self.slots in self.key_levels):
+        have = self.relin_level >= 0 if kind == "relin" else kind in self.refresh_levels
+        if have or (kind == "rotation" and k % self.slots in self.key_levels):
             raise WireError(
                 f"the {kind} key k={k} is loaded already: new keys need a new evaluator"
             )  # the library keeps the old one
-        if kind not in ("relin", "rotation") or not 0 <= level <= self.params.levels:
+        known = KINDS if self.params.refreshes else KINDS[:2]
+        if kind not in known or not 0 <= level <= self.params.levels:
             raise WireError(
-                f"a {kind!r} key at level {level}: known are relin and rotation, levels 0 to {self.params.levels}"
+                f"a {kind!r} key at level {level}: known are {', '.join(known)}, levels 0 to {self.params.levels}"
             )
         raw = memoryview(body).cast("B")
-        rows = len(self._ring.key_primes(level))
+        rows = len(self._ring.key_primes(level, kind))
         if raw.nbytes != rows * 16 * self.slots:
             raise WireError(f"{kind} key for level {level} has {raw.nbytes} bytes, expected {rows * 16 * self.slots}")
         residues = np.frombuffer(raw, dtype="<u8").reshape(rows, 2 * self.slots)
         self._ring.insert_key(kind, k, level, residues, self._tag)
         if kind == "relin":
             self.relin_level = level
-        else:
+        elif kind == "rotation":
             self.key_levels[k % self.slots] = level
+        else:
+            self.refresh_levels[kind] = level
 
     def close(self) -> None:
         """Forget the keys; those of other evaluators stay."""
         with KEY_MAPS.write():
             drop_keys(self._tag)
-        self.key_levels, self.relin_level = {}, -1
+        self.key_levels, self.relin_level, self.refresh_levels = {}, -1, {}
 
     def _need(self, k: int, level: int) -> None:
         have = self.key_levels.get(k, -1)
@@ -271,6 +279,58 @@ class Evaluator(_Party):
             else replace(a, handle=self._cc.LevelReduce(a.handle, None, a.level - level), level=level)
         )
 
+    def refresh(self, a: Ciphertext) -> Ciphertext:
+        """Back to level `params.refresh_output`, from exactly `params.refresh_input`; slots within about [-1, 1].
+
+        Slots to coefficients first, under an encapsulated sparse secret; see `refresh.py` for what it needs and its error. A vector
+        must repeat with `params.refresh_period`.
+
+        Raises:
+            CapabilityError: the parameters have no refresh.
+            LevelError: another level, or something is pending.
+            MissingKeyError: a key that a refresh uses is absent or too low.
+        """
+        p = self.params
+        if not p.refreshes:
+            raise CapabilityError(
+                f"{p.name} has no refresh: compile with a refresh budget (refresh_encode, refresh_decode)"
+            )
+        self._settled(a, "refresh")
+        if a.level != p.refresh_input:
+            raise LevelError(
+                f"refresh at level {a.level}: budget {p.refresh_decode} wants level {p.refresh_input}; drop to it"
+            )
+        self.check_refresh_keys()
+        self._ring.prepare_refresh()
+        with KEY_MAPS.read():
+            handle = self._ring.refresh(a.handle)
+        level = p.levels - handle.GetLevel()
+        if level != p.refresh_output or handle.GetNoiseScaleDeg() != 1:
+            raise CapabilityError(
+                f"OpenFHE refreshed to level {level}, degree {handle.GetNoiseScaleDeg()}; {p.refresh_output} was predicted: "
+                "install openfhe 1.6 (pip install 'openfhe>=1.6.1,<1.7')"
+            )
+        return Ciphertext(handle, level)
+
+    def prepare_refresh(self) -> None:
+        """Do ahead what the first refresh would do: encode its matrices."""
+        self._ring.prepare_refresh()
+
+    def check_refresh_keys(self) -> None:
+        """Compare the keys that are loaded with those that a refresh uses: the library would read past their end.
+
+        Raises:
+            MissingKeyError: the first that is absent or too low.
+        """
+        have = {("relin", 0): self.relin_level, **{(kind, 0): level for kind, level in self.refresh_levels.items()}}
+        have |= {("rotation", k): level for k, level in self.key_levels.items()}
+        for kind, k, level in refresh.keys(self.params):
+            if have.get((kind, k), -1) < level:
+                raise MissingKeyError(
+                    f"a refresh needs the {kind} key k={k} for level {level}, loaded is {have.get((kind, k), -1)} (-1: none): "
+                    "run keygen for this circuit"
+                )
+
     # ---- rotations
 
     def _rotatable(self, a: Ciphertext, k: int) -> None:
@@ -370,4 +430,6 @@ class Client(_Party):
 
     def make_key(self, kind: str, k: int, level: int) -> Residues:
         """One evaluation key for `level`: residues [2 · digits · limbs, N], in the form that `Evaluator.load_key` takes."""
+        if kind == "encapsulation":
+            return self._ring.encapsulation_residues(self._ring.make_encapsulation(self._secret), level)
         return self._ring.key_residues(self._ring.make_key(kind, k, self._secret), level)

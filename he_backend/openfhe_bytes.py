@@ -53,6 +53,21 @@ def blocks(data: bytes, n: int, primes: Sequence[int]) -> list[int]:
     return found
 
 
+def primes_of(data: bytes, n: int) -> tuple[int, ...]:
+    """The primes of an object's limbs where nobody can say them beforehand: of blocks that end in a number q = 1 mod 2N above all
+    their residues. Only for bytes that this process serialised.
+    """
+    head, at = struct.pack("<Q", n), 0
+    found: list[int] = []
+    while (at := data.find(head, at)) >= 0 and at + 16 + 8 * n <= len(data):
+        (q,) = struct.unpack_from("<Q", data, at + 8 + 8 * n)
+        if q % (2 * n) == 1 and int(np.frombuffer(data, dtype="<u8", count=n, offset=at + 8).max()) < q:
+            found.append(q)
+            at += 8 + 8 * n
+        at += 1
+    return tuple(found)
+
+
 def residues(data: bytes, n: int, primes: Sequence[int]) -> Residues:
     """Copy the limbs out of an object's bytes: [len(primes), N]."""
     out = np.empty((len(primes), n), dtype=np.uint64)

@@ -7,12 +7,14 @@ dropping) share `KEY_MAPS`, so that a client who uploads keys does not disturb t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
 import math
 import os
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from . import openfhe_bytes, openfhe_rounding, security
+from . import openfhe_bytes, openfhe_rounding, refresh, security
 from .base import CapabilityError, HEError, ParamsError
 from .openfhe_bytes import Residues, Template
-from .params import Params
+from .params import SPARSE_KEY_LIMBS, Params
 
 INSTALL = "pip install 'openfhe>=1.6.1,<1.7' (wheels load on CPython 3.10 with glibc >= 2.35 and CPython 3.12 with glibc >= 2.39)"
 
@@ -112,6 +114,8 @@ class Ring:
 
     def __init__(self, params: Params, *, allow_insecure: bool = False) -> None:
         security.check(params, allow_insecure=allow_insecure)
+        if params.refreshes:
+            _claim(params)
         self.params = params
         self.n = 1 << params.log_n
         self.cc = self._context(params)
@@ -119,6 +123,7 @@ class Ring:
         self._extended: dict[int, Any] = {}
         self._templates: dict[tuple[str, int], Template] = {}
         self._shells: dict[int, Any] = {}
+        self._refresh_ready = False
         # A key pair that encrypts nothing of anyone: ciphertexts and keys made under it lend their envelopes.
         self._throwaway = self.cc.KeyGen()
         self.context_json = json.loads(library().Serialize(self.cc, library().JSON))
@@ -142,7 +147,9 @@ class Ring:
             good = sorted({math.ceil(towers / math.ceil(towers / d)) for d in range(1, towers + 1)})
             raise ParamsError(f"{towers} primes cannot be split into {params.digits} digits; possible: {good}")
         p = o.CCParamsCKKSRNS()
-        p.SetSecretKeyDist({"uniform": o.UNIFORM_TERNARY, "sparse192": o.SPARSE_TERNARY}[params.secret])
+        # Encapsulated: the secret is the sparse one of weight 192, and a refresh raises the modulus under one of weight 32.
+        sparse = o.SPARSE_ENCAPSULATED if params.refreshes else o.SPARSE_TERNARY
+        p.SetSecretKeyDist({"uniform": o.UNIFORM_TERNARY, "sparse192": sparse}[params.secret])
         p.SetSecurityLevel(o.HEStd_NotSet)  # security.check enforces the limit on the actual primes, weight-aware
         p.SetRingDim(1 << params.log_n)
         p.SetMultiplicativeDepth(params.levels)
@@ -156,7 +163,7 @@ class Ring:
             cc = o.GenCryptoContext(p)
         except RuntimeError as error:
             raise ParamsError(f"OpenFHE refuses {params.name}: {error}") from error
-        for feature in (o.PKE, o.KEYSWITCH, o.LEVELEDSHE, o.ADVANCEDSHE):
+        for feature in (o.PKE, o.KEYSWITCH, o.LEVELEDSHE, o.ADVANCEDSHE, *[o.FHE] * params.refreshes):
             cc.Enable(feature)
         return cc
 
@@ -257,9 +264,13 @@ class Ring:
 
     # ---- key-switching keys
 
-    def key_primes(self, level: int) -> tuple[int, ...]:
-        """The primes of a key file's limbs: for each of 2 · digits polynomials, q_0..q_level, then P."""
-        return (self.moduli[: level + 1] + self.special) * (2 * self.key_digits(level))
+    def key_primes(self, level: int, kind: str = "rotation") -> tuple[int, ...]:
+        """The primes of a key file's limbs: for each of 2 · digits polynomials, q_0..q_level, then P.
+
+        An "encapsulation" begins with a key of two polynomials modulo q_0 and two primes that occur nowhere else.
+        """
+        sparse = self._key_template("to sparse").primes if kind == "encapsulation" else ()
+        return sparse + (self.moduli[: level + 1] + self.special) * (2 * self.key_digits(level))
 
     def key_digits(self, level: int) -> int:
         return math.ceil((level + 1) / self.params.digit_limbs)
@@ -273,6 +284,19 @@ class Ring:
     @property
     def _full_key_primes(self) -> tuple[int, ...]:
         return (self.moduli + self.special) * (2 * self.params.digits)
+
+    def _sparse_key_primes(self, data: bytes) -> tuple[int, ...]:
+        """Those of a key to the secret of weight 32, read off one: OpenFHE 1.6.1 takes two of 33 bits beside q_0."""
+        primes = openfhe_bytes.primes_of(data, self.n)
+        if len(primes) != SPARSE_KEY_LIMBS or primes[:3] != primes[3:] or primes[0] != self.moduli[0]:
+            raise CapabilityError(f"OpenFHE's encapsulation key has limbs {primes}, not the known ones; {INSTALL}")
+        return primes
+
+    def _automorphism(self, kind: str, k: int) -> int:
+        """Index of a key in the library's map; the two of an encapsulation have even ones, which no automorphism has."""
+        if kind == "rotation":
+            return int(self.cc.FindAutomorphismIndex(k))
+        return {"conjugation": 2 * self.n - 1, "to dense": 2 * self.n - 2, "to sparse": 2 * self.n - 4}[kind]
 
     def key_residues(self, data: bytes, level: int) -> Residues:
         """Residues [2 · digits · limbs, N] that a key for `level` needs, out of a full key's bytes."""
@@ -290,8 +314,11 @@ class Ring:
             WireError: wrong shape, or residues at or above their prime.
         """
         o = library()
-        openfhe_bytes.check(rows, self.key_primes(level), self.n, f"{kind} key k={k} at level {level}")
-        template, source = self._key_template(kind), iter(rows)
+        openfhe_bytes.check(rows, self.key_primes(level, kind), self.n, f"{kind} key k={k} at level {level}")
+        if kind == "encapsulation":
+            sparse, rows = rows[:SPARSE_KEY_LIMBS], rows[SPARSE_KEY_LIMBS:]
+            self._insert("to sparse", self._key_template("to sparse"), 0, list(sparse), tag)
+        template, source = self._key_template("relin" if kind == "relin" else "rotation"), iter(rows)
         full = [next(source) if keep else None for keep in self._kept(level)]
         if kind == "relin":
             key = o.DeserializeEvalKeyString(template.fill(full), o.BINARY)
@@ -299,10 +326,13 @@ class Ring:
             with KEY_MAPS.write():
                 self.cc.InsertEvalMultKey([key], tag)
             return
-        first = template.pieces[0]
-        index = struct.pack("<I", self.cc.FindAutomorphismIndex(k))
+        self._insert("to dense" if kind == "encapsulation" else kind, template, k, full, tag)
+
+    def _insert(self, kind: str, template: Template, k: int, limbs: list[Residues | None], tag: str) -> None:
+        o, first = library(), template.pieces[0]
+        index = struct.pack("<I", self._automorphism(kind, k))
         patched = Template(template.n, template.primes, (first[:13] + index + first[17:], *template.pieces[1:]))
-        keys = o.DeserializeEvalKeyMapString(patched.fill(full), o.BINARY)
+        keys = o.DeserializeEvalKeyMapString(patched.fill(limbs), o.BINARY)
         with KEY_MAPS.write():
             self.cc.InsertEvalAutomorphismKey(keys, tag)  # merges into the tag's map
 
@@ -310,9 +340,14 @@ class Ring:
         """The envelope of a full relinearisation key, or of a map that holds one rotation key (its index at bytes 13..16)."""
         with self._lock:
             if (kind, 0) not in self._templates:
-                template = Template.of(self.make_key(kind, 1, self._throwaway.secretKey), self.n, self._full_key_primes)
-                if kind == "rotation":
-                    index = struct.pack("<QI", 1, self.cc.FindAutomorphismIndex(1))
+                if kind == "to sparse":
+                    data, _ = self.make_encapsulation(self._throwaway.secretKey)
+                    template = Template.of(data, self.n, self._sparse_key_primes(data))
+                else:
+                    data = self.make_key(kind, 1, self._throwaway.secretKey)
+                    template = Template.of(data, self.n, self._full_key_primes)
+                if kind != "relin":
+                    index = struct.pack("<QI", 1, self._automorphism(kind, 1))
                     if template.pieces[0][5:17] != index:
                         raise CapabilityError(f"OpenFHE's byte layout of key maps is not the known one; {INSTALL}")
                 self._templates[kind, 0] = template
@@ -327,12 +362,66 @@ class Ring:
                 if kind == "relin":
                     self.cc.EvalMultKeyGen(secret)
                     return bytes(o.Serialize(self.cc.GetEvalMultKeyVector(tag)[0], o.BINARY))
-                keys = self.cc.EvalAutomorphismKeyGen(secret, [self.cc.FindAutomorphismIndex(k)])
+                keys = self.cc.EvalAutomorphismKeyGen(secret, [self._automorphism(kind, k)])
                 return bytes(o.Serialize(keys, o.BINARY))
             except RuntimeError as error:
                 raise HEError(f"OpenFHE made no {kind} key for k={k}: {error}") from error
             finally:
                 drop_keys(tag)
+
+    # ---- refresh
+
+    def make_encapsulation(self, secret: Any) -> tuple[bytes, bytes]:
+        """Two full keys as maps of one entry: from `secret` to a new secret of weight 32, and back.
+
+        The library makes both in one call and only together with the rotations of a refresh. Those are fewest with one level a
+        butterfly layer (log2 of the slots), so that is what it is asked for, of a period that is not the parameters' own, and they
+        are dropped. Its maps have no call for one entry, but its files have: the detour is a file of public keys, deleted at once.
+        """
+        o, tag = library(), secret.GetKeyTag()
+        found: list[bytes] = []
+        period = self.params.slots // (2 if self.params.refresh_period == self.params.slots else 1)
+        layers = period.bit_length() - 1
+        with self._lock, tempfile.TemporaryDirectory() as folder, KEY_MAPS.write():
+            path = os.path.join(folder, "keys")
+            try:
+                factor = refresh.correction_factor(self.params)
+                self.cc.EvalBootstrapSetup([layers, layers], [0, 0], period, factor, False, True)
+                self.cc.EvalBootstrapKeyGen(secret, period)
+                written = o.SerializeEvalBootstrapKey(path, o.BINARY, self.cc, tag, period)
+                for kind in ("to sparse", "to dense"):
+                    drop_keys(tag)
+                    index = self._automorphism(kind, 0)
+                    if not (written and o.DeserializeEvalBootstrapKey(path, o.BINARY, tag, [index])):
+                        raise HEError(f"OpenFHE could not write or read its keys in {folder}: is the disk full?")
+                    found.append(bytes(o.Serialize(o.CryptoContext.GetAllEvalAutomorphismKeys()[tag], o.BINARY)))
+            except RuntimeError as error:
+                raise HEError(f"OpenFHE made no encapsulation keys: {error}") from error
+            finally:
+                drop_keys(tag)
+        return found[0], found[1]
+
+    def encapsulation_residues(self, data: tuple[bytes, bytes], level: int) -> Residues:
+        """Residues of both keys for `level`, in the order of `key_primes`."""
+        sparse = openfhe_bytes.residues(data[0], self.n, self._sparse_key_primes(data[0]))
+        return np.concatenate([sparse, self.key_residues(data[1], level)])
+
+    def prepare_refresh(self) -> None:
+        """Encode the matrices of a refresh, once a context: 5 GB and half a minute at N = 2^16."""
+        with self._lock:
+            if not self._refresh_ready:
+                p = self.params
+                budget, factor = [p.refresh_encode, p.refresh_decode], refresh.correction_factor(p)
+                self.cc.EvalBootstrapSetup(budget, [0, 0], p.refresh_period, factor, True, True)
+                self._refresh_ready = True
+
+    def refresh(self, handle: Any) -> Any:
+        """A ciphertext at level `refresh_input` -> one at `refresh_output`; caller holds KEY_MAPS for reading."""
+        period, before = self.params.refresh_period, handle.Clone()
+        before.SetSlots(period)
+        after = self.cc.EvalBootstrapStCFirst(before)
+        after.SetSlots(self.params.slots)
+        return after
 
 
 def _element_params(context: dict[str, Any]) -> dict[str, Any]:
@@ -345,6 +434,24 @@ def _prime(entry: dict[str, Any]) -> tuple[int, int]:
     """(prime, root of unity) of one limb's description."""
     inner = entry["ptr_wrapper"]["data"]["value0"]
     return int(inner["cm"]["v"]), int(inner["ru"]["v"])
+
+
+_claimed: dict[Params, Params] = {}  # the library's contexts, which are one a process too -> whose refresh they have
+
+
+def _claim(params: Params) -> None:
+    """Contexts that differ in the refresh only are one in the library, and that has one correction factor and one budget a
+    period. Whoever changed them under a loaded key set would make it read past the end of keys.
+
+    Raises:
+        CapabilityError: this process refreshes otherwise already.
+    """
+    context = dataclasses.replace(params, refresh_encode=0, refresh_decode=0, refresh_slots=0)
+    if (other := _claimed.setdefault(context, params)) != params:
+        raise CapabilityError(
+            f"this process has keys or an evaluator for {other.name} already; OpenFHE cannot hold {params.name} beside it: "
+            "use another process"
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,14 @@ FIELD_TYPES: dict[str, type] = {
     "digits": int,
     "secret": str,
     "insecure": bool,
+    "refresh_encode": int,
+    "refresh_decode": int,
+    "refresh_slots": int,
 }
+# Levels that a refresh (StC-first, encapsulated secret) spends beside its two linear transforms: one on a normalisation, the
+# rest on the sine. OpenFHE 1.6.1: GetBootstrapDepth([e, d], SPARSE_ENCAPSULATED) = e + d + 10.
+SINE_LEVELS = 10
+SPARSE_KEY_LIMBS = 6  # of the key to the encapsulated secret: two polynomials modulo q_0 and two more primes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,12 @@ class Params:
     digits       parts into which hybrid key switching splits the chain (dnum)
     secret       "uniform" (ternary) or "sparse192" (ternary of Hamming weight 192)
     insecure     a test-size ring that protects nothing; said in every output
+    refresh_encode, refresh_decode
+                 level budget of a refresh: levels of its coefficients-to-slots and slots-to-coefficients transforms; 0: the
+                 circuit refreshes nothing. More levels are cheaper levels. A refresh wants secret "sparse192".
+    refresh_slots
+                 period of the slot vectors that are refreshed, 0: all slots. A shorter one is cheaper; a vector of
+                 another period is not refreshed but spoilt
     """
 
     backend: str = "openfhe"
@@ -44,6 +57,9 @@ class Params:
     digits: int
     secret: str = "uniform"
     insecure: bool = False
+    refresh_encode: int = 0
+    refresh_decode: int = 0
+    refresh_slots: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in FIELD_TYPES.items():
@@ -54,6 +70,53 @@ class Params:
             raise ParamsError(f"log_n is {self.log_n}; rings are 2^{MIN_LOG_N} to 2^{MAX_LOG_N}")
         if self.levels < 1 or not 1 <= self.digits <= self.levels + 1:
             raise ParamsError(f"{self.levels} levels in {self.digits} digits: need 1 <= digits <= levels + 1")
+        if self.refresh_encode or self.refresh_decode or self.refresh_slots:
+            self._check_refresh()
+
+    def _check_refresh(self) -> None:
+        encode, decode, period = self.refresh_encode, self.refresh_decode, self.refresh_period
+        if not (8 <= period <= self.slots and period & (period - 1) == 0):
+            raise ParamsError(
+                f"refresh_slots is {self.refresh_slots}; it must be a power of two from 8 to {self.slots}"
+            )
+        most = period.bit_length() - 1
+        if not (1 <= encode <= most and 1 <= decode <= most and encode + decode > 2):
+            raise ParamsError(
+                f"refresh budget ({encode}, {decode}): each must be 1 to {most} levels for {period} slots, one of them 2 or more"
+            )
+        if self.secret != "sparse192":
+            raise ParamsError(
+                f"a refresh with a {self.secret} secret fails too often or too deep: use secret 'sparse192'"
+            )
+        if not 1 <= self.first_bits - self.scale_bits <= 6:
+            raise ParamsError(
+                f"first modulus of {self.first_bits} bits at scale 2^{self.scale_bits}: a refresh wants it 1 to 6 bits larger"
+            )
+        if self.refresh_output <= self.refresh_input:
+            need = self.levels + self.refresh_input + 1 - self.refresh_output
+            raise ParamsError(
+                f"a refresh would bring level {self.refresh_input} back to {self.refresh_output}: with budget "
+                f"({encode}, {decode}) it pays from {need} levels on, these parameters have {self.levels}"
+            )
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether circuits with these parameters may refresh."""
+        return self.refresh_encode > 0
+
+    @property
+    def refresh_period(self) -> int:
+        return self.refresh_slots or self.slots
+
+    @property
+    def refresh_input(self) -> int:
+        """Level that a ciphertext must have left to be refreshed: slots-to-coefficients comes first and spends it."""
+        return self.refresh_decode + 1
+
+    @property
+    def refresh_output(self) -> int:
+        """Level of a refreshed ciphertext."""
+        return self.levels - SINE_LEVELS - self.refresh_encode
 
     @property
     def slots(self) -> int:
@@ -83,7 +146,8 @@ class Params:
     @property
     def name(self) -> str:
         kind = "INSECURE-TEST" if self.insecure else "128-bit"
-        return f"{self.backend}-{kind}-N{1 << self.log_n}-L{self.levels}-s{self.scale_bits}-d{self.digits}"
+        refresh = f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}" if self.refreshes else ""
+        return f"{self.backend}-{kind}-N{1 << self.log_n}-L{self.levels}-s{self.scale_bits}-d{self.digits}{refresh}"
 
     def limbs(self, level: int) -> int:
         return level + 1
@@ -91,10 +155,11 @@ class Params:
     def ciphertext_bytes(self, level: int) -> int:
         return 2 * (level + 1) * (8 << self.log_n)
 
-    def key_bytes(self, level: int) -> int:
-        """One key-switching key generated for `level`."""
+    def key_bytes(self, level: int, kind: str = "rotation") -> int:
+        """One key-switching key generated for `level`; an "encapsulation" is two, one of them with few limbs."""
         digits = math.ceil((level + 1) / self.digit_limbs)
-        return 2 * digits * (level + 1 + self.special_limbs) * (8 << self.log_n)
+        limbs = 2 * digits * (level + 1 + self.special_limbs) + (SPARSE_KEY_LIMBS if kind == "encapsulation" else 0)
+        return limbs * (8 << self.log_n)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -142,7 +142,7 @@ def circuit_failure(
     Args:
         output_bounds: largest |slot| of each output ciphertext.
         noise_bits: log2 of the noise's standard deviation per coefficient, at the noisiest output.
-        refresh_log2: log2 of one refresh's failure probability (parameters' K and secret; 0 refreshes: unused).
+        refresh_log2: log2 of one refresh's failure probability, see `refresh.failure_log2` (0 refreshes: unused).
     """
     logs = [decryption_failure(params, bound=b, noise_bits=noise_bits) for b in output_bounds]
     if refreshes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import refresh
 from .base import Array, LevelError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
 from .params import SPECIAL_PRIME_BITS, Params
@@ -200,6 +201,8 @@ def simulate_noise(
         args = [values[a] for a in node.args]
         if node.op == "input":
             y = packed[names[node.id]]
+        elif node.op == "refresh":
+            y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         else:
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]

@@ -67,6 +67,10 @@ def check_fit(params: Params) -> None:
     Raises:
         ParamsError: says by how many levels the circuit is too deep for SEAL's largest ring.
     """
+    if params.refreshes:
+        raise CapabilityError(
+            f"{params.name}: SEAL has no refresh; use the openfhe backend, or compile a leveled circuit"
+        )
     if params.secret != "uniform":
         raise ParamsError(f"SEAL has uniform ternary secrets only, not {params.secret!r}")
     room = security.LIMITS["uniform"][MAX_LOG_N] - SPECIAL_PRIME_BITS - params.first_bits
@@ -387,6 +391,9 @@ class Evaluator(_Party):
         raise CapabilityError(
             "SEAL has neither hoisted rotations nor the extended basis; trace with the evaluator's capabilities"
         )
+
+    def refresh(self, a: Ciphertext) -> Ciphertext:
+        raise CapabilityError("SEAL has no refresh; use the openfhe backend, or compile a leveled circuit")
 
     hoist = rotate_hoisted = rotate_extended = extend = mod_down = _lacks
 

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .base import LevelError, ScaleError
-from .circuit import Circuit
+from . import refresh
+from .base import CapabilityError, LevelError, ScaleError
+from .circuit import Circuit, Op
 from .kernels import Row, apply
+from .params import Params
 
 # Relative difference of two scales that may be added, whatever a circuit promises. Linear maps and factored polynomials
 # leave none; Chebyshev sums of products leave up to 2^-14.8 (degree 20, nearest primes to 2^40 at N = 2^14 and 2^16).
@@ -53,7 +55,7 @@ class Trace:
     """A circuit as primitives, in an order in which they can run.
 
     inputs   node ids of the circuit's input ops, by (name, part); outputs likewise
-    keys     rotation -> highest level at which it is used; relin_level is -1 without products
+    keys     rotation -> highest level at which it is used, inside refreshes too; relin_level is -1 without products
     """
 
     nodes: tuple[Node, ...]
@@ -218,13 +220,16 @@ class Tracer:
         return total
 
 
-def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisting", "double_hoisting"})) -> Trace:
+def trace(
+    circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisting", "double_hoisting", "bootstrap"})
+) -> Trace:
     """Interpret a circuit as primitives.
 
     Each op first drops its operands to the level that the circuit gives its result, plus the levels that it costs.
 
     Raises:
         LevelError: an operand has fewer levels than the circuit says.
+        CapabilityError: the circuit refreshes, and the backend (or its parameters) cannot.
     """
     from .kernels import depth
 
@@ -242,6 +247,11 @@ def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisti
         if op.kind == "output":
             values.append(t.at(values[op.args[0]], op.level))
             outputs[op.attrs["name"], op.attrs["part"]] = values[-1]
+            continue
+        if op.kind == "refresh":
+            _check_refresh(op, circuit.params, capabilities)
+            a = t.at(values[op.args[0]], circuit.params.refresh_input)
+            values.append(t.at(t.emit("refresh", (a,), level=circuit.params.refresh_output), op.level))
             continue
         start = op.level + depth(op, circuit.arrays, slots)
         # Sums and rotations keep a pending rescale; the rest would repeat it.
@@ -261,6 +271,10 @@ def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisti
             keys[n.k] = max(keys.get(n.k, 0), n.level)
         if n.op == "relinearize":
             relin = max(relin, n.level)
+        if n.op == "refresh":
+            relin = max(relin, refresh.relin_level(circuit.params))
+            for k, level in refresh.rotations(circuit.params).items():
+                keys[k] = max(keys.get(k, 0), level)
     return Trace(
         nodes=tuple(final),
         inputs={k: renumber[v] for k, v in inputs.items()},
@@ -268,6 +282,17 @@ def trace(circuit: Circuit, *, capabilities: frozenset[str] = frozenset({"hoisti
         keys=dict(sorted(keys.items())),
         relin_level=relin,
     )
+
+
+def _check_refresh(op: Op, params: Params, capabilities: frozenset[str]) -> None:
+    if "bootstrap" not in capabilities:
+        raise CapabilityError(f"op {op}: this backend refreshes nothing; compile a leveled circuit, or for openfhe")
+    if not params.refreshes:
+        raise CapabilityError(f"op {op}: {params.name} has no refresh: give it a refresh budget")
+    if (kind := op.attrs.get("kind", "plain")) != "plain":
+        raise CapabilityError(f"op {op} is a refresh of kind {kind!r}; only 'plain' ones are built")
+    if op.level > params.refresh_output:
+        raise LevelError(f"op {op}: a refresh reaches level {params.refresh_output} with {params.name}")
 
 
 def _live(nodes: list[Node], roots: set[int]) -> list[Node]:

@@ -11,7 +11,7 @@ from he_backend.params import Params
 from tests.he_backend.parties import LEVELS, RINGS, parties, receive, shared, tolerance
 
 EXTENDED = ("hoist", "rotate_hoisted", "rotate_extended", "extend", "mod_down")
-LACKS = {"openfhe": (), "tenseal": EXTENDED}
+LACKS = {"openfhe": (), "tenseal": (*EXTENDED, "refresh")}
 
 
 def times(ev, a, w, **kw):
@@ -128,6 +128,7 @@ def test_what_a_backend_lacks_is_listed(pair):
     lacks = LACKS[pair.params.backend]
     assert ("hoisting" in pair.ev.capabilities) == ("hoist" not in lacks)
     assert ("double_hoisting" in pair.ev.capabilities) == ("extend" not in lacks)
+    assert ("bootstrap" in pair.ev.capabilities) == ("refresh" not in lacks)
     x = pair.send(np.zeros(pair.ev.slots))
     for name in lacks:
         with pytest.raises(CapabilityError):

@@ -112,8 +112,10 @@ class Factored(torch.optim.Optimizer):
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     """Return float32 x in bfloat16, up or down with the odds that make the mean exact."""
     # bfloat16 is the upper half of float32: add a random lower half, then cut the lower half off.
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    bits = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
+    # One draw of 64 bits serves four weights.
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    noise = draws.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+    bits = noise.int().bitwise_and_(0xFFFF).add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
     return bits.view(torch.float32).to(torch.bfloat16)
 
 

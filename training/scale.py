@@ -78,6 +78,7 @@ def run(
 
     Args: `mesh` of all processes, from `parallel.processes`; `peak_flops` of all devices together, a second.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     rank, world = dist.get_rank(), dist.get_world_size()
     passes, device = recipe.accumulation(world), torch.device(mesh.device_type)
     reader = ShardReader(data, length=recipe.model.length, seed=recipe.seed)

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from training.shards import Position
@@ -53,7 +53,7 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, state
             shutil.rmtree(left)
     dist.barrier()
     weights, moments = get_state_dict(model, optimiser)
-    dcp.save({"model": weights, "optimiser": moments}, checkpoint_id=partial)
+    state_dict_saver.save({"model": weights, "optimiser": moments}, checkpoint_id=partial)
     if first:
         (partial / "run.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         for path in partial.iterdir():
@@ -87,7 +87,7 @@ def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -
     state = read_state(checkpoint)
     weights, moments = get_state_dict(model, optimiser)
     holder: dict[str, Any] = {"model": weights, "optimiser": moments}
-    dcp.load(holder, checkpoint_id=checkpoint)
+    state_dict_loader.load(holder, checkpoint_id=checkpoint)
     set_state_dict(model, optimiser, model_state_dict=holder["model"], optim_state_dict=holder["optimiser"])
     return state
 

@@ -31,7 +31,8 @@ def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, seed: 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
     """Return two groups: matrices with weight decay; vectors, embeddings and polynomial coefficients without."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (decayed if p.ndim == 2 and not name.startswith(("token", "position")) else others).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

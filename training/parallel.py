@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -55,7 +56,7 @@ def processes() -> Iterator[DeviceMesh]:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))
     finally:
@@ -71,9 +72,9 @@ def apply(model: Transformer, plan: Plan, mesh: DeviceMesh | None) -> Transforme
         keep_powers_in_fp32(model)
     for block in model.blocks:
         if plan.checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if plan.compile is not None:
-            block.forward = torch.compile(block.forward, backend=plan.compile)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, backend=plan.compile)
     if mesh is not None:
         half = torch.bfloat16 if plan.precision == "bf16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -92,7 +93,7 @@ def keep_powers_in_fp32(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Norm | PolynomialLayer):
-            module.forward = functools.partial(_in_fp32, module.forward)
+            module.forward = functools.partial(_in_fp32, module.forward)  # type: ignore[method-assign]
         elif isinstance(module, Attention) and not isinstance(module, Softmax):
             for projection in (module.q, module.k, module.v):
                 projection.register_forward_hook(_widen_output)

@@ -48,7 +48,9 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
-    digest, counts, held, parts = hashlib.blake2b(digest_size=16), [], 0, []
+    digest, held = hashlib.blake2b(digest_size=16), 0
+    counts: list[int] = []
+    parts: list[np.ndarray] = []
 
     def flush() -> None:
         nonlocal held, parts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +77,11 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-TRACKERS = {"jsonl": JsonLines, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, Callable[[Path, str, int], Tracker]] = {
+    "jsonl": JsonLines,
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 
 
 def open_all(names: Sequence[str], folder: Path, *, run: str, first: int) -> list[Tracker]:

@@ -118,7 +118,7 @@ class Recorder:
     """Stands for both libraries: takes what they are called with."""
 
     def __init__(self, *args, **options) -> None:
-        self.calls = [("open", args, options)]
+        self.calls: list = [("open", args, options)]
 
     def add_scalar(self, name, value, step) -> None:
         self.calls.append((name, value, step))

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -58,22 +60,52 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A run in processes of its own: its folder, and how it ends."""
+
+    folder: Path
+    process: subprocess.Popen[str]
+
+    def ends_with(self, code: int) -> Path:
+        _, errors = self.process.communicate(timeout=300)
+        assert self.process.returncode == code, errors
+        return self.folder
+
+
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, data) -> Path:
+def started(tmp_path_factory, data) -> Iterator[dict[str, Started]]:
+    """Three runs of the recipe side by side, since starting Python is what takes the time."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *RUN]
+    commands = {"killed": RUN, "killed in write": ["-c", KILLED_IN_WRITE, "--recipe", "tiny_cpu"], "two": torchrun}
+    runs = {}
+    for name, command in commands.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        runs[name] = Started(folder=folder, process=start([*command, "--out", str(folder), "--data", str(data)]))
+    watched, deadline = runs["killed"], time.monotonic() + 200
+    log = watched.folder / "log.jsonl"
+    while time.monotonic() < deadline and watched.process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= 13:
+            break
+        time.sleep(0.005)
+    watched.process.send_signal(signal.SIGKILL)
+    yield runs
+    for run in runs.values():
+        run.process.kill()
+        run.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def two(started) -> Path:
+    """The recipe on two processes under torchrun."""
+    return started["two"].ends_with(0)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, data, started) -> Path:
     """The run that nothing happens to, in one process."""
     folder = tmp_path_factory.mktemp("one")
     run_here(folder, data)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, data) -> Path:
-    """The same recipe on two processes under torchrun."""
-    folder = tmp_path_factory.mktemp("two")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start([*torchrun, *RUN, "--out", str(folder), "--data", str(data)])
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
     return folder
 
 
@@ -98,30 +130,20 @@ def test_a_run_of_two_processes_goes_on_with_one(one, two, data, tmp_path):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_killed_in_the_middle_and_resumed_is_the_identical_curve(one, data, tmp_path):
-    process = start([*RUN, "--out", str(tmp_path), "--data", str(data)])
-    log, deadline = tmp_path / "log.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and log.read_text().count("\n") >= 13:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, errors
-    outcome = run_here(tmp_path, data)
+def test_killed_in_the_middle_and_resumed_is_the_identical_curve(one, started, data):
+    folder = started["killed"].ends_with(-signal.SIGKILL)
+    outcome = run_here(folder, data)
     assert 10 <= outcome.resumed_from < 40
-    assert curve(tmp_path) == curve(one)
+    assert curve(folder) == curve(one)
 
 
-def test_killed_in_the_middle_of_a_write_leaves_the_checkpoint_before(one, data, tmp_path):
-    process = start(["-c", KILLED_IN_WRITE, "--recipe", "tiny_cpu", "--out", str(tmp_path), "--data", str(data)])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
-    folder = tmp_path / "checkpoints"
+def test_killed_in_the_middle_of_a_write_leaves_the_checkpoint_before(one, started, data):
+    out = started["killed in write"].ends_with(-signal.SIGKILL)
+    folder = out / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000020.partial"]
     assert [p.name for p in checkpoints.complete(folder)] == ["step-00000010"]
-    assert run_here(tmp_path, data).resumed_from == 10
-    assert curve(tmp_path) == curve(one)
+    assert run_here(out, data).resumed_from == 10
+    assert curve(out) == curve(one)
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000030", "step-00000040"]
 
 

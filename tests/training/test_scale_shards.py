@@ -94,7 +94,7 @@ def test_other_data_and_other_orders_are_refused(folder, tmp_path):
 
 def test_damaged_and_absent_shards_name_the_next_step(folder, tmp_path):
     (folder / "shard-00001.bin").write_bytes(b"\0" * 92)
-    with pytest.raises(ValueError, match="has 92 bytes, shards.json says 94"):
+    with pytest.raises(ValueError, match=r"has 92 bytes, shards\.json says 94"):
         ShardReader(folder, length=4, seed=0)
     with pytest.raises(FileNotFoundError, match="write_shards"):
         ShardReader(tmp_path / "none", length=4, seed=0)

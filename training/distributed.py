@@ -31,7 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = recipes.load(options.recipe)
     changes = {
         name: value
-        for name in ("steps", "batch", "micro_batch", "checkpoint_every", "optimiser", "precision", "seed")
+        for name in (
+            "steps",
+            "batch",
+            "micro_batch",
+            "checkpoint_every",
+            "optimiser",
+            "precision",
+            "checkpointing",
+            "compile",
+            "seed",
+        )
         if (value := getattr(options, name)) is not None
     }
     recipe = recipe.with_(**changes)
@@ -74,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint-every", type=int)
     parser.add_argument("--optimiser", choices=("adamw", "factored"))
     parser.add_argument("--precision", choices=recipes.PRECISIONS)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile each block")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--track", nargs="+", default=["jsonl"], choices=list(trackers.TRACKERS))
     parser.add_argument("--peak-tflops", type=float, help="of one device, for MFU: 989 for an H100 in bf16")

@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from training.data import EOT_ID
+from training import prepare
+from training.data import EOT_ID, read_documents, train_bpe
 from training.shards import Position, ShardReader, permuted, write_byte_shards, write_shards
 
 DOCS = [np.arange(1, 60), np.arange(100, 140), np.arange(200, 205)]
@@ -111,3 +113,22 @@ def test_byte_shards_hold_the_text(tmp_path):
     ids = np.concatenate(ShardReader(tmp_path / "out", length=4, seed=0).shards)
     assert bytes((ids[ids > 0] - 1).astype(np.uint8)).decode() == "naïvesecond document"
     assert (ids == 0).sum() == 2
+
+
+def test_prepare_writes_a_text_with_a_tokenizer(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("We hold these truths to be self-evident.\fFour score and seven years ago.")
+    tokenizer = train_bpe(read_documents(text), 270)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    arguments = ["--text", str(text), "--tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(tmp_path / "out")]
+    prepare.main(arguments)
+    reader = ShardReader(tmp_path / "out", length=4, seed=0)
+    ids = np.concatenate(reader.shards).tolist()
+    parts = [tokenizer.decode(ids[: ids.index(0)]), tokenizer.decode(ids[ids.index(0) + 1 : -1])]
+    assert parts == read_documents(text) and ids[-1] == EOT_ID and reader.vocab == 270
+
+
+def test_prepare_refuses_a_tokenizer_without_an_end_mark(tmp_path):
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="must have id 0"):
+        prepare.prepare(tmp_path / "out", text=None, tokenizer=tmp_path / "tokenizer.json")

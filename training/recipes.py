@@ -121,7 +121,7 @@ def _tiny_cpu() -> ScaleRecipe:
             power=4,
         ),
         batch=8,
-        micro_batch=2,
+        micro_batch=4,
         steps=40,
         lr=3e-3,
         warmup=5,

@@ -102,7 +102,7 @@ def two(started) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, data, started) -> Path:
+def one(tmp_path_factory, data) -> Path:
     """The run that nothing happens to, in one process."""
     folder = tmp_path_factory.mktemp("one")
     run_here(folder, data)
@@ -115,13 +115,15 @@ def test_the_loss_falls(one):
     assert steps[0][1] == pytest.approx(5.55, abs=0.3) and steps[-1][1] < 3.6
 
 
-def test_two_processes_give_the_curve_of_one(one, two):
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(two, one):
     assert json.loads((two / "outcome.json").read_text())["processes"] == 2
     for expected, found in zip(curve(one), curve(two), strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_a_run_of_two_processes_goes_on_with_one(one, two, data, tmp_path):
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(two, one, data, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000040")
     outcome = run_here(tmp_path / "run", data)
@@ -130,14 +132,16 @@ def test_a_run_of_two_processes_goes_on_with_one(one, two, data, tmp_path):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_killed_in_the_middle_and_resumed_is_the_identical_curve(one, started, data):
+@pytest.mark.slow
+def test_killed_in_the_middle_and_resumed_is_the_identical_curve(started, one, data):
     folder = started["killed"].ends_with(-signal.SIGKILL)
     outcome = run_here(folder, data)
     assert 10 <= outcome.resumed_from < 40
     assert curve(folder) == curve(one)
 
 
-def test_killed_in_the_middle_of_a_write_leaves_the_checkpoint_before(one, started, data):
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_write_leaves_the_checkpoint_before(started, one, data):
     out = started["killed in write"].ends_with(-signal.SIGKILL)
     folder = out / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000020.partial"]

@@ -43,6 +43,7 @@ TABLE = (
     Rule(paths=("polyformer/export.py",), may=("polyformer", "torch", "numpy", "onnx"), never=COMMAND_LINE),
     Rule(paths=("polyformer/mixers/mamba.py",), may=("polyformer", "torch", "numpy", "mamba_ssm"), never=COMMAND_LINE),
     Rule(paths=("polyformer/**",), may=("polyformer", "torch", "numpy"), never=COMMAND_LINE),
+    Rule(paths=("training/trackers.py",), may=("training", "torch", "wandb"), never=COMMAND_LINE),
     Rule(
         paths=("training/**",),
         may=("training", "polyformer", "torch", "numpy", "safetensors", "tokenizers"),

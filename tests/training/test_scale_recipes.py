@@ -1,0 +1,136 @@
+"""Every recipe builds without memory, and its accounts equal counts made in other ways."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyformer.model import Transformer
+from training import accounts, one_step, recipes
+from training.loop import token_loss
+from training.one_step import fit_polynomials
+
+# Parameters published for the models whose shapes these are; ours differ by learned positions and norms.
+PUBLISHED = {
+    "pythia-70m": 70_426_624,
+    "160m": 162_322_944,
+    "410m": 405_334_016,
+    "1.4b": 1_414_647_808,
+    "llama-7b-shape": 6_738_415_616,
+}
+# width, hidden, blocks, vocabulary, positions, weights of all norms
+SHAPES = {
+    "tiny_cpu": (32, 64, 2, 257, 32, 5 * 32),
+    "pythia-70m": (512, 2048, 6, 50_304, 2048, 7 * 512),
+    "160m": (768, 3072, 12, 50_304, 2048, 13 * 768),
+    "410m": (1024, 4096, 24, 50_304, 2048, 25 * 1024),
+    "1.4b": (2048, 8192, 24, 50_304, 2048, 25 * 2048),
+    "llama-7b-shape": (4096, 16_512, 32, 32_000, 2048, 65 * 4096),
+}
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_builds_on_meta_with_accounts(name):
+    recipe = recipes.load(name)
+    model = accounts.on_meta(recipe.model)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    d, h, blocks, v, t, norms = SHAPES[name]
+    closed = (v + t) * d + blocks * (4 * d * (d + 1) + h * (d + 1) + d * (h + 1)) + norms + v * (d + 1)
+    found = accounts.account(recipe)
+    assert found.parameters == model.parameter_count() == accounts.parameter_count(recipe.model) == closed
+    if name in PUBLISHED:
+        assert found.parameters == pytest.approx(PUBLISHED[name], rel=0.016)
+    assert found.parameter_bytes == found.gradient_bytes == 4 * closed  # fp32 weights
+    assert found.optimiser_bytes == pytest.approx(8 * closed, rel=1e-3)
+    assert found.forward_flops == blocks * (8 * d * d + 4 * d * h + 4 * t * d) + 2 * d * v
+    assert found.step_flops == 4 * found.forward_flops  # the forward is done twice
+    assert found.peak_bytes > 16 * closed
+    sharded = accounts.account(recipe, world=8)
+    assert sharded.parameter_bytes == found.parameter_bytes // 8
+    assert sharded.activation_bytes == found.activation_bytes > 0
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_polynomial_form_builds_on_meta(name):
+    recipe = recipes.load(name)
+    model = accounts.on_meta(recipe.polynomial_config())
+    assert model.parameter_count() == accounts.parameter_count(recipe.model) + 5 * recipe.model.blocks
+    with pytest.raises(ValueError, match="coefficients"):
+        accounts.parameter_count(recipe.polynomial_config())
+
+
+def test_flops_equal_torchs_own_count():
+    recipe = recipes.load("tiny_cpu")
+    model, tokens = Transformer(recipe.model), torch.zeros(3, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as forward:
+        loss = token_loss(model(tokens), tokens)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert forward.get_total_flops() == 3 * 32 * accounts.forward_flops(recipe.model)
+    assert forward.get_total_flops() + backward.get_total_flops() == pytest.approx(
+        3 * 32 * accounts.model_flops(recipe.model), rel=1e-9
+    )
+
+
+def test_saved_bytes_on_meta_equal_those_of_a_real_run():
+    """Of a whole model, and by hand for a linear with an activation: its input and the value before the activation."""
+    config = recipes.load("tiny_cpu").model
+    found = []
+    for model in (Transformer(config), accounts.on_meta(config)):
+        tokens = torch.zeros(2, 32, dtype=torch.int64, device=model.position.device)
+        found.append(accounts.saved_bytes(model, lambda m=model, t=tokens: token_loss(m(t), t)))
+    assert found[0] == found[1]
+    layer, x = torch.nn.Linear(8, 16, device="meta"), torch.empty(4, 8, device="meta")
+    act = torch.nn.GELU()
+    assert accounts.saved_bytes(layer, lambda: act(layer(x))) == 4 * (4 * 8 + 4 * 16)
+
+
+def test_checkpointing_keeps_less():
+    for name in ("pythia-70m", "1.4b"):
+        recipe = recipes.load(name)
+        assert accounts.activation_bytes(recipe) < accounts.activation_bytes(recipe.with_(checkpointing=False)) / 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "world", "passes"), [(8, 2, 1, 4), (8, 2, 2, 2), (8, 8, 1, 1), (8, 1, 8, 1)]
+)
+def test_accumulation(batch, micro_batch, world, passes):
+    assert recipes.load("tiny_cpu").with_(batch=batch, micro_batch=micro_batch).accumulation(world) == passes
+
+
+def test_impossible_recipes_are_refused_with_their_numbers():
+    tiny = recipes.load("tiny_cpu")
+    with pytest.raises(ValueError, match=r"tiny_cpu, pythia-70m, 160m, 410m, 1\.4b, llama-7b-shape"):
+        recipes.load("13b")
+    with pytest.raises(ValueError, match="batch 8 is not a multiple of micro_batch 3"):
+        tiny.with_(micro_batch=3)
+    with pytest.raises(ValueError, match="batch 8 does not divide over 3 processes"):
+        tiny.accumulation(3)
+    with pytest.raises(ValueError, match="fp32, bf16"):
+        tiny.with_(precision="fp16")
+
+
+def test_one_step_lowers_the_loss_of_a_polynomial_model(tmp_path):
+    one_step.main(["--recipe", "tiny_cpu", "--tokens", "32", "--lr", "1e-3", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["loss_after"] < found["loss_before"] < 6.5
+    assert found["parameters"] == accounts.parameter_count(recipes.load("tiny_cpu").model) + 10
+    assert found["peak_bytes"] > 50e6 and found["levels"] > 0
+    with pytest.raises(ValueError, match="2 to 32"):
+        one_step.one_step(recipes.load("tiny_cpu"), tokens=33)
+
+
+def test_fitted_polynomials_are_near_the_exact_functions():
+    """On values inside their intervals the polynomial model of random weights is near the exact one."""
+    recipe = recipes.load("tiny_cpu")
+    config = replace(recipe.polynomial_config(), activation_degree=16, reciprocal_degree=24, norm_degree=8)
+    exact, polynomial = Transformer(recipe.model), Transformer(config)
+    polynomial.load_state_dict(exact.state_dict(), strict=False)
+    fit_polynomials(polynomial, recipe.model.activation)
+    tokens = one_step.text_windows(4, 32)
+    difference = (exact(tokens) - polynomial.train()(tokens)).square().mean().sqrt()
+    assert difference < 0.1 * exact(tokens).std()

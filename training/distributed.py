@@ -1,0 +1,96 @@
+"""Run a recipe on one process or many.
+
+    python -m training.distributed --recipe tiny_cpu --out runs/tiny
+    torchrun --nproc-per-node 2 -m training.distributed --recipe tiny_cpu --out runs/tiny
+    torchrun --nproc-per-node 8 --max-restarts 3 -m training.distributed --recipe 1.4b --data shards/ --out runs/big
+
+The same command again goes on where the last complete checkpoint stands. `--out` gets log.jsonl, outcome.json and
+checkpoints/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from training import parallel, recipes, scale, trackers
+from training.shards import BYTE_VOCAB, write_byte_shards
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    options = _parser().parse_args(arguments)
+    recipe = recipes.load(options.recipe)
+    changes = {
+        name: value
+        for name in (
+            "steps",
+            "batch",
+            "micro_batch",
+            "checkpoint_every",
+            "optimiser",
+            "precision",
+            "checkpointing",
+            "compile",
+            "seed",
+        )
+        if (value := getattr(options, name)) is not None
+    }
+    recipe = recipe.with_(**changes)
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # Linear returns a view and FSDP2 warns of writing into it; nobody writes into logits.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    with parallel.processes() as mesh:
+        data = _data(options.data, options.out, recipe.model.vocab)
+        peak = None if options.peak_tflops is None else options.peak_tflops * 1e12 * dist.get_world_size()
+        outcome = scale.run(recipe, options.out, data, mesh, tracking=options.track, peak_flops=peak)
+        if dist.get_rank() == 0:
+            text = json.dumps({"recipe": recipe.name, "processes": dist.get_world_size(), **asdict(outcome)}, indent=1)
+            (options.out / "outcome.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _data(given: Path | None, out: Path, vocab: int) -> Path:
+    """Return the folder of shards; without one, rank 0 writes this package's text as bytes for a byte model."""
+    if given is not None:
+        return given
+    if vocab != BYTE_VOCAB:
+        raise SystemExit(f"the recipe has a vocabulary of {vocab}; give --data, a folder of shards")
+    folder = out / "shards"
+    if dist.get_rank() == 0 and not (folder / "shards.json").exists():
+        write_byte_shards(folder)
+    dist.barrier()
+    return folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="training.distributed", description="Train a recipe on any number of processes."
+    )
+    parser.add_argument("--recipe", required=True, choices=recipes.names())
+    parser.add_argument("--out", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--data", type=Path, help="folder of token shards; tiny_cpu makes its own")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, help="windows a step, over all processes")
+    parser.add_argument("--micro-batch", type=int, help="windows a pass of one process")
+    parser.add_argument("--checkpoint-every", type=int)
+    parser.add_argument("--optimiser", choices=("adamw", "factored"))
+    parser.add_argument("--precision", choices=recipes.PRECISIONS)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile each block")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--track", nargs="+", default=["jsonl"], choices=list(trackers.TRACKERS))
+    parser.add_argument("--peak-tflops", type=float, help="of one device, for MFU: 989 for an H100 in bf16")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Recipes of runs at scale, by name: the shape of the model and all numbers of the optimisation.
+
+The Pythia names mean the shapes of Biderman et al. 2023 (arXiv 2304.01373, table 1): width, blocks, heads, an MLP of
+four times the width, parallel blocks, an untied head, 2048 tokens, vocabulary 50304, and their learning rates. What is
+ours is in the model: learned positions, and one norm a parallel block. `llama-7b-shape` has the width, depth, heads and
+vocabulary of LLaMA 7B (Touvron et al. 2023, arXiv 2302.13971, table 2); its two-matrix MLP of 3/2 x 11008 has as many
+weights as LLaMA's three matrices.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+from polyformer.model import ModelConfig
+from training.loop import Schedule
+from training.shards import BYTE_VOCAB
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleRecipe:
+    """One run. `batch` counts windows an optimiser step over all processes, `micro_batch` those of one process in one
+    pass; their ratio fixes how often gradients accumulate, so the mathematics does not depend on the processes.
+    """
+
+    name: str
+    model: ModelConfig
+    batch: int
+    micro_batch: int
+    steps: int
+    lr: float
+    warmup: int
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    optimiser: str = "adamw"
+    precision: str = "bf16"  # of the computation; weights and reductions are fp32
+    checkpointing: bool = True  # of activations
+    compile: bool = False
+    checkpoint_every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; change one of them"
+            )
+
+    def with_(self, **changes: object) -> ScaleRecipe:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def accumulation(self, world: int) -> int:
+        """Passes of one process a step."""
+        passes, rest = divmod(self.batch, self.micro_batch * world)
+        if rest:
+            raise ValueError(
+                f"batch {self.batch} does not divide over {world} processes of micro_batch {self.micro_batch}; "
+                "change one of them"
+            )
+        return passes
+
+    def schedule(self) -> Schedule:
+        return Schedule(
+            steps=self.steps,
+            lr=self.lr,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+    def polynomial_config(self) -> ModelConfig:
+        """The model with every exact function replaced: reciprocal, activation and norms are polynomials."""
+        return replace(
+            self.model,
+            form="rows",
+            reciprocal="polynomial",
+            reciprocal_degree=4,
+            activation="polynomial",
+            activation_degree=4,
+            norms=tuple("rms_poly" if kind == "rms" else kind for kind in self.model.norms),
+            norm_degree=4,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def names() -> list[str]:
+    """Return the names of all recipes, smallest first."""
+    return ["tiny_cpu", *PYTHIA, "llama-7b-shape"]
+
+
+def load(name: str) -> ScaleRecipe:
+    """Return the recipe of a name; an unknown name lists the known ones."""
+    if name == "tiny_cpu":
+        return _tiny_cpu()
+    if name in PYTHIA:
+        return _pythia(name)
+    if name == "llama-7b-shape":
+        return _llama_7b_shape()
+    raise ValueError(f"unknown recipe {name!r}; known: {', '.join(names())}")
+
+
+def _tiny_cpu() -> ScaleRecipe:
+    """Bytes of this package's text, two blocks of width 32: a run of seconds that goes through everything."""
+    return ScaleRecipe(
+        name="tiny_cpu",
+        model=ModelConfig(
+            vocab=BYTE_VOCAB,
+            length=32,
+            width=32,
+            heads=2,
+            hidden=64,
+            blocks=2,
+            norms=("rms",) * 5,
+            power=4,
+        ),
+        batch=8,
+        micro_batch=4,
+        steps=40,
+        lr=3e-3,
+        warmup=5,
+        precision="fp32",
+        checkpoint_every=10,
+    )
+
+
+# width, blocks, heads, learning rate, micro batch
+PYTHIA: dict[str, tuple[int, int, int, float, int]] = {
+    "pythia-70m": (512, 6, 8, 1e-3, 16),
+    "160m": (768, 12, 12, 6e-4, 16),
+    "410m": (1024, 24, 16, 3e-4, 8),
+    "1.4b": (2048, 24, 16, 2e-4, 4),
+}
+
+
+def _pythia(name: str) -> ScaleRecipe:
+    width, blocks, heads, lr, micro_batch = PYTHIA[name]
+    return ScaleRecipe(
+        name=name,
+        model=ModelConfig(
+            vocab=50_304,
+            length=2048,
+            width=width,
+            heads=heads,
+            hidden=4 * width,
+            blocks=blocks,
+            parallel=True,
+            norms=("rms",) * (blocks + 1),
+            power=4,
+        ),
+        batch=1024,  # 2 million tokens a step
+        micro_batch=micro_batch,
+        steps=143_000,
+        lr=lr,
+        warmup=1430,
+        compile=True,
+    )
+
+
+def _llama_7b_shape() -> ScaleRecipe:
+    return ScaleRecipe(
+        name="llama-7b-shape",
+        model=ModelConfig(
+            vocab=32_000,
+            length=2048,
+            width=4096,
+            heads=32,
+            hidden=16_512,
+            blocks=32,
+            norms=("rms",) * 65,
+            activation="silu",
+            power=4,
+        ),
+        batch=2048,  # 4 million tokens a step, as LLaMA
+        micro_batch=1,
+        steps=250_000,  # 1 T tokens
+        lr=3e-4,
+        warmup=2000,
+        compile=True,
+    )

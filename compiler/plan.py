@@ -36,6 +36,7 @@ class Target:
     """What to compile for.
 
     max_memory_gb    client and server together, on one machine
+    max_latency_s    largest tolerable predicted evaluation; None for any
     max_error        largest tolerable |encrypted - clear| of an output element
     insecure_log_n   a test-size ring 2^n that protects nothing; None for 128 bits
     costs            a table of `polyformer bench ops`; None for the reference machine's
@@ -43,6 +44,7 @@ class Target:
 
     backend: str = "openfhe"
     max_memory_gb: float = 19.0
+    max_latency_s: float | None = None
     max_error: float = 0.05
     threads: int = 2
     insecure_log_n: int | None = None
@@ -51,9 +53,11 @@ class Target:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise CapabilityError(f"backend {self.backend!r} is unknown; known are {', '.join(BACKENDS)}")
-        if self.threads < 1 or self.max_memory_gb <= 0 or self.max_error <= 0:
+        latency = self.max_latency_s
+        if min(self.threads, self.max_memory_gb, self.max_error, 1 if latency is None else latency) <= 0:
             raise ParamsError(
-                f"a target of {self.threads} threads, {self.max_memory_gb} GB and error {self.max_error}: all must be positive"
+                f"a target of {self.threads} threads, {self.max_memory_gb} GB, error {self.max_error} and latency {latency} s: "
+                "all must be positive"
             )
         if self.insecure_log_n is not None and not 10 <= self.insecure_log_n <= 17:
             raise ParamsError(f"test ring 2^{self.insecure_log_n}: from 2^10 to 2^17 can be made")
@@ -147,6 +151,7 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
             continue
         f = forecast(t, params, table, threads=target.threads, plaintext_budget=int(rest))
         memory = (target.max_memory_gb * GB - rest + f.kept) / GB
+        slow = target.max_latency_s is not None and f.evaluate > target.max_latency_s
         rows.append(
             Candidate(
                 params=params,
@@ -156,7 +161,8 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
                 memory_gb=memory,
                 key_gb=keys / GB,
                 forecast=f,
-                trace=t,
+                trace=None if slow else t,
+                why=f"slower than {target.max_latency_s:g} s" if slow else "",
             )
         )
     return sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s))
@@ -207,11 +213,16 @@ def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsErro
             f"the circuit needs {levels} levels, TenSEAL has at most {fits} at 128 bits: {levels - fits} too many. "
             "Use --backend openfhe, or a shallower model"
         )
-    # Those that security allows come first, by the memory that they lack; then the nearest to the limit.
-    ordered = sorted(rows, key=lambda c: (c.memory_gb == 0.0, c.memory_gb, c.log_qp - (c.limit or 0)))
+    # Those that security allows come first, costed ones fastest first, others by the memory that they lack; then the nearest to
+    # the security limit.
+    ordered = sorted(
+        rows,
+        key=lambda c: (c.forecast is None, c.evaluate_s, c.memory_gb == 0.0, c.memory_gb, c.log_qp - (c.limit or 0)),
+    )
     nearest = "\n  ".join(str(c) for c in ordered[:5])
     return ParamsError(
-        f"no parameters hold {levels} levels within 128 bits and {target.max_memory_gb} GB:\n  {nearest}"
+        f"no parameters hold {levels} levels within 128 bits, {target.max_memory_gb} GB, error {target.max_error:g}"
+        f"{'' if target.max_latency_s is None else f' and {target.max_latency_s:g} s'}:\n  {nearest}"
     )
 
 

@@ -38,23 +38,71 @@ def register(app: typer.Typer) -> None:
         rich_help_panel="Model",
         epilog="Example: polyformer compile runs/mine/model.onnx --calibration runs/mine/calibration.npz",
     )(compile_)
+    app.command(rich_help_panel="Model", epilog="Example: polyformer plan runs/mine/model.onnx --max-latency 60")(plan)
+
+
+Model = Annotated[Path, typer.Argument(help="ONNX file, from `polyformer export`.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help=".npz with `tokens` [n, T] or `inputs` [n, ...]; default: beside the model.")
+]
+Memory = Annotated[float | None, typer.Option(help="RAM cap; default: 80 % of this machine's.")]
+Latency = Annotated[float | None, typer.Option("--max-latency", help="Most predicted seconds of an evaluation.")]
+Error = Annotated[float, typer.Option("--max-error", help="Largest error of an output that may be promised.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the server.")]
+InsecureRing = Annotated[int | None, typer.Option(min=10, max=17, help="Ring 2^k of any size, INSECURE, for tests.")]
+Approximate = Annotated[
+    bool, typer.Option("--approximate", help="Fit activations that are no polynomials on calibrated ranges.")
+]
+MAX_ERROR = 0.05  # the compiler's default
+
+
+def plan(
+    model: Model,
+    calibration: Calibration = None,
+    backend: Backend = "openfhe",
+    max_memory_gb: Memory = None,
+    max_latency: Latency = None,
+    max_error: Error = MAX_ERROR,
+    threads: Threads = 2,
+    insecure_log_n: InsecureRing = None,
+    approximate: Approximate = False,
+) -> None:
+    """Print parameters, predicted seconds, memory and error, with the runners-up; nothing is written, no key is made."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place, bar("plan") as advance:
+        result = compile_files(
+            model,
+            calibration or model.with_name("calibration.npz"),
+            Path(place) / "model.circuit",
+            backend=backend,
+            max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+            max_latency_s=max_latency,
+            max_error=max_error,
+            threads=threads,
+            insecure_log_n=insecure_log_n,
+            approximate=approximate,
+            progress=advance,
+        )
+    if result["insecure"]:
+        warn_insecure(result["name"])
+    for line in ("approximations", "certificate", "plan"):
+        if result[line]:
+            out.print(result[line], markup=False)
+    out.print(f"promised error {result['error_bound']:.2g}", markup=False)
 
 
 def compile_(
-    model: Annotated[Path, typer.Argument(help="ONNX file, from `polyformer export`.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help=".npz with `tokens` [n, T] or `inputs` [n, ...]; default: beside the model.")
-    ] = None,
+    model: Model,
+    calibration: Calibration = None,
     to: Annotated[Path | None, typer.Option("--out", help="Circuit file; default: beside the model.")] = None,
     backend: Backend = "openfhe",
-    max_memory_gb: Annotated[float | None, typer.Option(help="RAM cap; default: 80 % of this machine's.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the server.")] = 2,
-    insecure_log_n: Annotated[
-        int | None, typer.Option(min=10, max=17, help="Ring 2^k of any size, INSECURE, for tests.")
-    ] = None,
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Fit activations that are no polynomials on calibrated ranges.")
-    ] = False,
+    max_memory_gb: Memory = None,
+    max_latency: Latency = None,
+    max_error: Error = MAX_ERROR,
+    threads: Threads = 2,
+    insecure_log_n: InsecureRing = None,
+    approximate: Approximate = False,
     json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Choose layouts, levels, parameters and keys; write model.circuit (server) and model.client (client)."""
@@ -65,6 +113,8 @@ def compile_(
             to or model.with_suffix(".circuit"),
             backend=backend,
             max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+            max_latency_s=max_latency,
+            max_error=max_error,
             threads=threads,
             insecure_log_n=insecure_log_n,
             approximate=approximate,
@@ -93,6 +143,8 @@ def compile_files(
     threads: int,
     insecure_log_n: int | None,
     approximate: bool = False,
+    max_latency_s: float | None = None,
+    max_error: float = MAX_ERROR,
     progress: Advance,
 ) -> dict[str, Any]:
     """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it."""
@@ -111,7 +163,14 @@ def compile_files(
         )
     with archive as file:
         samples = file["tokens"] if "tokens" in file else file["inputs"]
-    target = Target(backend=backend, max_memory_gb=max_memory_gb, insecure_log_n=insecure_log_n, threads=threads)
+    target = Target(
+        backend=backend,
+        max_memory_gb=max_memory_gb,
+        max_latency_s=max_latency_s,
+        max_error=max_error,
+        insecure_log_n=insecure_log_n,
+        threads=threads,
+    )
     compiled = compile_onnx(
         model,
         samples,

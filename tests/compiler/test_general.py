@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler import Target
+from compiler import Target, compile_onnx
+from he_backend.base import ParamsError
 
 from .models import Builder, attention, mlp
 from .test_three_ways import three_ways
@@ -85,3 +86,10 @@ CASES = {
 def test_three_ways(tmp_path, name):
     make, log_n = CASES[name]
     three_ways(make(tmp_path / "m.onnx"), Target(insecure_log_n=log_n), scale=0.3)
+
+
+def test_a_latency_that_nothing_meets_is_refused_with_the_nearest(tmp_path):
+    path = mlp(tmp_path / "m.onnx")
+    x = np.random.default_rng(0).normal(0, 0.3, (4, 64)).astype(np.float32)
+    with pytest.raises(ParamsError, match=r"and 1e-06 s:\n.*slower than 1e-06 s"):
+        compile_onnx(path, x, target=Target(insecure_log_n=11, max_latency_s=1e-6))

@@ -19,6 +19,10 @@ from he_backend.params import Params
 from he_backend.trace import Node, Trace
 
 REFERENCE = "intel-r-xeon-r-processor-openfhe-128-bit-N65536-L30-s40-d5.json"
+# Seconds of one thread for a refresh of all slots at N = 2^16 and 23 levels, where a table has no row of its own: one call took 26.9 s
+# on a busy machine (benchmarks/NOTES.md), and 12 to 14 s with two threads on an idle AMD EPYC, same parameters but the scale.
+REFRESH_SECONDS = 27.0
+REFRESH_WORK = 2.0**16 * 16 * 24**2
 COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "costs"
 
 
@@ -80,6 +84,8 @@ class CostTable:
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
         row = self.ms.get(op)
+        if op == "refresh" and not row:
+            return REFRESH_SECONDS * 2.0**params.log_n * params.log_n * (params.levels + 1) ** 2 / REFRESH_WORK
         if not row:
             return 0.0
         at = min(row, key=lambda known: (abs(known - level), known))

@@ -23,7 +23,7 @@ GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5
 SCALES = (30, 35, 40, 45, 50)
 BACKENDS = {
-    "openfhe": frozenset({"hoisting", "double_hoisting"}),
+    "openfhe": frozenset({"hoisting", "double_hoisting", "bootstrap"}),
     "tenseal": frozenset(),
 }
 LARGEST_RING = {"openfhe": 16, "tenseal": 15}
@@ -130,42 +130,50 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
     rows = []
     reference: Trace | None = None
     for params in candidates(target.backend, log_n, levels, not secure):
-        limit = security.limit(params) if secure else None
-        if limit is not None and params.log_qp > limit:
-            rows.append(Candidate(params=params, log_qp=params.log_qp, limit=limit, why="above the 128-bit limit"))
-            continue
-        if params.special_limbs > 12:  # digits too large to be worth costing
-            continue
-        circuit = as_circuit(build, params)
-        if reference is None:
-            reference = trace(circuit, capabilities=BACKENDS[target.backend])
-        t = reference
-        keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
-        rest = target.max_memory_gb * GB - keys - 1.15 * live_bytes(t, params) - PROCESS_BYTES
-        if rest < 0:
-            memory = (target.max_memory_gb * GB - rest) / GB
-            why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"
-            rows.append(
-                Candidate(params=params, log_qp=params.log_qp, limit=limit, why=why, memory_gb=memory, key_gb=keys / GB)
-            )
-            continue
-        f = forecast(t, params, table, threads=target.threads, plaintext_budget=int(rest))
-        memory = (target.max_memory_gb * GB - rest + f.kept) / GB
-        slow = target.max_latency_s is not None and f.evaluate > target.max_latency_s
-        rows.append(
-            Candidate(
-                params=params,
-                log_qp=params.log_qp,
-                limit=limit,
-                evaluate_s=f.evaluate,
-                memory_gb=memory,
-                key_gb=keys / GB,
-                forecast=f,
-                trace=None if slow else t,
-                why=f"slower than {target.max_latency_s:g} s" if slow else "",
-            )
-        )
+        row = judge(build, params, target, table, reference)
+        if row is not None:
+            rows.append(row)
+            reference = reference or row.trace
     return sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s))
+
+
+def judge(
+    build: Lowered, params: Params, target: Target, table: CostTable, reference: Trace | None = None
+) -> Candidate | None:
+    """Predicted figures of a circuit under some parameters; None where the digits are too large to be worth costing.
+
+    Args:
+        build: the lowered circuit with levels assigned.
+        reference: its trace, if it is known: the same for all parameters of one ring.
+    """
+    secure = target.insecure_log_n is None
+    limit = security.limit(params) if secure else None
+    if limit is not None and params.log_qp > limit:
+        return Candidate(params=params, log_qp=params.log_qp, limit=limit, why="above the 128-bit limit")
+    if params.special_limbs > 12:
+        return None
+    t = reference or trace(as_circuit(build, params), capabilities=BACKENDS[target.backend])
+    keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
+    rest = target.max_memory_gb * GB - keys - 1.15 * live_bytes(t, params) - PROCESS_BYTES
+    if rest < 0:
+        memory = (target.max_memory_gb * GB - rest) / GB
+        why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"
+        return Candidate(
+            params=params, log_qp=params.log_qp, limit=limit, why=why, memory_gb=memory, key_gb=keys / GB
+        )
+    f = forecast(t, params, table, threads=target.threads, plaintext_budget=int(rest))
+    slow = target.max_latency_s is not None and f.evaluate > target.max_latency_s
+    return Candidate(
+        params=params,
+        log_qp=params.log_qp,
+        limit=limit,
+        evaluate_s=f.evaluate,
+        memory_gb=(target.max_memory_gb * GB - rest + f.kept) / GB,
+        key_gb=keys / GB,
+        forecast=f,
+        trace=None if slow else t,
+        why=f"slower than {target.max_latency_s:g} s" if slow else "",
+    )
 
 
 def as_circuit(build: Lowered, params: Params) -> Circuit:

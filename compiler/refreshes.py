@@ -10,7 +10,7 @@ little cheaper than the predicted seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ def place_refreshes(
     *,
     top: int | None = None,
     max_bytes: int | None = None,
+    allowed: Collection[int] | None = None,
     method: str = "auto",
     seconds: float = 40.0,
 ) -> tuple[Lowered, Placement]:
@@ -61,6 +62,7 @@ def place_refreshes(
         params: whose ring and key switching the ops are priced for.
         top: highest level of an input; None for all that the parameters have.
         max_bytes: cap on the ciphertexts alive at once.
+        allowed: ops whose values may be refreshed, those that stay within [-1, 1]; None for all.
         method, seconds: of the search, see `placement.place`.
 
     Returns:
@@ -69,7 +71,7 @@ def place_refreshes(
     Raises:
         LevelError, ParamsError: see `placement.place`; also where the parameters have fewer levels than an input or a refresh is to have.
     """
-    problem = as_problem(build, params, table, refreshing, top=top, max_bytes=max_bytes)
+    problem = as_problem(build, params, table, refreshing, top=top, max_bytes=max_bytes, allowed=allowed)
     placement = _together(build, problem, place(problem, method=method, seconds=seconds))
     return rewrite(build, placement, refreshing), placement
 
@@ -82,6 +84,7 @@ def as_problem(
     *,
     top: int | None = None,
     max_bytes: int | None = None,
+    allowed: Collection[int] | None = None,
 ) -> Problem:
     """The placement problem of a program: one step an op, priced at every level that the parameters have."""
     top = params.levels if top is None else top
@@ -95,6 +98,7 @@ def as_problem(
             args=op.args,
             depth=depth(op, build.arrays, params.slots),
             seconds=op_seconds(op, build, params, table),
+            may_refresh=op.kind not in ("input", "output") and (allowed is None or op.id in allowed),
             slots=period(build.arrays[op.layout]) if op.layout else 0,
         )
         for op in build.ops

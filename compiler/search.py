@@ -79,6 +79,13 @@ def search(
                 return Found(circuit=circuit, lowered=lowered, error=promised, plan=plan)
             tried[i] = replace(candidate, why=f"predicted error {promised:.2g} above {target.max_error:.2g}")
         rows += tried
+        rows += (found := deepen(lowered, log_n, samples, target, table, report)).rows
+        if found.circuit is not None:
+            others = sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s))
+            others = [c for c in others if c is not found.candidate]
+            assert found.candidate is not None
+            plan = Plan(chosen=found.candidate, others=tuple(others), costs=table.name)
+            return Found(circuit=found.circuit, lowered=found.lowered, error=found.error, plan=plan)
     raise misfit if misfit is not None and not rows else refuse(rows, levels, target)
 
 

@@ -43,6 +43,10 @@ def levels(circuit: Circuit) -> None:
     """
     for op in circuit.ops:
         need = op.level + depth(op, circuit.arrays, circuit.params.slots)
+        if op.kind == "refresh":
+            need = circuit.params.refresh_input
+            if op.level > circuit.params.refresh_output:
+                raise VerificationError(f"{op}: a refresh reaches level {circuit.params.refresh_output}")
         for a in op.args:
             if circuit.ops[a].level < need:
                 raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {circuit.ops[a].level}")

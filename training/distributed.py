@@ -2,9 +2,10 @@
 
     python -m training.distributed --recipe tiny_cpu --out runs/tiny
     torchrun --nproc-per-node 2 -m training.distributed --recipe tiny_cpu --out runs/tiny
-    torchrun --nproc-per-node 8 --max-restarts 3 -m training.distributed --recipe 1.4b --data shards/ --out runs/big
+    torchrun --nproc-per-node 8 -m training.distributed --recipe 1.4b --data shards/ --out runs/big
 
-The same command again goes on where the last complete checkpoint stands. `--out` gets log.jsonl, outcome.json and
+The same command again goes on where the last complete checkpoint stands. torchrun's own `--max-restarts` is not proven:
+start the command anew. `--out` gets log.jsonl, outcome.json and
 checkpoints/.
 """
 

@@ -187,7 +187,8 @@ class Lowering:
             placed = handler(self, node)
             self.placed[node.name] = placed
             for part, op in enumerate(placed.ops):
-                self.tensors[op] = (node.name, part)
+                if placed.factor == self.ops[op].factor:  # else a product by a number: the same slots mean another tensor
+                    self.tensors[op] = (node.name, part)
         outputs = (self._output(),)
         for op, (name, part) in self.tensors.items():
             layout = self._layout_name(self.placed[name].layout[part])

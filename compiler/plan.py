@@ -158,9 +158,7 @@ def judge(
     if rest < 0:
         memory = (target.max_memory_gb * GB - rest) / GB
         why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"
-        return Candidate(
-            params=params, log_qp=params.log_qp, limit=limit, why=why, memory_gb=memory, key_gb=keys / GB
-        )
+        return Candidate(params=params, log_qp=params.log_qp, limit=limit, why=why, memory_gb=memory, key_gb=keys / GB)
     f = forecast(t, params, table, threads=target.threads, plaintext_budget=int(rest))
     slow = target.max_latency_s is not None and f.evaluate > target.max_latency_s
     return Candidate(

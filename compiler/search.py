@@ -12,6 +12,7 @@ from he_backend.circuit import Circuit
 
 from .calibrate import Range
 from .cost import CostTable
+from .deepen import deepen
 from .ir import Graph
 from .lower import Lowered, lower
 from .matvec import PlanCost
@@ -83,7 +84,7 @@ def search(
         if found.circuit is not None:
             others = sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s))
             others = [c for c in others if c is not found.candidate]
-            assert found.candidate is not None
+            assert found.candidate is not None and found.lowered is not None
             plan = Plan(chosen=found.candidate, others=tuple(others), costs=table.name)
             return Found(circuit=found.circuit, lowered=found.lowered, error=found.error, plan=plan)
     raise misfit if misfit is not None and not rows else refuse(rows, levels, target)

@@ -1,0 +1,62 @@
+"""A model deeper than its chain: refreshes placed by the search, three ways."""
+
+import numpy as np
+import pytest
+
+from compiler import Target, verify
+from compiler.calibrate import calibrate
+from compiler.cost import CostTable
+from compiler.deepen import deepen, refresh_failure
+from compiler.ir import evaluate
+from compiler.lower import lower
+from compiler.passes.levels import assign_levels
+from compiler.pipeline import _finish, import_graph, simplify
+from compiler.plan import with_bounds
+from compiler.search import plan_cost
+from he_backend.simulator import simulate
+
+from .test_refreshes import deep_mlp
+from .test_three_ways import encrypted
+
+LOG_N = 11
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """(graph, samples, what the search found) of a deep MLP whose leveled circuit needs 24 levels."""
+    path = deep_mlp(tmp_path_factory.mktemp("deep") / "m.onnx", layers=6)
+    rng = np.random.default_rng(1)
+    samples = [rng.uniform(-0.5, 0.5, 16) for _ in range(6)]
+    graph, _ = simplify(import_graph(path), samples[0][None])
+    table = CostTable.load()
+    lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (LOG_N - 1), plan_cost(table, LOG_N))
+    from dataclasses import replace
+
+    lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (LOG_N - 1)))
+    target = Target(insecure_log_n=LOG_N)
+    found = deepen(lowered, LOG_N, samples, target, table, lambda stage, done, total: None)
+    assert found.circuit is not None
+    assert found.candidate is not None
+    circuit = _finish(with_bounds(found.circuit, samples), found.candidate, found.error, None, graph, path)
+    return graph, samples, found, circuit
+
+
+def test_the_circuit_refreshes_and_is_shorter_than_the_model(deep):
+    _, _, found, circuit = deep
+    refreshes = [op for op in circuit.ops if op.kind == "refresh"]
+    assert refreshes
+    assert circuit.ops[0].level <= circuit.params.refresh_output < 24
+    assert all(circuit.ops[op.args[0]].bound <= 1.0 for op in refreshes)
+    assert f"{len(refreshes)} refreshes" in str(found.candidate)
+    verify.levels(circuit)
+    assert refresh_failure(circuit) < -100
+
+
+def test_three_ways(deep):
+    graph, samples, found, circuit = deep
+    x = samples[2]
+    clear = evaluate(graph, x[None])[graph.output][0]
+    np.testing.assert_allclose(simulate(circuit, {"x": x}).outputs["y"], clear, rtol=1e-9, atol=1e-12)
+    assert verify.against_graph(circuit, found.lowered, graph, samples[:1]) < 1e-7
+    error = np.max(np.abs(encrypted(circuit, x) - clear))
+    assert error <= circuit.error_bound < 0.05

@@ -92,12 +92,13 @@ def as_problem(
         raise ParamsError(
             f"inputs of level {top} and refreshes to level {refreshing.level} need as many levels; {params.name} has {params.levels}"
         )
+    pending = _pending(build)
     steps = tuple(
         Step(
             id=op.id,
             args=op.args,
             depth=depth(op, build.arrays, params.slots),
-            seconds=op_seconds(op, build, params, table),
+            seconds=_one_higher(op_seconds(op, build, params, table), op, pending),
             may_refresh=op.kind not in ("input", "output") and (allowed is None or op.id in allowed),
             slots=period(build.arrays[op.layout]) if op.layout else 0,
         )
@@ -152,6 +153,22 @@ def op_seconds(op: Op, build: Lowered, params: Params, table: CostTable) -> tupl
     ]
     # More limbs are more work: where a measured table says otherwise, it is its noise.
     return tuple(float(t) * table.contention for t in np.maximum.accumulate(row))
+
+
+def _pending(build: Lowered) -> set[int]:
+    """Ops whose result has a rescale pending, as the trace leaves it to sums and rotations."""
+    pending: set[int] = set()
+    for op in build.ops:
+        product = op.kind in ("linear", "mul", "polynomial")
+        if product or (op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum") and set(op.args) <= pending):
+            pending.add(op.id)
+    return pending
+
+
+def _one_higher(row: tuple[float, ...], op: Op, pending: set[int]) -> tuple[float, ...]:
+    """Prices of an op, those of rotations a level higher where the rescale of what they rotate is pending."""
+    late = op.kind in ("rotate", "rotate_sum") and set(op.args) <= pending
+    return (*row[1:], row[-1]) if late else row
 
 
 def period(layout: np.ndarray) -> int:

@@ -20,7 +20,7 @@ from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, ml
 from tests.he_backend.stub import StubOwner
 
 COMMANDS = (
-    *("train", "convert", "export", "compile", "keygen", "serve", "encrypt", "evaluate", "decrypt", "infer"),
+    *("train", "convert", "export", "plan", "compile", "keygen", "serve", "encrypt", "evaluate", "decrypt", "infer"),
     *("report", "inspect", "bench", "demo"),
 )
 
@@ -62,7 +62,7 @@ FAILURES = {
     "what to run first": (["keygen", "/nothing.client", "--out", "/tmp/x"], "`polyformer compile` makes it"),
     "not an artefact": (["inspect", str(ROOT / "Makefile")], "no artefact of polyformer"),
     "no server": (["serve", "/nothing.circuit"], "`polyformer compile` makes it"),
-    "unknown benchmark": (["bench", "bogus"], "known are: ops"),
+    "unknown benchmark": (["bench", "bogus"], "known are: cnn-28, mlp-784, ops"),
     "no model": (["convert", "/nothing"], "`polyformer train /nothing` makes it"),
 }
 

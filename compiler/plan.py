@@ -21,7 +21,8 @@ from .schedule import Forecast, forecast
 
 GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5
-SCALES = (30, 35, 40, 45, 50)
+SCALES = (40, 45, 50)
+SMALL_RING_SCALES = (30, 35)  # besides, up to N = 2^14, where bits of the modulus are scarce
 BACKENDS = {
     "openfhe": frozenset({"hoisting", "double_hoisting", "bootstrap"}),
     "tenseal": frozenset(),
@@ -101,7 +102,7 @@ class Plan:
 def candidates(backend: str, log_n: int, levels: int, insecure: bool) -> list[Params]:
     """Parameters of one ring that could hold a circuit, one for each scale and digit count that differ in special primes."""
     found: list[Params] = []
-    for scale in SCALES:
+    for scale in (*SMALL_RING_SCALES, *SCALES) if log_n <= 14 else SCALES:
         seen: set[int] = set()
         for digits in range(levels + 1 if backend == "tenseal" else 1, levels + 2):
             params = Params(

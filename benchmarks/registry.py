@@ -74,7 +74,7 @@ def _request(name: str, build: Callable[[Path], Any], repeats: int, folder: Path
 
 @benchmark("mlp-784")
 def mlp_784(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """MLP 784-128-10 with x^2, one input, 128 bits (about a minute)."""
+    """MLP 784-128-10 with x^2, one input, 128 bits (ten seconds)."""
     from . import models
 
     return _request("mlp-784", models.mlp_784, max(repeats, 21), folder, progress)
@@ -90,7 +90,7 @@ def cnn_28(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Pa
 
 @benchmark("request-2x128x128")
 def request_2x128x128(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """Encoder of 2 blocks, d = 128, 128 tokens (BERT-Tiny's shape), one request, 128 bits (about ten minutes, 21 GB)."""
+    """Encoder of 2 blocks, d = 128, 128 tokens (BERT-Tiny's shape), one request, 128 bits (about six minutes, 15 GB)."""
     from functools import partial
 
     from . import models

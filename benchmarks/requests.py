@@ -16,10 +16,12 @@ import numpy as np
 
 from compiler import Target, compile_onnx
 from compiler.cost import CostTable
+from compiler.ir import evaluate as evaluate_graph
+from compiler.schedule import Forecast
 from he_backend import keys, security
 from he_backend.circuit import Circuit
 from he_backend.execute import Executor, Run
-from he_backend.simulator import input_slots, output_tensors, simulate
+from he_backend.simulator import input_slots, output_tensors
 
 from . import records
 
@@ -33,7 +35,7 @@ def measure(
     """Measure one request of an ONNX file.
 
     Args:
-        calibration: inputs [n, ...]; the first one is the request.
+        calibration: inputs [n, ...]; the last one is the request, the others calibrate.
         repeats: evaluations; the median of evaluate and total is reported.
         weights: where the weights come from, for the record.
 
@@ -45,7 +47,7 @@ def measure(
     quiet = records.quiet()
     progress(0, 4, "compile")
     start = time.perf_counter()
-    compiled = compile_onnx(path, calibration, target=target)
+    compiled = compile_onnx(path, calibration[:-1], target=target)
     compile_s = time.perf_counter() - start
     circuit = compiled.circuit
     params = circuit.params
@@ -61,7 +63,7 @@ def measure(
         progress(2, 4, "weights")
         executor = Executor(circuit, server, threads=target.threads, plaintext_budget=_budget(circuit))
         executor.prepare()
-        x = calibration[0].astype(np.float64)
+        x = calibration[-1].astype(np.float64)
         runs, totals, result = [], [], np.zeros(0)
         for i in range(repeats + (repeats > 1)):  # one to warm up, where there are several
             progress(3, 4, f"request {i + 1}")
@@ -74,8 +76,9 @@ def measure(
     if repeats > 1:
         runs, totals = runs[1:], totals[1:]
     progress(4, 4, "done")
-    clear = simulate(circuit, {circuit.inputs[0].name: x}).outputs[circuit.outputs[0].name]
+    clear = evaluate_graph(compiled.graph, x[None])[compiled.graph.output][0]
     evaluate = statistics.median(r.timing.wall_s for r in runs)
+    assert compiled.plan.chosen.forecast is not None
     bound, source = _bound(runs, compiled.plan.chosen.forecast, circuit, target)
     metrics = {
         "evaluate_s": evaluate,
@@ -133,7 +136,7 @@ def _budget(circuit: Circuit) -> int:
     return min(CACHE_BYTES, int(circuit.predicted["plaintext_bytes"]))
 
 
-def _bound(runs: list[Run], forecast: Any, circuit: Circuit, target: Target) -> tuple[float, str]:
+def _bound(runs: list[Run], forecast: Forecast, circuit: Circuit, target: Target) -> tuple[float, str]:
     """Seconds that the plan's primitives take at their fastest, spread evenly over the threads; and where the costs come from.
 
     From the cost table where it was measured at this ring; else from the fastest of this benchmark's runs, op by op.

@@ -19,8 +19,8 @@ from he_backend.params import Params
 from he_backend.trace import Node, Trace
 
 REFERENCE = "intel-r-xeon-r-processor-openfhe-128-bit-N65536-L30-s40-d5.json"
-# Seconds of one thread for a refresh of all slots at N = 2^16 and 23 levels, where a table has no row of its own: one call took 26.9 s
-# on a busy machine (benchmarks/NOTES.md), and 12 to 14 s with two threads on an idle AMD EPYC, same parameters but the scale.
+# Thread-seconds of a refresh of all slots at N = 2^16 and 23 levels, where a table has no row of its own. An estimate: with two OpenMP
+# threads one call took 26.9 s on a busy machine (benchmarks/NOTES.md); an idle AMD EPYC is known to take 12 to 14 s.
 REFRESH_SECONDS = 27.0
 REFRESH_WORK = 2.0**16 * 16 * 24**2
 COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "costs"

@@ -187,9 +187,7 @@ class Lowering:
             placed = handler(self, node)
             self.placed[node.name] = placed
             for part, op in enumerate(placed.ops):
-                if (
-                    placed.factor == self.ops[op].factor
-                ):  # else a product by a number: the same slots mean another tensor
+                if placed.factor == self.ops[op].factor:  # else a product by a number gave the slots another meaning
                     self.tensors[op] = (node.name, part)
         outputs = (self._output(),)
         for op, (name, part) in self.tensors.items():

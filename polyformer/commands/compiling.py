@@ -68,15 +68,13 @@ def plan(
     approximate: Approximate = False,
 ) -> None:
     """Print parameters, predicted seconds, memory and error, with the runners-up; nothing is written, no key is made."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place, bar("plan") as advance:
+    with bar("plan") as advance:
         result = compile_files(
             model,
             calibration or model.with_name("calibration.npz"),
-            Path(place) / "model.circuit",
+            None,
             backend=backend,
-            max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+            max_memory_gb=max_memory_gb,
             max_latency_s=max_latency,
             max_error=max_error,
             threads=threads,
@@ -86,9 +84,7 @@ def plan(
         )
     if result["insecure"]:
         warn_insecure(result["name"])
-    for line in ("approximations", "certificate", "plan"):
-        if result[line]:
-            out.print(result[line], markup=False)
+    _show(result)
     out.print(f"promised error {result['error_bound']:.2g}", markup=False)
 
 
@@ -112,7 +108,7 @@ def compile_(
             calibration or model.with_name("calibration.npz"),
             to or model.with_suffix(".circuit"),
             backend=backend,
-            max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+            max_memory_gb=max_memory_gb,
             max_latency_s=max_latency,
             max_error=max_error,
             threads=threads,
@@ -125,21 +121,24 @@ def compile_(
     if json:
         emit(result)
         return
-    if result["approximations"]:
-        out.print(result["approximations"], markup=False)
-    out.print(result["certificate"], markup=False)
-    out.print(result["plan"], markup=False)
+    _show(result)
     for name in ("circuit", "client"):
         say(f"{result[name]}: {size(Path(result[name]).stat().st_size)}")
+
+
+def _show(result: dict[str, Any]) -> None:
+    for line in ("approximations", "certificate", "plan"):
+        if result[line]:
+            out.print(result[line], markup=False)
 
 
 def compile_files(
     model: Path,
     calibration: Path,
-    to: Path,
+    to: Path | None,
     *,
     backend: str,
-    max_memory_gb: float,
+    max_memory_gb: float | None,
     threads: int,
     insecure_log_n: int | None,
     approximate: bool = False,
@@ -147,7 +146,14 @@ def compile_files(
     max_error: float = MAX_ERROR,
     progress: Advance,
 ) -> dict[str, Any]:
-    """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it."""
+    """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it; nothing is written without `to`.
+
+    Args:
+        max_memory_gb: cap of client and server together; None for 80 % of this machine's memory.
+
+    Returns:
+        Parameters, predictions and the plan as plain data; `circuit` and `client` are paths.
+    """
     import json
 
     import numpy as np
@@ -165,7 +171,7 @@ def compile_files(
         samples = file["tokens"] if "tokens" in file else file["inputs"]
     target = Target(
         backend=backend,
-        max_memory_gb=max_memory_gb,
+        max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
         max_latency_s=max_latency_s,
         max_error=max_error,
         insecure_log_n=insecure_log_n,
@@ -179,14 +185,9 @@ def compile_files(
         progress=lambda stage, done, total: progress(done, total, stage),
     )
     circuit = compiled.circuit
-    sha256 = circuit.save(to)
-    circuit.spec().save(to.with_suffix(".client"))
     result = {
         "name": circuit.params.name,
         "insecure": circuit.params.insecure,
-        "circuit": str(to),
-        "client": str(to.with_suffix(".client")),
-        "sha256": sha256,
         "params": circuit.params.to_json(),
         "predicted": dict(circuit.predicted),
         "error_bound": circuit.error_bound,
@@ -196,7 +197,10 @@ def compile_files(
         "op_seconds": {str(k): v for k, v in compiled.op_seconds.items()},
         "ops": [{"id": op.id, "kind": op.kind, "level": op.level, "source": op.source} for op in circuit.ops],
     }
-    to.with_suffix(".plan.json").write_text(json.dumps(result, indent=1))
+    if to is not None:
+        result |= {"circuit": str(to), "client": str(to.with_suffix(".client")), "sha256": circuit.save(to)}
+        circuit.spec().save(to.with_suffix(".client"))
+        to.with_suffix(".plan.json").write_text(json.dumps(result, indent=1))
     return result
 
 

@@ -85,7 +85,8 @@ def measure(
         "evaluate_spread_s": max(r.timing.wall_s for r in runs) - min(r.timing.wall_s for r in runs),
         "total_s": statistics.median(totals),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "max_abs_error": float(np.max(np.abs(result - clear))),
+        # Two digits: an unrounded difference of a decryption belongs into no file.
+        "max_abs_error": float(f"{np.max(np.abs(result - clear)):.1e}"),
         "promised_error": circuit.error_bound,
         "agreement": float(np.mean(np.argmax(result, -1) == np.argmax(clear, -1))),
         "efficiency": bound / evaluate,

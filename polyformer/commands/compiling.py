@@ -146,7 +146,9 @@ def compile_files(
     max_error: float = MAX_ERROR,
     progress: Advance,
 ) -> dict[str, Any]:
-    """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it; nothing is written without `to`.
+    """Compile one ONNX file into `to`, its client specification and `.plan.json` (predictions by op) beside it.
+
+    Without `to` nothing is written.
 
     Args:
         max_memory_gb: cap of client and server together; None for 80 % of this machine's memory.

@@ -231,3 +231,29 @@ class CausalConv(nn.Module):
         padded_ET = F.pad(self.weight_EW, (0, max(0, t - self.weight_EW.shape[1])))
         steps = torch.arange(t, device=padded_ET.device)
         return padded_ET[:, (steps[:, None] - steps).clamp_min(0)].tril()
+
+
+class ConvolvedMixer(ChannelMixer):
+    """A channel mixer that reads its values through a short causal convolution: matrix = gated @ convolution.
+
+    A subclass makes `conv`, and gives `parts`, whose first tensor holds the values, [B, T, E], and `gated`.
+    """
+
+    conv: CausalConv
+
+    @abstractmethod
+    def parts(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Return the input projection cut into its parts; the first is v_BTE."""
+
+    @abstractmethod
+    def gated(self, x_BTD: Tensor) -> Tensor:
+        """Return all but the convolution, [B, E, T, T]."""
+
+    def matrix(self, x_BTD: Tensor) -> Tensor:
+        return self.gated(x_BTD) @ self.conv.matrix(x_BTD.shape[1])
+
+    def value(self, x_BTD: Tensor) -> Tensor:
+        return self.split(self.parts(x_BTD)[0])
+
+    def offset(self, x_BTD: Tensor) -> Tensor:
+        return self.gated(x_BTD).sum(-1, keepdim=True) * self.conv.bias_E[:, None, None]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyformer.mixers.base import CausalConv, ChannelMixer
+from polyformer.mixers.base import CausalConv, ConvolvedMixer
 from polyformer.recurrence import decays, scan, wide
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SHARPNESS = 8.0  # c of the paper
 TINY = 1e-12  # below 1 - a^2: the slope of the root is infinite at 0
 
 
-class Griffin(ChannelMixer):
+class Griffin(ConvolvedMixer):
     """RG-LRU over D channels with a convolution over `config.conv_width` positions."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -76,15 +76,6 @@ class Griffin(ChannelMixer):
         v_BTD, g_BTD = self.parts(x_BTD)
         log_a, into, g = (s.transpose(1, 2) for s in (*self.recurrence(self.conv(v_BTD)), g_BTD))
         return g[..., None] * decays(log_a[..., None])[..., 0] * into[:, :, None, :]
-
-    def matrix(self, x_BTD: Tensor) -> Tensor:
-        return self.gated(x_BTD) @ self.conv.matrix(x_BTD.shape[1])
-
-    def value(self, x_BTD: Tensor) -> Tensor:
-        return self.split(self.parts(x_BTD)[0])
-
-    def offset(self, x_BTD: Tensor) -> Tensor:
-        return self.gated(x_BTD).sum(-1, keepdim=True) * self.conv.bias_E[:, None, None]
 
     @property
     def degree(self) -> int:

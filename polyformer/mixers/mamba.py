@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyformer.mixers.base import CausalConv, ChannelMixer
+from polyformer.mixers.base import CausalConv, ConvolvedMixer
 from polyformer.recurrence import scan, wide
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DELTA_RANGE = (1e-3, 1e-1)  # of softplus(bias) at the start, spread evenly in the logarithm
 
 
-class Mamba(ChannelMixer):
+class Mamba(ConvolvedMixer):
     """Mamba with E = expand * width channels, N = `config.state` states and a convolution over `config.conv_width`."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -107,17 +107,11 @@ class Mamba(ChannelMixer):
     def gated(self, x_BTD: Tensor) -> Tensor:
         """Return G (alpha + diag(D)) Z, [B, E, T, T]: all but the convolution."""
         alpha_BETT, m_BTE = self.hidden(x_BTD)
-        g_BTE = F.silu(self.inner(x_BTD).chunk(2, -1)[1])
+        g_BTE = F.silu(self.parts(x_BTD)[1])
         return g_BTE.transpose(1, 2)[..., None] * alpha_BETT * m_BTE.sigmoid().transpose(1, 2)[:, :, None, :]
 
-    def matrix(self, x_BTD: Tensor) -> Tensor:
-        return self.gated(x_BTD) @ self.conv.matrix(x_BTD.shape[1])
-
-    def value(self, x_BTD: Tensor) -> Tensor:
-        return self.split(self.inner(x_BTD).chunk(2, -1)[0])
-
-    def offset(self, x_BTD: Tensor) -> Tensor:
-        return self.gated(x_BTD).sum(-1, keepdim=True) * self.conv.bias_E[:, None, None]
+    def parts(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        return self.inner(x_BTD).chunk(2, -1)
 
     @property
     def degree(self) -> int:

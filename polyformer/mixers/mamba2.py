@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyformer.mixers.base import CausalConv, ChannelMixer
+from polyformer.mixers.base import CausalConv, ConvolvedMixer
 from polyformer.mixers.mamba import delta_bias
 from polyformer.recurrence import decayed_attention, decayed_scores, wide
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPS = 1e-5  # below the mean square of the norm
 
 
-class Mamba2(ChannelMixer):
+class Mamba2(ConvolvedMixer):
     """Mamba-2 with N = `config.state` and a convolution over `config.conv_width` positions."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -103,15 +103,6 @@ class Mamba2(ChannelMixer):
         rows_BTE = self.row_factor(y_BTE) * self.gain_E * F.silu(z)
         alpha_BETT = alpha_BHTT.repeat_interleave(self.channels // self.heads, 1)
         return rows_BTE.transpose(1, 2)[..., None] * alpha_BETT * m_BTE.sigmoid().transpose(1, 2)[:, :, None, :]
-
-    def matrix(self, x_BTD: Tensor) -> Tensor:
-        return self.gated(x_BTD) @ self.conv.matrix(x_BTD.shape[1])
-
-    def value(self, x_BTD: Tensor) -> Tensor:
-        return self.split(self.parts(x_BTD)[0])
-
-    def offset(self, x_BTD: Tensor) -> Tensor:
-        return self.gated(x_BTD).sum(-1, keepdim=True) * self.conv.bias_E[:, None, None]
 
     @property
     def degree(self) -> int:

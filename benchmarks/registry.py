@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import entries, records
+
+if TYPE_CHECKING:
+    from .blocks import Block
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 Record = Mapping[str, Any]
@@ -53,7 +56,8 @@ class Benchmark:
     """One measurement that can be repeated by its name.
 
     `version` rises when figures of the old and the new one can no longer be compared. `minutes` and `memory_gb` are what a
-    full run takes on 2 cores, for planning. `save` writes the record where it is not one of `records.RESULTS`.
+    full run takes on 2 cores, for planning. `show` makes tables and figures of a record for the report; without it, all figures are
+    listed. `save` writes the record where it is not one of `records.RESULTS`.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Benchmark:
     minutes: float
     memory_gb: float
     run: Callable[[Settings], Record]
+    show: Callable[[Record], Sequence[Block]] | None = None
     save: Callable[[Record, Path | None], Path] | None = None
 
     def __post_init__(self) -> None:

@@ -105,3 +105,18 @@ def compare(
         emit(result.to_json())
         return
     out.print(str(result), markup=False)
+
+
+@bench.command("report", epilog="Example: polyformer bench report --out runs/results")
+def report(
+    to: Annotated[Path, typer.Option("--out", help="Folder for results.html and results.md.")] = Path("runs/results"),
+    results: Annotated[Path | None, typer.Option(help="Folder of the records; default: the repository's.")] = None,
+    update: Annotated[bool, typer.Option("--readme", help="Bring README's results table up to date as well.")] = False,
+) -> None:
+    """One page and one Markdown file of the newest record of each benchmark."""
+    from benchmarks import readme, records, summary
+
+    for path in summary.write(to, results or records.RESULTS):
+        say(str(path))
+    if update:
+        say("README.md: " + ("updated" if readme.write(results=results or records.RESULTS) else "was up to date"))

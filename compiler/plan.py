@@ -17,6 +17,7 @@ from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
 from .lower import Lowered
+from .scales import mismatch_error
 from .schedule import Forecast, forecast
 
 GB = 1e9
@@ -202,14 +203,16 @@ def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float =
 
 
 def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
-    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN."""
+    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN, and what the scales of the
+    real primes add.
+    """
     name, out = circuit.inputs[0].name, circuit.outputs[0].name
     worst = 0.0
     for seed, x in enumerate(samples):
         clear = simulate(circuit, {name: x}).outputs[out]
         noisy = simulate_noise(circuit, {name: x}, seed=seed, traced=t)[out]
         worst = max(worst, float(np.max(np.abs(clear - noisy))))
-    return ERROR_MARGIN * worst
+    return ERROR_MARGIN * worst + mismatch_error(circuit, t)
 
 
 def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsError:

@@ -31,7 +31,18 @@ EVERYTHING = ("*",)
 COMMAND_LINE = ("polyformer.cli", "polyformer.commands", "polyformer.__main__")
 COMPILER_SEES = tuple(
     f"he_backend.{name}"
-    for name in ("base", "circuit", "container", "kernels", "params", "refresh", "security", "simulator", "trace")
+    for name in (
+        "base",
+        "circuit",
+        "container",
+        "kernels",
+        "params",
+        "primes",
+        "refresh",
+        "security",
+        "simulator",
+        "trace",
+    )
 )
 
 # The first rule one of whose patterns matches a file is the file's rule.

@@ -1,0 +1,102 @@
+"""Equal budget: one small language model for each sequence mixer, same data, steps, batches and seeds (methods.md 1.8).
+
+Held-out loss, bits a byte, tokens a second of training, and what became of the run. PowerSoftmax comes in every even
+power with and without the stable form, whose only difference is arithmetic: in exact numbers the two are one map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_runs import Budget, Progress, Row, fit, language_config, load_text, outcome, sweep, tabled
+from polyformer.model import Transformer
+from training.evaluate import language
+
+CASES: dict[str, dict[str, Any]] = {
+    "softmax": {"mixer": "softmax"},
+    **{
+        f"power {p}{'' if form == 'stable' else ' unstable'}": {"mixer": "power_softmax", "power": p, "form": form}
+        for p in (2, 4, 6, 8, 12)
+        for form in ("stable", "exact")
+    },
+    "pointwise": {"mixer": "pointwise"},
+    "linear": {"mixer": "linear"},
+    "gated linear": {"mixer": "gated_linear"},
+    "hyena": {"mixer": "hyena"},
+    "rwkv": {"mixer": "rwkv"},
+    "griffin": {"mixer": "griffin"},
+    "mamba": {"mixer": "mamba", "state": 4},
+    "mamba2": {"mixer": "mamba2", "state": 4},
+    "polynomial s6": {"mixer": "polynomial_s6", "state": 4},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Sizes of the benchmark."""
+
+    budget: Budget = Budget(steps=400, batch=8, length=64)
+    vocab: int = 512
+    width: int = 64
+    blocks: int = 2
+    heads: int = 4
+    windows: int = 256  # held-out windows that are scored
+    cases: tuple[str, ...] = tuple(CASES)
+
+
+QUICK = Setup(
+    budget=Budget(steps=10, batch=2, length=16), vocab=300, width=16, windows=8, cases=("softmax", "power 4", "mamba")
+)
+
+
+def measure(
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    setup: Setup | None = None,
+    text: Path | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train every case with every seed and return the record."""
+    setup = Setup() if setup is None else setup
+    corpus = load_text(text, vocab=setup.vocab)
+    windows = corpus.windows(setup.budget.length, setup.windows)
+    unigram = corpus.unigram(windows)
+
+    def run(case: str, seed: int) -> Row:
+        model = Transformer(
+            language_config(
+                setup.budget, corpus.vocab, width=setup.width, blocks=setup.blocks, heads=setup.heads, **CASES[case]
+            )
+        )
+        training = fit(model, corpus.sampler(setup.budget, seed), setup.budget)
+        quality = language(model, windows, bytes_per_token=corpus.bytes_per_token)
+        return {
+            "heldout_loss": quality.loss,
+            "bits_per_byte": quality.bits_per_byte,
+            "tokens_per_second": training.tokens_per_second,
+            "parameters": model.parameter_count(),
+            "outcome": outcome(training, quality.loss, unigram),
+            "curve": training.curve,
+        }
+
+    params = {**asdict(setup), "text": corpus.name, "bytes_per_token": corpus.bytes_per_token, "unigram_loss": unigram}
+    record = sweep("equal-budget", setup.cases, seeds, run, params=params, folder=folder, progress=progress)
+    return tabled(record, ("heldout_loss", "bits_per_byte", "tokens_per_second"))
+
+
+def figure(record: Mapping[str, Any]) -> Any:
+    """Draw held-out loss and tokens a second of each case, mean and deviation over seeds; a matplotlib Figure."""
+    from benchmarks.train_figures import bars, new
+
+    table = record["metrics"]["summary"]
+    drawing, (left, right) = new(columns=2, height=0.32 * len(table) + 1.4)
+    bars(left, table, "heldout_loss", label="held-out loss, nats a token", zero=False)
+    left.axvline(record["params"]["unigram_loss"], color="0.5", linestyle=":", label="token frequencies alone")
+    left.legend(frameon=False, fontsize=8)
+    bars(right, table, "tokens_per_second", label="training tokens a second, one thread")
+    right.set_yticklabels([])
+    return drawing

@@ -1,0 +1,105 @@
+"""Depth stress: the same narrow model from 4 to 32 layers, attention with a normaliser against attention without.
+
+The small form of the 32-layer claim (methods.md 1.5 and 1.8): with pointwise attention the authors of PowerSoftmax
+could not train 32-layer models, and blamed the missing normalisation of scores. A run counts as diverged or stuck by
+`train_runs.outcome`; both are reported beside the loss, since a mean over the runs that survived would flatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_runs import Budget, Progress, Row, fit, language_config, load_text, outcome, sweep, tabled
+from polyformer.model import Transformer
+from training.evaluate import language
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "softmax": {"mixer": "softmax"},
+    "power 4": {"mixer": "power_softmax", "power": 4},
+    "pointwise": {"mixer": "pointwise", "length_scaling": "after_sqrt"},
+    "pointwise, no scaling": {"mixer": "pointwise", "length_scaling": "none"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Sizes of the benchmark."""
+
+    budget: Budget = Budget(steps=200, batch=8, length=32)
+    vocab: int = 512
+    width: int = 32
+    heads: int = 2
+    layers: tuple[int, ...] = (4, 8, 16, 32)
+    windows: int = 256
+    mixers: tuple[str, ...] = tuple(MIXERS)
+
+
+QUICK = Setup(
+    budget=Budget(steps=10, batch=2, length=16), vocab=300, layers=(1, 2), windows=8, mixers=("softmax", "pointwise")
+)
+
+
+def measure(
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    setup: Setup | None = None,
+    text: Path | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train every mixer at every depth with every seed and return the record."""
+    setup = Setup() if setup is None else setup
+    corpus = load_text(text, vocab=setup.vocab)
+    windows = corpus.windows(setup.budget.length, setup.windows)
+    unigram = corpus.unigram(windows)
+    cases = {f"{name}, {n} layers": (name, n) for n in setup.layers for name in setup.mixers}
+
+    def run(case: str, seed: int) -> Row:
+        name, layers = cases[case]
+        model = Transformer(
+            language_config(
+                setup.budget, corpus.vocab, width=setup.width, blocks=layers, heads=setup.heads, **MIXERS[name]
+            )
+        )
+        training = fit(model, corpus.sampler(setup.budget, seed), setup.budget)
+        loss = language(model, windows, bytes_per_token=corpus.bytes_per_token).loss
+        became = outcome(training, loss, unigram)
+        return {
+            "mixer": name,
+            "layers": layers,
+            "heldout_loss": loss,
+            "outcome": became,
+            "failed": float(became != "trained"),
+            "seconds": training.seconds,
+            "curve": training.curve,
+        }
+
+    params = {**asdict(setup), "text": corpus.name, "unigram_loss": unigram}
+    record = sweep("depth-stress", tuple(cases), seeds, run, params=params, folder=folder, progress=progress)
+    return tabled(record, ("heldout_loss", "failed"), by=("mixer", "layers"))
+
+
+def figure(record: Mapping[str, Any]) -> Any:
+    """Draw held-out loss and the share of failed runs against depth; a matplotlib Figure."""
+    from benchmarks.train_figures import by_name, lines, new
+
+    table = record["metrics"]["summary"]
+    drawing, (left, right) = new(columns=2)
+    lines(
+        left,
+        by_name(table, "heldout_loss", x="layers", name="mixer"),
+        x_label="layers",
+        y_label="held-out loss, nats a token",
+        logarithmic=True,
+    )
+    left.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
+    shares = {
+        name: [(x, mean, 0.0) for x, mean, _ in points]
+        for name, points in by_name(table, "failed", x="layers", name="mixer").items()
+    }
+    lines(right, shares, x_label="layers", y_label="share of runs that failed to train", logarithmic=True)
+    right.set_ylim(-0.05, 1.05)
+    return drawing

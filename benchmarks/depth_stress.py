@@ -7,14 +7,18 @@ could not train 32-layer models, and blamed the missing normalisation of scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.train_runs import Budget, Progress, Row, fit, language_config, load_text, outcome, sweep, tabled
+from benchmarks.registry import Progress, Record
+from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, load_text, outcome, sweep
 from polyformer.model import Transformer
 from training.evaluate import language
+
+if TYPE_CHECKING:
+    from benchmarks.blocks import Block
 
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "softmax"},
@@ -24,11 +28,14 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
+BUDGET = Budget(steps=200, batch=8, length=32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """Sizes of the benchmark."""
 
-    budget: Budget = Budget(steps=200, batch=8, length=32)
+    budget: Budget = BUDGET
     vocab: int = 512
     width: int = 32
     heads: int = 2
@@ -47,7 +54,7 @@ def measure(
     seeds: Sequence[int] = (0, 1, 2),
     setup: Setup | None = None,
     text: Path | None = None,
-    folder: Path | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train every mixer at every depth with every seed and return the record."""
@@ -78,28 +85,39 @@ def measure(
         }
 
     params = {**asdict(setup), "text": corpus.name, "unigram_loss": unigram}
-    record = sweep("depth-stress", tuple(cases), seeds, run, params=params, folder=folder, progress=progress)
-    return tabled(record, ("heldout_loss", "failed"), by=("mixer", "layers"))
-
-
-def figure(record: Mapping[str, Any]) -> Any:
-    """Draw held-out loss and the share of failed runs against depth; a matplotlib Figure."""
-    from benchmarks.train_figures import by_name, lines, new
-
-    table = record["metrics"]["summary"]
-    drawing, (left, right) = new(columns=2)
-    lines(
-        left,
-        by_name(table, "heldout_loss", x="layers", name="mixer"),
-        x_label="layers",
-        y_label="held-out loss, nats a token",
-        logarithmic=True,
+    return sweep(
+        "depth-stress",
+        tuple(cases),
+        seeds,
+        run,
+        params=params,
+        figures=("heldout_loss", "failed"),
+        by=("mixer", "layers"),
+        keep=keep,
+        progress=progress,
     )
+
+
+def show(record: Record) -> Sequence[Block]:
+    """Show held-out loss and the share of failed runs against depth."""
+    from benchmarks.blocks import picture
+    from benchmarks.train_figures import by_name, lines, panels, table
+
+    summary = record["metrics"]["summary"]
+    drawing, (left, right) = panels(2)
+    losses = by_name(summary, "heldout_loss", x="layers", name="mixer")
+    lines(left, losses, x_label="layers", y_label="held-out loss, nats a token", logarithmic=True)
     left.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
-    shares = {
-        name: [(x, mean, 0.0) for x, mean, _ in points]
-        for name, points in by_name(table, "failed", x="layers", name="mixer").items()
-    }
+    shares = by_name(summary, "failed", x="layers", name="mixer")
+    shares = {name: [(x, mean, 0.0) for x, mean, _ in points] for name, points in shares.items()}
     lines(right, shares, x_label="layers", y_label="share of runs that failed to train", logarithmic=True)
     right.set_ylim(-0.05, 1.05)
-    return drawing
+    return [
+        table(
+            summary,
+            "Narrow models after the same steps, mean over seeds.",
+            {"mixer": "mixer", "layers": "layers"},
+            {"heldout_loss": "held-out loss", "failed": "share of runs that failed"},
+        ),
+        picture(drawing, "Loss and failed runs against depth; dotted: what token frequencies alone would give."),
+    ]

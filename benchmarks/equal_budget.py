@@ -6,14 +6,18 @@ power with and without the stable form, whose only difference is arithmetic: in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.train_runs import Budget, Progress, Row, fit, language_config, load_text, outcome, sweep, tabled
+from benchmarks.registry import Progress, Record
+from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, load_text, outcome, sweep, warm_up
 from polyformer.model import Transformer
 from training.evaluate import language
+
+if TYPE_CHECKING:
+    from benchmarks.blocks import Block
 
 CASES: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "softmax"},
@@ -34,11 +38,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+BUDGET = Budget(steps=400, batch=8, length=64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """Sizes of the benchmark."""
 
-    budget: Budget = Budget(steps=400, batch=8, length=64)
+    budget: Budget = BUDGET
     vocab: int = 512
     width: int = 64
     blocks: int = 2
@@ -57,7 +64,7 @@ def measure(
     seeds: Sequence[int] = (0, 1, 2),
     setup: Setup | None = None,
     text: Path | None = None,
-    folder: Path | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train every case with every seed and return the record."""
@@ -65,6 +72,7 @@ def measure(
     corpus = load_text(text, vocab=setup.vocab)
     windows = corpus.windows(setup.budget.length, setup.windows)
     unigram = corpus.unigram(windows)
+    warm_up()
 
     def run(case: str, seed: int) -> Row:
         model = Transformer(
@@ -74,29 +82,49 @@ def measure(
         )
         training = fit(model, corpus.sampler(setup.budget, seed), setup.budget)
         quality = language(model, windows, bytes_per_token=corpus.bytes_per_token)
+        became = outcome(training, quality.loss, unigram)
         return {
             "heldout_loss": quality.loss,
             "bits_per_byte": quality.bits_per_byte,
             "tokens_per_second": training.tokens_per_second,
             "parameters": model.parameter_count(),
-            "outcome": outcome(training, quality.loss, unigram),
+            "outcome": became,
+            "failed": float(became != "trained"),
             "curve": training.curve,
         }
 
     params = {**asdict(setup), "text": corpus.name, "bytes_per_token": corpus.bytes_per_token, "unigram_loss": unigram}
-    record = sweep("equal-budget", setup.cases, seeds, run, params=params, folder=folder, progress=progress)
-    return tabled(record, ("heldout_loss", "bits_per_byte", "tokens_per_second"))
+    return sweep(
+        "equal-budget",
+        setup.cases,
+        seeds,
+        run,
+        params=params,
+        figures=("heldout_loss", "bits_per_byte", "tokens_per_second", "failed"),
+        keep=keep,
+        progress=progress,
+    )
 
 
-def figure(record: Mapping[str, Any]) -> Any:
-    """Draw held-out loss and tokens a second of each case, mean and deviation over seeds; a matplotlib Figure."""
-    from benchmarks.train_figures import bars, new
+def show(record: Record) -> Sequence[Block]:
+    """Show held-out loss, bits a byte and tokens a second of each case, with the runs that did not train."""
+    from benchmarks.blocks import picture
+    from benchmarks.train_figures import bars, panels, table
 
-    table = record["metrics"]["summary"]
-    drawing, (left, right) = new(columns=2, height=0.32 * len(table) + 1.4)
-    bars(left, table, "heldout_loss", label="held-out loss, nats a token", zero=False)
+    summary = record["metrics"]["summary"]
+    drawing, (left, right) = panels(2, height=0.26 * len(summary) + 1.2)
+    bars(left, summary, "heldout_loss", label="held-out loss, nats a token", zero=False)
     left.axvline(record["params"]["unigram_loss"], color="0.5", linestyle=":", label="token frequencies alone")
     left.legend(frameon=False, fontsize=8)
-    bars(right, table, "tokens_per_second", label="training tokens a second, one thread")
+    bars(right, summary, "tokens_per_second", label="training tokens a second, one thread")
     right.set_yticklabels([])
-    return drawing
+    figures = {
+        "heldout_loss": "held-out loss",
+        "bits_per_byte": "bits a byte",
+        "tokens_per_second": "tokens a second",
+        "failed": "share of runs that failed",
+    }
+    return [
+        table(summary, "Each mixer after the same steps, mean over seeds.", {"case": "mixer"}, figures),
+        picture(drawing, "Held-out loss and training speed of each mixer; bars are one standard deviation over seeds."),
+    ]

@@ -8,17 +8,21 @@ length scores the same held-out tokens: the longest windows, cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from benchmarks.train_runs import Budget, Progress, Row, fit, language_config, load_text, outcome, sweep, tabled
+from benchmarks.registry import Progress, Record
+from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, load_text, outcome, sweep
 from polyformer.mixers.pointwise import SCALINGS, Pointwise
 from polyformer.model import Transformer
 from training.evaluate import language
+
+if TYPE_CHECKING:
+    from benchmarks.blocks import Block
 
 CASES: dict[str, dict[str, Any]] = {
     **{f"pointwise, {name}": {"mixer": "pointwise", "length_scaling": name} for name in SCALINGS},
@@ -28,11 +32,14 @@ CASES: dict[str, dict[str, Any]] = {
 OWN, TRAINED = "own", "trained"  # whose S a longer window takes
 
 
+BUDGET = Budget(steps=600, batch=8, length=64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """Sizes of the benchmark."""
 
-    budget: Budget = Budget(steps=600, batch=8, length=64)
+    budget: Budget = BUDGET
     vocab: int = 512
     width: int = 64
     blocks: int = 2
@@ -59,7 +66,7 @@ def measure(
     seeds: Sequence[int] = (0, 1, 2),
     setup: Setup | None = None,
     text: Path | None = None,
-    folder: Path | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train every scaling with every seed, measure it at every length, and return the record."""
@@ -87,15 +94,23 @@ def measure(
             for scale in (OWN, TRAINED) if config.mixer == "pointwise" else (OWN,):
                 longer = at_length(model, length, keep_scale=scale == TRAINED)
                 found = language(longer, cut(longest, length), bytes_per_token=corpus.bytes_per_token, batch=16)
-                row = {"length": length, "scale": scale, "heldout_loss": found.loss}
-                if factor == 1:
-                    row["outcome"] = outcome(training, found.loss, unigram)
-                rows.append(row)
+                became = outcome(training, found.loss, unigram)
+                row = {"length": length, "scale": scale, "heldout_loss": found.loss, "outcome": became}
+                rows.append(row | {"failed": float(became != "trained")})
         return rows
 
     params = {**asdict(s), "text": corpus.name, "unigram_loss": unigram}
-    record = sweep("length-scaling", s.cases, seeds, run, params=params, folder=folder, progress=progress)
-    return tabled(record, ("heldout_loss",), by=("case", "length", "scale"))
+    return sweep(
+        "length-scaling",
+        s.cases,
+        seeds,
+        run,
+        params=params,
+        figures=("heldout_loss", "failed"),
+        by=("case", "length", "scale"),
+        keep=keep,
+        progress=progress,
+    )
 
 
 def at_length(model: Transformer, length: int, *, keep_scale: bool) -> Transformer:
@@ -116,21 +131,26 @@ def cut(windows_NS: Tensor, length: int) -> Tensor:
     return windows_NS.unfold(1, length + 1, length).flatten(0, 1)
 
 
-def figure(record: Mapping[str, Any]) -> Any:
-    """Draw held-out loss against the length of the window; a matplotlib Figure."""
-    from benchmarks.train_figures import by_name, lines, new
+def show(record: Record) -> Sequence[Block]:
+    """Show held-out loss against the length of the window, for both choices of the constant."""
+    from benchmarks.blocks import picture
+    from benchmarks.train_figures import by_name, lines, panels, table
 
-    table = record["metrics"]["summary"]
-    drawing, axes = new(columns=2)
-    titles = {OWN: "constants of the window's own length", TRAINED: "constants of the trained length"}
+    summary = record["metrics"]["summary"]
+    drawing, axes = panels(2)
+    titles = {OWN: "constants of its own length", TRAINED: "constants of the trained length"}
     for axis, (scale, title) in zip(axes, titles.items(), strict=True):
-        shown = [e for e in table if e["scale"] == scale or not str(e["case"]).startswith("pointwise")]
-        lines(
-            axis,
-            by_name(shown, "heldout_loss", x="length"),
-            x_label=f"tokens a window, {title}",
-            y_label="held-out loss, nats a token",
-            logarithmic=True,
-        )
+        shown = [e for e in summary if e["scale"] == scale or not str(e["case"]).startswith("pointwise")]
+        losses = by_name(shown, "heldout_loss", x="length")
+        x_label = f"tokens a window, {title}"
+        lines(axis, losses, x_label=x_label, y_label="held-out loss, nats a token", logarithmic=True)
         axis.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
-    return drawing
+    return [
+        table(
+            summary,
+            "Windows of the trained length and longer ones over the same held-out tokens, mean over seeds.",
+            {"case": "attention", "length": "tokens a window", "scale": "constants of length"},
+            {"heldout_loss": "held-out loss", "failed": "share of runs that failed"},
+        ),
+        picture(drawing, "Loss against the length of the window; dotted: what token frequencies alone would give."),
+    ]

@@ -9,16 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.substitution import Degrees, Wanted, in_rows, intervals, outside, substituted, targets, train_ranges
-from benchmarks.train_runs import Budget, Progress, Row, fit, language_config, sweep, tabled
+from benchmarks.registry import Progress, Record
+from benchmarks.substitution import (
+    DEGREES,
+    WANTED,
+    Degrees,
+    Wanted,
+    in_rows,
+    intervals,
+    outside,
+    substituted,
+    targets,
+    train_ranges,
+)
+from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, sweep
 from polyformer.model import Transformer
 from training.evaluate import answers
 from training.recall import RecallSampler, RecallTask
+
+if TYPE_CHECKING:
+    from benchmarks.blocks import Block
 
 POLYNOMIAL = "polynomial"
 MODELS: dict[str, dict[str, Any]] = {
@@ -49,8 +63,8 @@ class Setup:
     range_steps: int = 200
     tune_steps: int = 200
     tune_lr: float = 1.5e-3
-    degrees: Degrees = Degrees()
-    wanted: Wanted = Wanted()
+    degrees: Degrees = DEGREES
+    wanted: Wanted = WANTED
     tasks: Mapping[str, RecallTask] = field(default_factory=lambda: dict(TASKS))
 
 
@@ -74,7 +88,7 @@ def measure(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     setup: Setup | None = None,
-    folder: Path | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train every model on every task with every seed and return the record."""
@@ -127,31 +141,48 @@ def measure(
         right_NQ = answers(model, *task.draw(s.test, torch.Generator().manual_seed(11))).double()
         row |= {"accuracy": float(right_NQ.mean()), "parameters": model.parameter_count()}
         curve = zip(right_NQ.mean(0).tolist(), task.ceiling(), strict=True)
-        return [row, *({"task": name, "model": kind, "shot": i, "at": a, "ceiling": c} for i, (a, c) in enumerate(curve))]
+        return [
+            row,
+            *({"task": name, "model": kind, "shot": i, "at": a, "ceiling": c} for i, (a, c) in enumerate(curve)),
+        ]
 
-    record = sweep("recall", tuple(cases), seeds, run, params=asdict(s), folder=folder, progress=progress)
-    return tabled(record, ("accuracy", "at", "ceiling", "outside"), by=("task", "model", "shot"))
+    return sweep(
+        "recall",
+        tuple(cases),
+        seeds,
+        run,
+        params=asdict(s),
+        figures=("accuracy", "chance", "at", "ceiling", "outside"),
+        by=("task", "model", "shot"),
+        keep=keep,
+        progress=progress,
+    )
 
 
-def figure(record: Mapping[str, Any]) -> Any:
-    """Draw accuracy by task, and the few-shot curve below its ceiling; a matplotlib Figure."""
-    from benchmarks.train_figures import by_name, lines, new
+def show(record: Record) -> Sequence[Block]:
+    """Show accuracy by task, and the few-shot curve below its ceiling."""
+    from benchmarks.blocks import picture
+    from benchmarks.train_figures import by_name, categories, lines, panels, table
 
-    table = record["metrics"]["summary"]
-    drawing, (left, right) = new(columns=2)
-    whole = [e for e in table if "accuracy" in e]
-    tasks = list(dict.fromkeys(e["task"] for e in whole))
-    series: dict[str, list[tuple[float, float, float]]] = {}
-    for e in whole:
-        point = (float(tasks.index(e["task"])), e["accuracy"]["mean"], e["accuracy"]["deviation"])
-        series.setdefault(e["model"], []).append(point)
-    lines(left, series, x_label="task", y_label="accuracy, all questions")
+    summary = record["metrics"]["summary"]
+    whole = [e for e in summary if "accuracy" in e]
+    shots = [e for e in summary if e["task"] == "few-shot" and "at" in e]
+    drawing, (left, right) = panels(2)
+    tasks, models = categories(whole, "accuracy", category="task", name="model")
+    lines(left, models, x_label="task", y_label="accuracy, all questions")
     left.set_xticks(range(len(tasks)), tasks)
     left.set_ylim(0, 1.05)
-    shots = [e for e in table if e["task"] == "few-shot" and "at" in e]
     lines(right, by_name(shots, "at", x="shot", name="model"), x_label="shots in the window", y_label="accuracy")
-    best = by_name(shots, "ceiling", x="shot", name="model").get("softmax", [])
-    right.plot([p[0] for p in best], [p[1] for p in best], color="0.5", linestyle=":", label="best possible")
+    for best in list(by_name(shots, "ceiling", x="shot", name="model").values())[:1]:
+        right.plot([p[0] for p in best], [p[1] for p in best], color="0.5", linestyle=":", label="best possible")
+        right.legend(frameon=False, fontsize=8)
     right.set_ylim(0, 1.05)
-    right.legend(frameon=False, fontsize=8)
-    return drawing
+    return [
+        table(
+            whole,
+            "Answers that stand only in the window, mean over seeds.",
+            {"task": "task", "model": "model"},
+            {"accuracy": "accuracy", "chance": "chance", "outside": "largest share outside an interval"},
+        ),
+        picture(drawing, "Accuracy by task, and of the few-shot task against the number of shots."),
+    ]

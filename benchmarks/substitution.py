@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.train_runs import Budget, Training, fit
 from polyformer.activations import Activation, fit_activation
 from polyformer.approx import inverse_sqrt, reciprocal
 from polyformer.layers import PolynomialLayer
@@ -21,8 +22,6 @@ from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import Transformer
 from polyformer.norms import Norm
 from polyformer.ranges import Collector, Targets, log_mean_rows, measure, range_loss
-
-from benchmarks.train_runs import Budget, Training, fit
 from training.loop import Batches, Schedule
 
 KINDS = ("division", "activation", "norm")
@@ -48,12 +47,17 @@ class Wanted:
     weight: float = 0.3
 
 
+DEGREES, WANTED = Degrees(), Wanted()
+
+
 def with_config(model: Transformer, **changes: Any) -> Transformer:
     """Return a model of a changed config with the same parameters; what the new one adds keeps its start."""
     made = Transformer(replace(model.config, **changes))
     _, unexpected = made.load_state_dict(model.state_dict(), strict=False)
     if unexpected:
-        raise ValueError(f"the changed model has no place for {unexpected[:3]}; choose a mixer with the same parameters")
+        raise ValueError(
+            f"the changed model has no place for {unexpected[:3]}; choose a mixer with the same parameters"
+        )
     return made.train(model.training)
 
 

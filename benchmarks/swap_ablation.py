@@ -11,15 +11,18 @@ polynomials in place, whose coefficients learn too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.registry import Progress, Record
 from benchmarks.substitution import (
+    DEGREES,
     KINDS,
+    WANTED,
     Degrees,
     Wanted,
     in_rows,
@@ -30,18 +33,24 @@ from benchmarks.substitution import (
     train_ranges,
     with_config,
 )
-from benchmarks.train_runs import Budget, Progress, Row, Text, fit, language_config, load_text, sweep, tabled
+from benchmarks.train_runs import Budget, Keep, Row, Text, fit, language_config, load_text, sweep
 from polyformer.model import Transformer
 from training.evaluate import language
 
+if TYPE_CHECKING:
+    from benchmarks.blocks import Block
+
 SUBSTITUTION = "substitution"
+
+
+BUDGET = Budget(steps=800, batch=16, length=32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """Sizes of the benchmark."""
 
-    budget: Budget = Budget(steps=800, batch=16, length=32)
+    budget: Budget = BUDGET
     vocab: int = 512
     width: int = 64
     blocks: int = 2
@@ -55,8 +64,8 @@ class Setup:
     range_steps: int = 300
     tune_steps: int = 200
     tune_lr: float = 1.5e-3
-    degrees: Degrees = Degrees()
-    wanted: Wanted = Wanted()
+    degrees: Degrees = DEGREES
+    wanted: Wanted = WANTED
 
 
 QUICK = Setup(
@@ -102,7 +111,7 @@ def measure(
     seeds: Sequence[int] = (0, 1, 2),
     setup: Setup | None = None,
     text: Path | None = None,
-    folder: Path | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run the swap test and the substitution ablation with every seed and return the record."""
@@ -123,7 +132,10 @@ def measure(
         rows[0]["scratch"] = loss(models.trained(power, seed))
         for share in s.recovery:
             row: Row = {"power": power, "share": share}
-            for name, changes in (("swapped", {"mixer": "power_softmax", "power": power, "eps": s.eps}), ("softmax", {})):
+            for name, changes in (
+                ("swapped", {"mixer": "power_softmax", "power": power, "eps": s.eps}),
+                ("softmax", {}),
+            ):
                 model = with_config(original, **changes).train()
                 schedule = s.budget.schedule(steps=max(1, round(share * s.budget.steps)), lr=s.tune_lr)
                 fit(model, corpus.sampler(s.budget, seed + 500), s.budget, schedule=schedule)
@@ -137,9 +149,7 @@ def measure(
             model = in_rows(models.trained(s.substituted_power, seed), calibration)
             aims = targets(model, calibration, s.wanted)
             schedule = s.budget.schedule(steps=s.range_steps, lr=s.tune_lr)
-            train_ranges(
-                model, corpus.sampler(s.budget, seed + 600), s.budget, schedule, aims, weight
-            )
+            train_ranges(model, corpus.sampler(s.budget, seed + 600), s.budget, schedule, aims, weight)
             fitted = intervals(model, calibration, s.degrees)
             rows.append({"arm": arm, "replaced": "nothing", "heldout_loss": loss(model), "intervals": fitted})
             for kinds in (*((k,) for k in KINDS), KINDS):
@@ -167,44 +177,49 @@ def measure(
     def run(case: str, seed: int) -> list[Row]:
         return ablate(seed) if case == SUBSTITUTION else swap(cases[case], seed)
 
-    record = sweep(
+    return sweep(
         "swap-ablation",
         tuple(cases),
         seeds,
         run,
         params={**asdict(s), "text": corpus.name},
-        folder=folder,
+        figures=("swapped", "softmax", "scratch", "heldout_loss", "outside"),
+        by=("case", "share", "arm", "replaced"),
+        keep=keep,
         progress=progress,
     )
-    return tabled(
-        record, ("swapped", "softmax", "scratch", "heldout_loss", "outside"), by=("case", "share", "arm", "replaced")
-    )
 
 
-def figure(record: Mapping[str, Any]) -> Any:
-    """Draw the recovery after the swap, and the loss that each replacement adds; a matplotlib Figure."""
-    from benchmarks.train_figures import by_name, lines, new
+def show(record: Record) -> Sequence[Block]:
+    """Show the recovery after the swap, and what each replacement costs with and without range training."""
+    from benchmarks.blocks import picture
+    from benchmarks.train_figures import by_name, categories, lines, panels, table
 
-    table = record["metrics"]["summary"]
-    drawing, (left, right) = new(columns=2)
-    swaps = [e for e in table if e["case"] != SUBSTITUTION]
+    summary = record["metrics"]["summary"]
+    swaps = [e for e in summary if e["case"] != SUBSTITUTION]
+    rest = [e for e in summary if e["case"] == SUBSTITUTION]
+    drawing, (left, right) = panels(2)
     series = by_name(swaps, "swapped", x="share")
-    first = next(iter(series), None)
-    series["softmax, trained on"] = by_name([e for e in swaps if e["case"] == first], "softmax", x="share").get(
-        str(first), []
-    )
+    controls = [e for e in swaps if e["case"] == swaps[0]["case"]]  # the same for every power
+    for points in by_name(controls, "softmax", x="share").values():
+        series["softmax, trained on"] = points
     lines(left, series, x_label="continued training, share of the first steps", y_label="held-out loss, nats a token")
-    rest = [e for e in table if e["case"] == SUBSTITUTION]
-    names = list(dict.fromkeys(str(e["replaced"]) for e in rest))
-    bars = {
-        arm: [
-            (float(names.index(str(e["replaced"]))), e["heldout_loss"]["mean"], e["heldout_loss"]["deviation"])
-            for e in rest
-            if e["arm"] == arm
-        ]
-        for arm in dict.fromkeys(str(e["arm"]) for e in rest)
-    }
-    lines(right, bars, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
+    names, arms = categories(rest, "heldout_loss", category="replaced", name="arm")
+    lines(right, arms, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
     right.set_yscale("log")
     right.set_xticks(range(len(names)), names, fontsize=8)
-    return drawing
+    return [
+        table(
+            swaps,
+            "Softmax swapped for PowerSoftmax, then trained on, mean over seeds.",
+            {"case": "swap", "share": "share of the steps"},
+            {"swapped": "swapped", "softmax": "softmax, trained on", "scratch": "PowerSoftmax from scratch"},
+        ),
+        table(
+            rest,
+            "Functions replaced by polynomials, mean over seeds.",
+            {"arm": "before it", "replaced": "replaced"},
+            {"heldout_loss": "held-out loss", "outside": "largest share outside an interval"},
+        ),
+        picture(drawing, "Recovery after the swap, and loss after each replacement (logarithmic)."),
+    ]

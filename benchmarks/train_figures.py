@@ -1,76 +1,83 @@
-"""Figures of training benchmarks, drawn from their records by matplotlib: colour-blind safe, text as text in SVG.
+"""Tables and figures of training benchmarks, from the summaries of their records: colour-blind safe, readable in grey.
 
-Colours are those of Okabe and Ito (Color Universal Design, 2008), and every line has its own marker too, so that a
-figure can be read in grey. Black is kept for text. Nothing is shown: no window opens and no global setting changes.
+Colours and markers are those of `blocks`; every line has both. A mean that is null belongs to a group with a run that
+is not finite: it has no point, and a dash in the table. No window opens and no global setting of matplotlib changes.
 """
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
-MARKERS = "osD^vPX*"
-LINES = ("-", "--", "-.", ":")
+from benchmarks.blocks import COLOURS, MARKERS, Table
+
+Entry = Mapping[str, Any]
+Series = Mapping[str, Sequence[tuple[float, float, float]]]  # name -> (x, mean, deviation)
 
 
-def new(*, columns: int = 1, rows: int = 1, width: float = 9.0, height: float = 3.6) -> tuple[Any, Any]:
-    """Return a matplotlib Figure and its axes (one, or an array), inches."""
+def table(summary: Sequence[Entry], caption: str, columns: Mapping[str, str], figures: Mapping[str, str]) -> Table:
+    """Return a table of a summary. `columns` and `figures` map what stands in an entry to the heading shown; each
+    figure gets a column for its standard deviation over seeds.
+    """
+    headings = [*columns.values()]
+    for heading in figures.values():
+        headings += [heading, "±"]
+    rows = []
+    for entry in summary:
+        row = [entry.get(name) for name in columns]
+        for name in figures:
+            found = entry.get(name) or {}
+            row += [found.get("mean"), found.get("deviation")]
+        rows.append(row)
+    return Table(caption=caption, columns=headings, rows=rows)
+
+
+def panels(columns: int, *, width: float = 9.0, height: float = 3.6) -> tuple[Any, list[Any]]:
+    """Return a matplotlib Figure and its axes in one row, in the page's look; inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib; run `pip install 'polyformer[report]'`") from error
     drawing = Figure(figsize=(width, height), layout="constrained")
-    axes = drawing.subplots(rows, columns)
-    for axis in axes.flat if rows * columns > 1 else (axes,):
+    axes = list(drawing.subplots(1, columns, squeeze=False)[0])
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return drawing, axes
 
 
-def bars(axis: Any, table: Sequence[Mapping[str, Any]], figure: str, *, label: str, zero: bool = True) -> None:
-    """Draw one horizontal bar a case with its deviation over seeds, the first case on top; a case whose figure is not
-    finite gets the word instead of a bar.
+def bars(axis: Any, summary: Sequence[Entry], figure: str, *, label: str, zero: bool = True) -> None:
+    """Draw one horizontal bar a case with its deviation over seeds, the first case on top; without `zero` the axis
+    starts below the smallest mean, and dots stand for bars, whose length would mislead.
     """
-    names = [str(entry["case"]) for entry in table]
-    means = [entry[figure]["mean"] for entry in table]
-    finite = [m if math.isfinite(m) else math.nan for m in means]
-    spread = [entry[figure]["deviation"] for entry in table]
-    places = range(len(names))
-    known = [m for m in finite if not math.isnan(m)]
-    low = 0.0 if zero or not known else min(known) - 0.25 * (max(known) - min(known) or 1.0)
-    axis.barh(places, finite, xerr=spread, color=PALETTE[0], alpha=0.75, ecolor="0.2", capsize=2)
-    for place, mean in zip(places, finite, strict=True):
-        if math.isnan(mean):
-            axis.text(low, place, " not finite", va="center", color=PALETTE[1], fontsize=8)
-    axis.set_yticks(list(places), names, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlim(left=low)
+    names = [str(entry["case"]) for entry in summary]
+    known = [(i, e[figure]) for i, e in enumerate(summary) if e[figure]["mean"] is not None]
+    places, means = [i for i, _ in known], [f["mean"] for _, f in known]
+    spread = [f["deviation"] for _, f in known]
+    if zero:
+        axis.barh(places, means, xerr=spread, color=COLOURS[0], alpha=0.75, ecolor="0.2", capsize=2)
+    else:
+        axis.errorbar(means, places, xerr=spread, color=COLOURS[0], fmt="o", markersize=5, ecolor="0.2", capsize=2)
+    for i in set(range(len(names))) - set(places):
+        axis.text(0.02, i, "not finite", va="center", color=COLOURS[1], transform=axis.get_yaxis_transform())
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(label)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
 
 
-def lines(
-    axis: Any,
-    series: Mapping[str, Sequence[tuple[float, float, float]]],
-    *,
-    x_label: str,
-    y_label: str,
-    logarithmic: bool = False,
-) -> None:
-    """Draw (x, mean, deviation) of each name as a line with its own colour, marker and dash; points that are not
-    finite are left out.
-    """
+def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic: bool = False) -> None:
+    """Draw each name as a line with its own colour and marker, and bars of one standard deviation over seeds."""
     for i, (name, points) in enumerate(series.items()):
-        kept = [p for p in points if math.isfinite(p[1])]
+        xs, means, spread = zip(*points, strict=True) if points else ((), (), ())
         axis.errorbar(
-            [p[0] for p in kept],
-            [p[1] for p in kept],
-            yerr=[p[2] for p in kept],
+            xs,
+            means,
+            yerr=spread,
             label=name,
-            color=PALETTE[i % len(PALETTE)],
+            color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)],
-            linestyle=LINES[(i // len(PALETTE)) % len(LINES)],
+            linestyle="-" if i < len(COLOURS) else "--",
             markersize=4,
             linewidth=1.4,
             capsize=2,
@@ -82,29 +89,28 @@ def lines(
         axis.minorticks_off()
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
-    axis.grid(axis="y", color="0.9", linewidth=0.8)
+    axis.grid(alpha=0.25)
     axis.set_axisbelow(True)
     if series:
         axis.legend(frameon=False, fontsize=8)
 
 
 def by_name(
-    table: Sequence[Mapping[str, Any]], figure: str, *, x: str, name: str = "case"
+    summary: Sequence[Entry], figure: str, *, x: str, name: str = "case"
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Return the series of `lines` from a record's summary: x and name are columns of it."""
+    """Return the series of `lines`: x and name are columns of the summary."""
     series: dict[str, list[tuple[float, float, float]]] = {}
-    for entry in table:
-        if figure in entry:
+    for entry in summary:
+        if figure in entry and entry[figure]["mean"] is not None:
             point = (float(entry[x]), float(entry[figure]["mean"]), float(entry[figure]["deviation"]))
             series.setdefault(str(entry[name]), []).append(point)
     return {key: sorted(points) for key, points in series.items()}
 
 
-def svg(drawing: Any) -> str:
-    """Return a figure as an SVG element for a page: text stays text, no XML head, no date, ids that do not vary."""
-    import matplotlib
-
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "polyformer"}):
-        drawing.savefig(target, format="svg", metadata={"Date": None}, transparent=True)
-    return target.getvalue()[target.getvalue().index("<svg") :]
+def categories(
+    summary: Sequence[Entry], figure: str, *, category: str, name: str
+) -> tuple[list[str], dict[str, list[tuple[float, float, float]]]]:
+    """Return the categories in order of appearance, and series over their places."""
+    names = list(dict.fromkeys(str(e[category]) for e in summary if figure in e))
+    placed = [{**e, "place": names.index(str(e[category]))} for e in summary if figure in e]
+    return names, by_name(placed, figure, x="place", name=name)

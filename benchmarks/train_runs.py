@@ -1,7 +1,7 @@
 """Training benchmarks: a table of cases x seeds -> rows, measured one after another with `training`'s own loop.
 
-A row is plain numbers: the case, the seed, and what its run measured. `sweep` writes `<name>.partial.json` after every
-run; Ctrl-C ends a sweep and keeps what was measured (`interrupted` in the record says so). Seeds give each run its
+A row is plain numbers: the case, the seed, and what its run measured; null is a number that is not finite. `sweep` hands
+a record on after every run, and Ctrl-C ends it with what was measured (status `interrupted`). Seeds give each run its
 first weights and its batches; every case sees the same batches of a seed. Runs use one thread, so that the tokens a
 second of a small model do not hang on the number of cores.
 """
@@ -9,7 +9,6 @@ second of a small model do not hang on the number of cores.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 import tempfile
@@ -23,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import records
-from polyformer.model import ModelConfig
+from benchmarks.registry import Progress, Record
+from polyformer.model import ModelConfig, Transformer
 from training.data import Mix, Sampler, cut_windows, encode_documents, read_documents, split_docs, train_bpe
 from training.evaluate import bytes_per_token, unigram_loss
 from training.loop import Batches, ExtraLoss, Schedule, run_stage
 
-Progress = Callable[[int, int, str], None]  # done, total, what comes next
+Keep = Callable[[Record], None]  # what a record would be by now
 Row = dict[str, Any]
 NEVER = 1 << 30  # steps between checkpoints of runs that take seconds
 
@@ -98,7 +98,7 @@ def load_text(path: Path | None, *, vocab: int, holdout: int = 9) -> Text:
 
 def language_config(budget: Budget, vocab: int, *, width: int, blocks: int, heads: int, **changes: Any) -> ModelConfig:
     """Return a causal pre-norm model with LayerNorm and an MLP of four widths; `changes` are fields of its config."""
-    fields = {"hidden": 4 * width, "norms": ("layer",) * (2 * blocks + 1)} | changes
+    fields: dict[str, Any] = {"hidden": 4 * width, "norms": ("layer",) * (2 * blocks + 1)} | changes
     return ModelConfig(vocab=vocab, length=budget.length, width=width, blocks=blocks, heads=heads, **fields)
 
 
@@ -119,7 +119,12 @@ class Training:
 
 
 def fit(
-    model: nn.Module, batches: Batches, budget: Budget, *, schedule: Schedule | None = None, extra: ExtraLoss | None = None
+    model: nn.Module,
+    batches: Batches,
+    budget: Budget,
+    *,
+    schedule: Schedule | None = None,
+    extra: ExtraLoss | None = None,
 ) -> Training:
     """Train a model in place for a budget, or for another schedule on its batches."""
     schedule = budget.schedule() if schedule is None else schedule
@@ -165,89 +170,108 @@ def sweep(
     run: Callable[[str, int], Row | Sequence[Row]],
     *,
     params: Mapping[str, Any],
-    folder: Path | None = None,
+    figures: Sequence[str],
+    by: Sequence[str] = ("case",),
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure every case with every seed and return the record; seeds are the outer loop, so that an interrupted sweep
     has compared all cases before it repeats one.
 
-    Args: `run` returns one row or several (which then name what they differ in); `folder` for the partial record.
+    Args: `run` returns one row, or several that name what they differ in; `figures` are averaged over seeds `by` the
+    values of some columns, see `table`.
     """
-    was_quiet = records.quiet()
     rows: list[Row] = []
-    partial = None if folder is None else folder / f"{name}.partial.json"
     pairs = [(case, seed) for seed in seeds for case in cases]
-    interrupted = False
+    done = 0
 
-    def record() -> dict[str, Any]:
-        return records.record(
+    def record(status: str) -> dict[str, Any]:
+        made = records.record(
             name,
-            metrics={"rows": rows, "interrupted": interrupted or len(done) < len(pairs)},
+            metrics={"summary": table(rows, figures, by), "rows": list(rows)},
             params={**params, "seeds": list(seeds), "cases": list(cases)},
             threads=1,
             seed=seeds[0],
             repeats=len(seeds),
-            was_quiet=was_quiet,
         )
+        return made | {"status": status}
 
-    done: list[tuple[str, int]] = []
     with one_thread():
         try:
             for case, seed in pairs:
                 if progress is not None:
-                    progress(len(done), len(pairs), f"{case}, seed {seed}")
+                    progress(done, len(pairs), f"{case}, seed {seed}")
                 torch.manual_seed(seed)
                 found = run(case, seed)
-                rows.extend({"case": case, "seed": seed, **r} for r in ([found] if isinstance(found, dict) else found))
-                done.append((case, seed))
-                if partial is not None:
-                    _write(partial, record())
+                rows.extend(
+                    plain({"case": case, "seed": seed, **r}) for r in ([found] if isinstance(found, dict) else found)
+                )
+                done += 1
+                if keep is not None:
+                    keep(record("interrupted"))
         except KeyboardInterrupt:
-            interrupted = True
+            return record("interrupted")
     if progress is not None:
-        progress(len(done), len(pairs), "interrupted" if interrupted else "done")
-    if partial is not None:
-        partial.unlink(missing_ok=True)  # the caller writes the record
-    return record()
+        progress(done, len(pairs), "done")
+    return record("complete")
 
 
-def summary(rows: Sequence[Row], figure: str, by: Sequence[str] = ("case",)) -> dict[tuple[Any, ...], Summary]:
-    """Return mean and standard deviation of a figure over seeds, by the values of some columns, in order of appearance.
-    Rows without the figure are left out; one that is not finite makes the mean so.
-    """
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        if row.get(figure) is not None:
-            groups.setdefault(tuple(row.get(b) for b in by), []).append(float(row[figure]))
-    return {key: Summary.of(values) for key, values in groups.items()}
+def plain(value: Any) -> Any:
+    """Return a value with null for every float that is not finite: JSON has no nan."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Mean, sample standard deviation (0 of a single run) and number of runs."""
+    """Mean and sample standard deviation (0 of a single run) over runs; both None if a run's figure is not finite: a
+    mean over the runs that survived would flatter.
+    """
 
-    mean: float
-    deviation: float
+    mean: float | None
+    deviation: float | None
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Summary:
-        finite = all(math.isfinite(v) for v in values)
+    def of(cls, values: Sequence[float | None]) -> Summary:
+        finite = [v for v in values if v is not None]
+        if len(finite) < len(values):
+            return cls(mean=None, deviation=None, runs=len(values))
         return cls(
-            mean=statistics.fmean(values) if finite else math.nan,
-            deviation=statistics.stdev(values) if finite and len(values) > 1 else 0.0,
+            mean=statistics.fmean(finite),
+            deviation=statistics.stdev(finite) if len(finite) > 1 else 0.0,
             runs=len(values),
         )
 
 
-def tabled(record: dict[str, Any], figures: Sequence[str], by: Sequence[str] = ("case",)) -> dict[str, Any]:
-    """Return a record with `metrics.summary`: one entry a group, with mean, deviation and runs of each figure."""
-    rows = record["metrics"]["rows"]
-    groups: dict[tuple[Any, ...], Row] = {}
-    for figure in figures:
-        for key, value in summary(rows, figure, by).items():
-            groups.setdefault(key, dict(zip(by, key, strict=True)))[figure] = asdict(value)
-    return {**record, "metrics": {**record["metrics"], "summary": list(groups.values())}}
+def table(rows: Sequence[Row], figures: Sequence[str], by: Sequence[str] = ("case",)) -> list[Row]:
+    """Return one entry a group of rows that agree in the columns `by`, in order of appearance: those columns, and mean,
+    deviation and runs of each figure that rows of the group have.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(column) for column in by), []).append(row)
+    entries = []
+    for key, members in groups.items():
+        entry: Row = {column: value for column, value in zip(by, key, strict=True) if value is not None}
+        for figure in figures:
+            values = [row[figure] for row in members if figure in row]
+            if values:
+                entry[figure] = asdict(Summary.of(values))
+        entries.append(entry)
+    return entries
+
+
+def warm_up() -> None:
+    """Train a model of nothing for a few steps: the first run of a process would pay for what torch loads late."""
+    budget = Budget(steps=3, batch=1, length=4)
+    docs = [torch.arange(8)]
+    sampler = Sampler(docs, length=4, vocab=8, mix=Mix(batch=1), seed=0)
+    with one_thread():
+        fit(Transformer(language_config(budget, 8, width=4, blocks=1, heads=1, mixer="softmax")), sampler, budget)
 
 
 @contextlib.contextmanager
@@ -259,10 +283,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)

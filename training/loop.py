@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from training.data import IGNORE
 from training.recipe import Progress
 
+
 class Batches(Protocol):
     """What the loop draws from: inputs and targets [B, T] (-100 is not scored), the whole state in one generator."""
 

@@ -28,7 +28,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
-BUDGET = Budget(steps=200, batch=8, length=32)
+BUDGET = Budget(steps=400, batch=8, length=32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-BUDGET = Budget(steps=400, batch=8, length=64)
+BUDGET = Budget(steps=500, batch=8, length=64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
 VARIANTS = ("plain", "local", "smooth", "both")
 SYMBOLS = ("[MIN", "[MAX", "[MED", "[SM", "]")
 LEVELS = 8  # of grey, of a sequential digit
-BUDGET = Budget(steps=300, batch=16, length=48)
+BUDGET = Budget(steps=700, batch=16, length=48)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 OWN, TRAINED = "own", "trained"  # whose S a longer window takes
 
 
-BUDGET = Budget(steps=600, batch=8, length=64)
+BUDGET = Budget(steps=1_500, batch=8, length=64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ TASKS = {
 class Setup:
     """Sizes of the benchmark; the length of a window is the task's."""
 
-    steps: int = 800
+    steps: int = 1_200
     batch: int = 32
     lr: float = 3e-3
     width: int = 64

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SUBSTITUTION = "substitution"
 
 
-BUDGET = Budget(steps=800, batch=16, length=32)
+BUDGET = Budget(steps=2_000, batch=16, length=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class Setup:
     powers: tuple[int, ...] = (2, 4)
     recovery: tuple[float, ...] = (0.05, 0.1, 0.2)  # of the steps
     substituted_power: int = 2
-    range_steps: int = 300
-    tune_steps: int = 200
+    range_steps: int = 600
+    tune_steps: int = 400
     tune_lr: float = 1.5e-3
     degrees: Degrees = DEGREES
     wanted: Wanted = WANTED

@@ -81,7 +81,7 @@ def measure(
             "outcome": became,
             "failed": float(became != "trained"),
             "seconds": training.seconds,
-            "curve": training.curve,
+            "curve": training.thinned(),
         }
 
     params = {**asdict(setup), "text": corpus.name, "unigram_loss": unigram}

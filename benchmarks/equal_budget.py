@@ -90,7 +90,7 @@ def measure(
             "parameters": model.parameter_count(),
             "outcome": became,
             "failed": float(became != "trained"),
-            "curve": training.curve,
+            "curve": training.thinned(),
         }
 
     params = {**asdict(setup), "text": corpus.name, "bytes_per_token": corpus.bytes_per_token, "unigram_loss": unigram}

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from benchmarks.blocks import Block
 
 SUBSTITUTION = "substitution"
-
-
 BUDGET = Budget(steps=2_000, batch=16, length=32)
 
 

@@ -113,9 +113,10 @@ class Training:
     finite: bool
     curve: tuple[tuple[int, float], ...]
 
-    @property
-    def last_loss(self) -> float:
-        return self.curve[-1][1]
+    def thinned(self, most: int = 12) -> list[tuple[int, float]]:
+        """Return at most `most` points of the curve, the last one among them, to four digits: what a record keeps."""
+        kept = self.curve[:: -max(1, -(-len(self.curve) // most))][::-1]
+        return [(step, round(loss, 4)) for step, loss in kept]
 
 
 def fit(

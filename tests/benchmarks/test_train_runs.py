@@ -126,3 +126,10 @@ def test_threads_are_given_back():
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_a_thinned_curve_keeps_its_end():
+    curve = tuple((10 * i, 1 / (i + 3)) for i in range(50))
+    thin = Training(seconds=1.0, tokens_per_second=1.0, finite=True, curve=curve).thinned(12)
+    assert len(thin) <= 12 and thin[-1] == (490, round(1 / 52, 4))
+    assert [step for step, _ in thin] == sorted(step for step, _ in thin)

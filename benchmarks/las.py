@@ -223,7 +223,7 @@ def _language(corpus: Text, windows_NS: Tensor, s: Setup) -> Callable[[dict[str,
 def show(record: Record) -> Sequence[Block]:
     """Show accuracy of the tasks and the loss of the language control for each variant."""
     from benchmarks.blocks import picture
-    from benchmarks.train_figures import categories, lines, panels, table
+    from benchmarks.train_figures import categories, dots, panels, table
 
     named = [{**e, "name": f"{e['task']}, {e['attention']}"} for e in record["metrics"]["summary"]]
     drawing, (left, right) = panels(2)
@@ -232,8 +232,7 @@ def show(record: Record) -> Sequence[Block]:
         (right, "heldout_loss", "language: held-out loss, nats a token"),
     ):
         variants, series = categories(named, figure, category="variant", name="name")
-        lines(axis, series, x_label="LaS", y_label=label)
-        axis.set_xticks(range(len(variants)), variants)
+        dots(axis, variants, series, x_label="LaS", y_label=label)
     for share in record["params"]["majority"].values():
         left.axhline(share, color="0.5", linestyle=":")
     return [

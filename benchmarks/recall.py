@@ -162,15 +162,14 @@ def measure(
 def show(record: Record) -> Sequence[Block]:
     """Show accuracy by task, and the few-shot curve below its ceiling."""
     from benchmarks.blocks import picture
-    from benchmarks.train_figures import by_name, categories, lines, panels, table
+    from benchmarks.train_figures import by_name, categories, dots, lines, panels, table
 
     summary = record["metrics"]["summary"]
     whole = [e for e in summary if "accuracy" in e]
     shots = [e for e in summary if e["task"] == "few-shot" and "at" in e]
     drawing, (left, right) = panels(2)
     tasks, models = categories(whole, "accuracy", category="task", name="model")
-    lines(left, models, x_label="task", y_label="accuracy, all questions")
-    left.set_xticks(range(len(tasks)), tasks)
+    dots(left, tasks, models, x_label="task", y_label="accuracy, all questions")
     left.set_ylim(0, 1.05)
     lines(right, by_name(shots, "at", x="shot", name="model"), x_label="shots in the window", y_label="accuracy")
     for best in list(by_name(shots, "ceiling", x="shot", name="model").values())[:1]:

@@ -191,7 +191,7 @@ def measure(
 def show(record: Record) -> Sequence[Block]:
     """Show the recovery after the swap, and what each replacement costs with and without range training."""
     from benchmarks.blocks import picture
-    from benchmarks.train_figures import by_name, categories, lines, panels, table
+    from benchmarks.train_figures import by_name, categories, dots, lines, panels, table
 
     summary = record["metrics"]["summary"]
     swaps = [e for e in summary if e["case"] != SUBSTITUTION]
@@ -203,9 +203,8 @@ def show(record: Record) -> Sequence[Block]:
         series["softmax, trained on"] = points
     lines(left, series, x_label="continued training, share of the first steps", y_label="held-out loss, nats a token")
     names, arms = categories(rest, "heldout_loss", category="replaced", name="arm")
-    lines(right, arms, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
+    dots(right, names, arms, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
     right.set_yscale("log")
-    right.set_xticks(range(len(names)), names, fontsize=8)
     return [
         table(
             swaps,

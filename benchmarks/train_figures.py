@@ -61,6 +61,7 @@ def bars(axis: Any, summary: Sequence[Entry], figure: str, *, label: str, zero: 
         axis.text(0.02, i, "not finite", va="center", color=COLOURS[1], transform=axis.get_yaxis_transform())
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel(label)
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
@@ -90,6 +91,31 @@ def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic:
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.25)
+    axis.set_axisbelow(True)
+    if series:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def dots(axis: Any, names: Sequence[str], series: Series, *, x_label: str, y_label: str) -> None:
+    """Draw series over named places, which have no order: markers side by side and no lines between them."""
+    step = 0.6 / max(1, len(series))
+    for i, (name, points) in enumerate(series.items()):
+        xs, means, spread = zip(*points, strict=True) if points else ((), (), ())
+        axis.errorbar(
+            [x + (i - (len(series) - 1) / 2) * step for x in xs],
+            means,
+            yerr=spread,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="none",
+            markersize=5,
+            capsize=2,
+        )
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
     if series:
         axis.legend(frameon=False, fontsize=8)

@@ -1,5 +1,8 @@
 """Depth stress: the same narrow model from 4 to 32 layers, attention with a normaliser against attention without.
 
+Two learning rates: the one that the other tables use, and one far above it, since what a missing normaliser costs first
+is the margin before training breaks.
+
 The small form of the 32-layer claim (methods.md 1.5 and 1.8): with pointwise attention the authors of PowerSoftmax
 could not train 32-layer models, and blamed the missing normalisation of scores. A run counts as diverged or stuck by
 `train_runs.outcome`; both are reported beside the loss, since a mean over the runs that survived would flatter.
@@ -28,7 +31,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
-BUDGET = Budget(steps=400, batch=8, length=32)
+BUDGET = Budget(steps=200, batch=8, length=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,18 @@ class Setup:
     width: int = 32
     heads: int = 2
     layers: tuple[int, ...] = (4, 8, 16, 32)
+    rates: tuple[float, ...] = (3e-3, 2e-2)  # learning rates
     windows: int = 256
     mixers: tuple[str, ...] = tuple(MIXERS)
 
 
 QUICK = Setup(
-    budget=Budget(steps=10, batch=2, length=16), vocab=300, layers=(1, 2), windows=8, mixers=("softmax", "pointwise")
+    budget=Budget(steps=10, batch=2, length=16),
+    vocab=300,
+    layers=(1, 2),
+    rates=(3e-3,),
+    windows=8,
+    mixers=("softmax", "pointwise"),
 )
 
 
@@ -62,21 +71,27 @@ def measure(
     corpus = load_text(text, vocab=setup.vocab)
     windows = corpus.windows(setup.budget.length, setup.windows)
     unigram = corpus.unigram(windows)
-    cases = {f"{name}, {n} layers": (name, n) for n in setup.layers for name in setup.mixers}
+    cases = {
+        f"{name}, {n} layers, rate {rate:g}": (name, n, rate)
+        for n in setup.layers
+        for rate in setup.rates
+        for name in setup.mixers
+    }
 
     def run(case: str, seed: int) -> Row:
-        name, layers = cases[case]
+        name, layers, rate = cases[case]
         model = Transformer(
             language_config(
                 setup.budget, corpus.vocab, width=setup.width, blocks=layers, heads=setup.heads, **MIXERS[name]
             )
         )
-        training = fit(model, corpus.sampler(setup.budget, seed), setup.budget)
+        training = fit(model, corpus.sampler(setup.budget, seed), setup.budget, schedule=setup.budget.schedule(lr=rate))
         loss = language(model, windows, bytes_per_token=corpus.bytes_per_token).loss
         became = outcome(training, loss, unigram)
         return {
             "mixer": name,
             "layers": layers,
+            "rate": rate,
             "heldout_loss": loss,
             "outcome": became,
             "failed": float(became != "trained"),
@@ -92,7 +107,7 @@ def measure(
         run,
         params=params,
         figures=("heldout_loss", "failed"),
-        by=("mixer", "layers"),
+        by=("mixer", "layers", "rate"),
         keep=keep,
         progress=progress,
     )
@@ -103,20 +118,23 @@ def show(record: Record) -> Sequence[Block]:
     from benchmarks.blocks import picture
     from benchmarks.train_figures import by_name, lines, panels, table
 
-    summary = record["metrics"]["summary"]
-    drawing, (left, right) = panels(2)
-    losses = by_name(summary, "heldout_loss", x="layers", name="mixer")
-    lines(left, losses, x_label="layers", y_label="held-out loss, nats a token", logarithmic=True)
-    left.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
-    shares = by_name(summary, "failed", x="layers", name="mixer")
+    summary, rates = record["metrics"]["summary"], record["params"]["rates"]
+    drawing, axes = panels(len(rates) + 1, width=11.0)
+    for axis, rate in zip(axes, rates, strict=False):
+        losses = by_name([e for e in summary if e["rate"] == rate], "heldout_loss", x="layers", name="mixer")
+        lines(axis, losses, x_label=f"layers, learning rate {rate:g}", y_label="held-out loss", logarithmic=True)
+        axis.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
+    worst = [e for e in summary if e["rate"] == max(rates)]
+    shares = by_name(worst, "failed", x="layers", name="mixer")
     shares = {name: [(x, mean, 0.0) for x, mean, _ in points] for name, points in shares.items()}
-    lines(right, shares, x_label="layers", y_label="share of runs that failed to train", logarithmic=True)
-    right.set_ylim(-0.05, 1.05)
+    x_label = f"layers, learning rate {max(rates):g}"
+    lines(axes[-1], shares, x_label=x_label, y_label="share of runs that failed", logarithmic=True)
+    axes[-1].set_ylim(-0.05, 1.05)
     return [
         table(
             summary,
             "Narrow models after the same steps, mean over seeds.",
-            {"mixer": "mixer", "layers": "layers"},
+            {"mixer": "mixer", "layers": "layers", "rate": "learning rate"},
             {"heldout_loss": "held-out loss", "failed": "share of runs that failed"},
         ),
         picture(drawing, "Loss and failed runs against depth; dotted: what token frequencies alone would give."),

@@ -1,7 +1,7 @@
 """LaS, local and smooth attention: decay of scores with distance, averaging of values, both, or neither (methods.md 8).
 
-Where it should help: ListOps-lite (short expressions, `training.datasets.listops`), and digits read pixel by pixel when
-a folder of images is given. Where smoothing is expected to hurt: a language model, the control. All are causal models
+Where it should help: ListOps-lite (short expressions, `training.datasets.listops`), and digits read pixel by pixel where
+their data are there. Where smoothing is expected to hurt: a language model, the control. All are causal models
 of the same blocks; a class is a token that is asked at the last position, and shorter inputs are padded on the left.
 The decay of PowerSoftmax is weaker by p, since the weight decays with exp(-p alpha |i - j|).
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, Text, fit, language_config, load_text, sweep
+from benchmarks.train_runs import Budget, Keep, Row, Text, data_folder, fit, language_config, load_text, sweep
 from polyformer.model import Transformer
 from training.data import IGNORE
 from training.datasets import listops, mnist5k
@@ -34,7 +34,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
 VARIANTS = ("plain", "local", "smooth", "both")
 SYMBOLS = ("[MIN", "[MAX", "[MED", "[SM", "]")
 LEVELS = 8  # of grey, of a sequential digit
-BUDGET = Budget(steps=700, batch=16, length=48)
+BUDGET = Budget(steps=600, batch=16, length=48)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class Setup:
     windows: int = 256
     attention: tuple[str, ...] = tuple(ATTENTION)
     variants: tuple[str, ...] = VARIANTS
+    digits: bool = True  # where the data are there
 
 
 QUICK = Setup(
@@ -66,6 +67,7 @@ QUICK = Setup(
     windows=8,
     attention=("power 4",),
     variants=("plain", "both"),
+    digits=False,
 )
 
 
@@ -155,14 +157,19 @@ def measure(
 ) -> dict[str, Any]:
     """Train every variant on every task with every seed and return the record.
 
-    Args: `data` is the folder of `shared/fetch-data`; without it there are no sequential digits.
+    Args: `data` is the folder of `shared/fetch-data`, by default what `data_folder` says; where it holds no digits, they
+    are left out and the record says so.
     """
     s = Setup() if setup is None else setup
     corpus = load_text(text, vocab=s.vocab)
     windows = corpus.windows(s.budget.length, s.windows)
     tasks: dict[str, Labelled] = {"listops": listops_lite(s.budget.length, train=s.examples, test=s.test)}
-    if data is not None:
-        tasks["digits"] = sequential_digits(*mnist5k(data), test=s.test)
+    missing = ""
+    if s.digits:
+        try:
+            tasks["digits"] = sequential_digits(*mnist5k(data_folder() if data is None else data), test=s.test)
+        except FileNotFoundError as error:
+            missing = str(error)
     measured: dict[str, Callable[[dict[str, Any], int], Row]] = {
         **{name: _classes(task, s) for name, task in tasks.items()},
         "language": _language(corpus, windows, s),
@@ -187,7 +194,7 @@ def measure(
             **asdict(s),
             "text": corpus.name,
             "majority": {name: task.majority for name, task in tasks.items()},
-            "digits": "not measured: no data folder" if data is None else "mnist5k, 7 x 7",
+            "missing": missing,
         },
         figures=("accuracy", "heldout_loss"),
         by=("task", "attention", "variant"),
@@ -238,7 +245,7 @@ def show(record: Record) -> Sequence[Block]:
     return [
         table(
             record["metrics"]["summary"],
-            "Local and smooth attention, mean over seeds.",
+            f"Local and smooth attention, mean over seeds. {record['params']['missing']}".strip(),
             {"task": "task", "attention": "attention", "variant": "LaS"},
             {"accuracy": "accuracy", "heldout_loss": "held-out loss"},
         ),

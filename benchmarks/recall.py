@@ -1,7 +1,7 @@
 """In-context recall: softmax against PowerSoftmax and its fully polynomial form, same size, data, steps and seeds.
 
 The tasks are those of `training/recall.py`: induction, key-value recall, and a few-shot map whose accuracy is measured
-against the number of shots, beside the best that any reader could reach. `polynomial` is the model `power 2` of the
+against the number of shots, beside the best that any reader could reach. `polynomial` is the model `power 4` of the
 same seed, with range training, every function replaced and a short tuning: it has had more steps than the others.
 """
 
@@ -34,12 +34,12 @@ from training.recall import RecallSampler, RecallTask
 if TYPE_CHECKING:
     from benchmarks.blocks import Block
 
-POLYNOMIAL = "polynomial"
+POLYNOMIAL, SOURCE = "polynomial", "power 4"  # a model and what it is made of
 MODELS: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "softmax"},
-    "power 4": {"mixer": "power_softmax", "power": 4},
     "power 2": {"mixer": "power_softmax", "power": 2},
-    POLYNOMIAL: {},  # made of `power 2`
+    SOURCE: {"mixer": "power_softmax", "power": 4},
+    POLYNOMIAL: {},  # made of SOURCE
 }
 TASKS = {
     "induction": RecallTask(kind="induction", symbols=16, shown=12, asked=6),
@@ -94,7 +94,7 @@ def measure(
     """Train every model on every task with every seed and return the record."""
     s = Setup() if setup is None else setup
     cases = {f"{task}, {model}": (task, model) for task in s.tasks for model in MODELS}
-    kept: dict[tuple[str, int], Transformer] = {}  # `power 2` of this task and seed
+    kept: dict[tuple[str, int], Transformer] = {}  # SOURCE of this task and seed
 
     def budget(task: RecallTask) -> Budget:
         return Budget(steps=s.steps, batch=s.batch, length=task.length, lr=s.lr, weight_decay=0.0)
@@ -109,7 +109,7 @@ def measure(
         return made
 
     def polynomial(task: RecallTask, name: str, seed: int) -> tuple[Transformer, float]:
-        power = kept.get((name, seed)) or fresh(task, "power 2", seed)
+        power = kept.get((name, seed)) or fresh(task, SOURCE, seed)
         b = budget(task)
         seen = task.draw(s.calibration, torch.Generator().manual_seed(7))[0]
         model = in_rows(power, seen)
@@ -135,7 +135,7 @@ def measure(
             row["levels"] = model.levels
         else:
             model = fresh(task, kind, seed)
-        if kind == "power 2":
+        if kind == SOURCE:
             kept.clear()
             kept[name, seed] = model
         right_NQ = answers(model, *task.draw(s.test, torch.Generator().manual_seed(11))).double()

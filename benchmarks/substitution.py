@@ -31,9 +31,9 @@ KINDS = ("division", "activation", "norm")
 class Degrees:
     """Degrees of the polynomials, and the factor by which their intervals exceed what training text showed."""
 
-    division: int = 6
-    activation: int = 6
-    norm: int = 5
+    division: int = 4
+    activation: int = 4
+    norm: int = 3
     margin: float = 1.2
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -79,6 +80,11 @@ class Text:
 
     def unigram(self, windows_NS: Tensor) -> float:
         return unigram_loss(self.train, windows_NS, vocab=self.vocab)
+
+
+def data_folder() -> Path:
+    """Return the folder that `shared/fetch-data` filled: the variable POLYFORMER_DATA, else `data`."""
+    return Path(os.environ.get("POLYFORMER_DATA", "data"))
 
 
 def load_text(path: Path | None, *, vocab: int, holdout: int = 9) -> Text:

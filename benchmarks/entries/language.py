@@ -50,7 +50,7 @@ BENCHMARKS = (
         name="depth-stress",
         group="train",
         measures="held-out loss and failed runs against depth, with and without a normaliser",
-        conditions=f"{TEXT}; 4 to 32 blocks, d = 32, 400 steps of 8 x 32 tokens, one thread",
+        conditions=f"{TEXT}; 4 to 32 blocks, d = 32, two learning rates, 200 steps of 8 x 32 tokens, one thread",
         minutes=12,
         memory_gb=2,
         run=_run("depth_stress"),
@@ -89,8 +89,9 @@ BENCHMARKS = (
     Benchmark(
         name="las-ablation",
         group="train",
-        measures="accuracy on ListOps-lite and, as a control, language loss: local, smooth, both, neither",
-        conditions=f"ListOps of 8 to 48 tokens; {TEXT}; 2 blocks, d = 32, 700 steps of 16 windows, one thread",
+        measures="accuracy on ListOps-lite and sequential digits and, as a control, language loss: local, smooth, both, neither",
+        conditions=f"ListOps of 8 to 48 tokens; MNIST-5k at 7 x 7, if fetched; {TEXT}; 2 blocks, d = 32, "
+        "600 steps of 16 windows, one thread",
         minutes=10,
         memory_gb=2,
         run=_run("las"),

@@ -1,5 +1,7 @@
 """Every training benchmark at its smallest size: the rows that it promises, and what it shows of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,6 +107,7 @@ def test_stable_and_unstable_power_are_one_map():
 
 def test_depths_are_those_asked_for(records):
     rows = records("depth-stress")["metrics"]["rows"]
+    assert {row["rate"] for row in rows} == set(depth_stress.QUICK.rates)
     assert {row["layers"] for row in rows} == set(depth_stress.QUICK.layers)
 
 
@@ -190,6 +193,15 @@ def test_listops_lite_asks_for_the_value_at_the_end():
             assert values[operator]([t - 1 for t in inner[1:-1]]) == label - 1
             flat += 1
     assert 0.05 < task.majority < 0.6
+
+
+def test_digits_that_are_not_there_are_named(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYFORMER_DATA", str(tmp_path / "nowhere"))
+    setup = replace(las.QUICK, digits=True, variants=("plain",), budget=Budget(steps=1, batch=1, length=24))
+    record = las.measure(seeds=(0,), setup=setup, text=text)
+    assert "nowhere" in record["params"]["missing"] and "fetch" in record["params"]["missing"]
+    assert {row["task"] for row in record["metrics"]["rows"]} == {"listops", "language"}
+    assert "nowhere" in las.show(record)[0].caption
 
 
 def test_sequential_digits_are_raster_order_and_disjoint():

@@ -50,7 +50,7 @@ BENCHMARKS = (
         name="depth-stress",
         group="train",
         measures="held-out loss and failed runs against depth, with and without a normaliser",
-        conditions=f"{TEXT}; 4 to 32 blocks, d = 32, two learning rates, 200 steps of 8 x 32 tokens, one thread",
+        conditions=f"{TEXT}; 4 to 32 blocks, d = 32, three learning rates, 130 steps of 8 x 32 tokens, one thread",
         minutes=12,
         memory_gb=2,
         run=_run("depth_stress"),

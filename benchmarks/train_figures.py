@@ -6,6 +6,7 @@ is not finite: it has no point, and a dash in the table. No window opens and no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,20 +17,27 @@ Series = Mapping[str, Sequence[tuple[float, float, float]]]  # name -> (x, mean,
 
 
 def table(summary: Sequence[Entry], caption: str, columns: Mapping[str, str], figures: Mapping[str, str]) -> Table:
-    """Return a table of a summary. `columns` and `figures` map what stands in an entry to the heading shown; each
-    figure gets a column for its standard deviation over seeds.
+    """Return a table of a summary, figures as mean ± standard deviation over seeds. `columns` and `figures` map what
+    stands in an entry to the heading shown.
     """
-    headings = [*columns.values()]
-    for heading in figures.values():
-        headings += [heading, "±"]
-    rows = []
-    for entry in summary:
-        row = [entry.get(name) for name in columns]
-        for name in figures:
-            found = entry.get(name) or {}
-            row += [found.get("mean"), found.get("deviation")]
-        rows.append(row)
-    return Table(caption=caption, columns=headings, rows=rows)
+    rows = [
+        [*(entry.get(name) for name in columns), *(spread(entry[name]) if name in entry else None for name in figures)]
+        for entry in summary
+    ]
+    return Table(caption=caption, columns=[*columns.values(), *figures.values()], rows=rows)
+
+
+def spread(figure: Mapping[str, Any]) -> str | None:
+    """Return mean ± deviation, both to the second digit of the deviation; the mean to four digits where runs do not
+    differ or there is one; None where a run is not finite.
+    """
+    mean, deviation = figure["mean"], figure["deviation"]
+    if mean is None:
+        return None
+    if not deviation:
+        return f"{mean:.4g}" if abs(mean) < 1e4 else f"{mean:,.0f}"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}"
 
 
 def panels(columns: int, *, width: float = 9.0, height: float = 3.6) -> tuple[Any, list[Any]]:
@@ -52,11 +60,11 @@ def bars(axis: Any, summary: Sequence[Entry], figure: str, *, label: str, zero: 
     names = [str(entry["case"]) for entry in summary]
     known = [(i, e[figure]) for i, e in enumerate(summary) if e[figure]["mean"] is not None]
     places, means = [i for i, _ in known], [f["mean"] for _, f in known]
-    spread = [f["deviation"] for _, f in known]
+    errors = [f["deviation"] or 0.0 for _, f in known]
     if zero:
-        axis.barh(places, means, xerr=spread, color=COLOURS[0], alpha=0.75, ecolor="0.2", capsize=2)
+        axis.barh(places, means, xerr=errors, color=COLOURS[0], alpha=0.75, ecolor="0.2", capsize=2)
     else:
-        axis.errorbar(means, places, xerr=spread, color=COLOURS[0], fmt="o", markersize=5, ecolor="0.2", capsize=2)
+        axis.errorbar(means, places, xerr=errors, color=COLOURS[0], fmt="o", markersize=5, ecolor="0.2", capsize=2)
     for i in set(range(len(names))) - set(places):
         axis.text(0.02, i, "not finite", va="center", color=COLOURS[1], transform=axis.get_yaxis_transform())
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -128,7 +136,7 @@ def by_name(
     series: dict[str, list[tuple[float, float, float]]] = {}
     for entry in summary:
         if figure in entry and entry[figure]["mean"] is not None:
-            point = (float(entry[x]), float(entry[figure]["mean"]), float(entry[figure]["deviation"]))
+            point = (float(entry[x]), float(entry[figure]["mean"]), float(entry[figure]["deviation"] or 0.0))
             series.setdefault(str(entry[name]), []).append(point)
     return {key: sorted(points) for key, points in series.items()}
 

@@ -234,8 +234,8 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Mean and sample standard deviation (0 of a single run) over runs; both None if a run's figure is not finite: a
-    mean over the runs that survived would flatter.
+    """Mean and sample standard deviation over runs; a single run has none. Both are None if a run's figure is not
+    finite: a mean over the runs that survived would flatter.
     """
 
     mean: float | None
@@ -249,7 +249,7 @@ class Summary:
             return cls(mean=None, deviation=None, runs=len(values))
         return cls(
             mean=statistics.fmean(finite),
-            deviation=statistics.stdev(finite) if len(finite) > 1 else 0.0,
+            deviation=statistics.stdev(finite) if len(finite) > 1 else None,
             runs=len(values),
         )
 

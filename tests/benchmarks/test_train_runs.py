@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.train_figures import spread
 from benchmarks.train_runs import (
     Budget,
     Summary,
@@ -70,8 +71,24 @@ def test_a_run_that_is_not_finite_leaves_no_mean():
     rows = [{"case": "a", "loss": 1.0}, {"case": "a", "loss": plain(math.nan)}, {"case": "b", "loss": 2.0}]
     a, b = table(rows, ("loss", "speed"))
     assert a == {"case": "a", "loss": {"mean": None, "deviation": None, "runs": 2}}
-    assert b["loss"] == {"mean": 2.0, "deviation": 0.0, "runs": 1}
+    assert b["loss"] == {"mean": 2.0, "deviation": None, "runs": 1}
     assert plain({"x": (1.0, math.inf)}) == {"x": [1.0, None]}
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "shown"),
+    [
+        (3.69579, 0.0123, "3.696 ± 0.012"),
+        (8567.6, 411.0, "8,568 ± 411"),
+        (0.5, None, "0.5"),
+        (12345.6, None, "12,346"),
+        (1.0, 0.0, "1"),
+        (None, None, None),
+    ],
+    ids=["loss", "speed", "one run", "large", "no spread", "not finite"],
+)
+def test_digits_follow_the_spread(mean, deviation, shown):
+    assert spread({"mean": mean, "deviation": deviation, "runs": 3}) == shown
 
 
 def test_summary_is_the_sample_deviation():

@@ -9,14 +9,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.data import IGNORE, Sampler
+from training.data import IGNORE
 from training.recipe import Progress
+
+
+class Batches(Protocol):
+    """What the loop draws from: inputs and targets [B, T] (-100 is not scored), the whole state in one generator."""
+
+    generator: torch.Generator
+
+    def batch(self) -> tuple[Tensor, Tensor]: ...
+
 
 ExtraLoss = Callable[[], Tensor]  # called after the forward pass, e.g. the range losses on what a Collector holds
 
@@ -46,7 +56,7 @@ def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 def run_stage(
     model: nn.Module,
-    sampler: Sampler,
+    sampler: Batches,
     *,
     stage: str,
     schedule: Schedule,
@@ -100,7 +110,7 @@ def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler, step: int
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Batches, step: int
 ) -> None:
     """Write everything that the next step depends on, atomically."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -113,7 +123,7 @@ def save_checkpoint(
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Batches) -> int:
     """Restore a checkpoint into its four owners and return the number of steps done."""
     tensors = load_file(path)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})

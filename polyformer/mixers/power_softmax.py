@@ -115,9 +115,7 @@ class PowerSoftmax(Attention):
             k = k * visible_BT[:, None, :, None].to(k.dtype)
         exact = self.reciprocal is None and not self.steps
         f_T1 = None if self.form == "stable" else self.row_factor(x_BTD.shape[1])
-        y_BHTK, d_BHT1 = power_sums(
-            q, k, v, f_T1, power=self.power, eps=self.eps, causal=self.causal, divide=exact
-        )
+        y_BHTK, d_BHT1 = power_sums(q, k, v, f_T1, power=self.power, eps=self.eps, causal=self.causal, divide=exact)
         d_BHT1 = self.tap(d_BHT1)
         return self.o(self.merge(y_BHTK if exact else (y_BHTK * self.invert(d_BHT1)).to(v.dtype)))
 

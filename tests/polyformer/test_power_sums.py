@@ -111,9 +111,9 @@ def test_kept_for_backward_is_linear_in_the_length():
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
             return x
 
-        x = inputs(1, 1, t, 4)
+        q, k, v = inputs(1, 1, t, 4)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            power_sums(*x, None, power=4, eps=EPS, causal=True, divide=True)
+            power_sums(q, k, v, None, power=4, eps=EPS, causal=True, divide=True)
         return sum(storages.values())
 
     assert kept(256) == 2 * kept(128) == 256 * 8 * (4 * 4 + 2)  # q, k, v, y of 4 channels, f and d

@@ -115,10 +115,10 @@ def compare(name: str, shape: Shape, rounds: int, seed: int) -> Row:
         side()
     seen: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
-        for side, run in (("theirs", theirs), ("ours", ours)):
+        for whose, run in (("theirs", theirs), ("ours", ours)):
             cpu, wall = time.process_time(), time.perf_counter()
             run()
-            seen[side].append((time.process_time() - cpu, time.perf_counter() - wall))
+            seen[whose].append((time.process_time() - cpu, time.perf_counter() - wall))
     tokens = shape.steps * shape.batch * shape.length
     ratios = [t[0] / o[0] for o, t in zip(seen["ours"], seen["theirs"], strict=True)]
     walls = [t[1] / o[1] for o, t in zip(seen["ours"], seen["theirs"], strict=True)]

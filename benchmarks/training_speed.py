@@ -83,16 +83,17 @@ def measure(settings: Settings) -> Record:
     shapes, rounds, rows = QUICK if settings.quick else SHAPES, max(2, settings.repeats), list[Row]()
     seed = settings.seeds[0]
 
+    made = records.record(
+        "training-speed",
+        metrics={},
+        params={"shapes": [asdict(s) for s in shapes], "rounds": rounds, "powers": list(POWERS)},
+        threads=1,
+        seed=seed,
+        repeats=rounds,
+    )
+
     def record(status: str) -> dict[str, Any]:
-        made = records.record(
-            "training-speed",
-            metrics={"rows": list(rows), "least_ratio": least(rows)},
-            params={"shapes": [asdict(s) for s in shapes], "rounds": rounds, "powers": list(POWERS)},
-            threads=1,
-            seed=seed,
-            repeats=rounds,
-        )
-        return made | {"status": status}
+        return made | {"metrics": {"rows": list(rows), "least_ratio": least(rows)}, "status": status}
 
     pairs = [(shape, name) for shape in shapes for name in COMPARISONS]
     with one_thread():

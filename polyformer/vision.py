@@ -39,8 +39,11 @@ class VisionConfig(ClassifierConfig):
             raise ValueError(f"image {self.image} is not a multiple of the patch, {self.patch} pixels")
         if self.body.length != self.tokens:
             raise ValueError(f"length is {self.body.length}, an image has {self.tokens} tokens (grid {self.grid})")
-        if self.body.grid not in ((), self.grid):
-            raise ValueError(f"grid of the body is {self.body.grid}, that of the patches {self.grid}")
+        if self.body.grid not in ((), self.grid, (self.tokens,)):
+            raise ValueError(
+                f"grid of the body is {self.body.grid}, that of the patches {self.grid}; give that one, or "
+                f"{(self.tokens,)} to see them as one row"
+            )
         if self.window and self.pool == "first":
             raise ValueError("a class token lies in no window; use pool='mean' with windows")
 

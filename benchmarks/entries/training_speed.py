@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from benchmarks.registry import Benchmark, Record, Settings
+
+if TYPE_CHECKING:
+    from benchmarks.blocks import Block
 
 
 def _speed(settings: Settings) -> Record:
@@ -11,7 +17,7 @@ def _speed(settings: Settings) -> Record:
     return training_speed.measure(settings)
 
 
-def _show(record):  # type: ignore[no-untyped-def]
+def _show(record: Record) -> Sequence[Block]:
     from benchmarks import training_speed
 
     return training_speed.show(record)

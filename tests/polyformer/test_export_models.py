@@ -1,4 +1,6 @@
-"""Encoders, vision models, Hyena and linear attention: the ONNX file equals torch, and so does the compiled circuit."""
+"""Encoders, vision models, Hyena and linear attention: the ONNX file equals torch, so does the compiled circuit in
+the simulator, and under encryption within its promise.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig, Transformer
 from polyformer.norms import BatchNorm
 from polyformer.vision import VisionConfig, ViT
+from tests.compiler.test_three_ways import encrypted
 
 # One block of affine norms and a square: few levels, so that what is new here decides the circuit.
 BODY = ModelConfig(
@@ -54,7 +57,8 @@ MODELS: dict[str, Config] = {
     "vit, Hyena parallel": image(replace(HYENA, hyena_direction="parallel", hyena_filter="joint")),
     "vit, Hyena seq": image(replace(HYENA, hyena_direction="seq", hyena_order=3)),
 }
-COMPILED = ("lm, fixed decay, gate", "lm, Hyena", "encoder, mean", "vit, batch norms, Hyena")
+COMPILED = ("lm, fixed decay, gate", "lm, Hyena", "encoder, mean", "vit", "vit, batch norms, Hyena")
+ENCRYPTED = ("lm, fixed decay, gate", "vit, batch norms, Hyena")
 
 
 def make(config: Config) -> Transformer | Encoder | ViT:
@@ -111,3 +115,6 @@ def test_the_compiled_circuit_in_the_simulator_equals_torch(name, tmp_path):
     with torch.no_grad():
         expected = model(torch.from_numpy(calibration[2:3]))[0].double().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    if name in ENCRYPTED:
+        error = np.abs(encrypted(circuit, x) - found).max()
+        assert error <= circuit.error_bound < 1e-2, f"{error:.2e} above the promised {circuit.error_bound:.2e}"

@@ -83,7 +83,7 @@ def make(config: Config) -> Transformer | Encoder | ViT:
 def inputs(model: nn.Module, n: int, seed: int = 9) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     if isinstance(model, ViT):
-        return torch.randn(n, model.channels, *model.size, generator=g)
+        return torch.randn(n, model.channels, *model.size, generator=g) * 0.5
     return torch.randint(0, 10, (n, 4), generator=g)
 
 
@@ -98,8 +98,8 @@ def test_onnxruntime_equals_torch(name, tmp_path):
         results.append(session.run(["logits"], {given.name: x.numpy()})[0])
     with torch.no_grad():
         expected = model(inputs(model, 3)).numpy()
-    assert expected.std(0).max() > 0.01  # it depends on its input
-    np.testing.assert_allclose(np.concatenate(results), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std(0).max() > 1e-3  # it depends on its input
+    np.testing.assert_allclose(np.concatenate(results), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from polyformer.export_graph import Graph
-from polyformer.export_layers import linear
+from polyformer.export_layers import activation, linear
 from polyformer.mixers.base import Attention
 from polyformer.mixers.gated_linear import GatedLinear
 from polyformer.mixers.linear import Linear
+from polyformer.mixers.pointwise import Pointwise
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
 from polyformer.recurrence import decays
@@ -139,6 +140,24 @@ def _softmax(g: Graph, layer: Softmax, name: str, scores: str, v: str) -> str:
     return g.node("MatMul", [weights, v], f"{name}.out")
 
 
+def _pointwise(g: Graph, layer: Pointwise, name: str, scores: str, v: str) -> str:
+    """sigma(scale s + shift), and the mask with the length scaling behind it: sigma(0) need not be 0."""
+    decay_HTT = layer.las.decay(layer.length, layer.mask_TT).double()
+    scale, u = decay_HTT[None] * (layer.before / math.sqrt(layer.head_size)), f"{name}.scaled"
+    if not any(layer.las.alphas):
+        scale = scale[:, :1, :1, :1]  # one number
+    if layer.score_norm is None:
+        g.node("Mul", [scores, g.constant(f"{name}.scale", scale)], u)
+    else:
+        scale_H, shift_H = (c.detach().double()[:, None, None] for c in layer.score_norm.affine())
+        shift = g.constant(f"{name}.shift", decay_HTT[None] * shift_H)
+        product = g.node("Mul", [scores, g.constant(f"{name}.scale", scale * scale_H)], f"{name}.product")
+        g.node("Add", [product, shift], u)
+    mask = g.constant(f"{name}.mask", (layer.mask_TT * layer.after)[None, None])
+    weights = g.node("Mul", [activation(g, layer.act, f"{name}.act", u), mask], f"{name}.weights")
+    return g.node("MatMul", [weights, v], f"{name}.out")
+
+
 def _linear_attention(g: Graph, layer: Linear, name: str, scores: str, v: str) -> str:
     _check_polynomial(layer, name)
     mask_TT = layer.mask_TT.double() * layer.scale
@@ -166,6 +185,7 @@ def _check_polynomial(layer: Attention, name: str) -> None:
 # scores [1, H, T, T] and values [1, H, T, K] to outputs [1, H, T, K], by the class of the layer
 WEIGHTED: Mapping[type[Attention], Callable[..., str]] = {
     PowerSoftmax: _power_softmax,
+    Pointwise: _pointwise,
     Softmax: _softmax,
     Linear: _linear_attention,
     GatedLinear: _gated_linear,

@@ -2,38 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from benchmarks.registry import Benchmark, Record, Settings
-
-if TYPE_CHECKING:
-    from benchmarks.blocks import Block
-
-
-def _vision(settings: Settings) -> Record:
-    from benchmarks import vision
-
-    return vision.vision(settings)
-
-
-def _few(settings: Settings) -> Record:
-    from benchmarks import vision
-
-    return vision.vision_few(settings)
-
-
-def _show_vision(record: Record) -> Sequence[Block]:
-    from benchmarks import vision
-
-    return vision.show_vision(record)
-
-
-def _show_few(record: Record) -> Sequence[Block]:
-    from benchmarks import vision
-
-    return vision.show_few(record)
-
+from benchmarks.registry import Benchmark
 
 BENCHMARKS = (
     Benchmark(
@@ -43,8 +12,8 @@ BENCHMARKS = (
         conditions="5,000 digits and Fashion-MNIST (POLYFORMER_DATA), 49 tokens, 300 steps of 64, one thread",
         minutes=12,
         memory_gb=2,
-        run=_vision,
-        show=_show_vision,
+        run="benchmarks.vision:vision",
+        show="benchmarks.vision:show_vision",
     ),
     Benchmark(
         name="vision-few",
@@ -53,7 +22,7 @@ BENCHMARKS = (
         conditions="5,000 digits (POLYFORMER_DATA), 49 tokens, 150 steps of 64, one thread",
         minutes=12,
         memory_gb=2,
-        run=_few,
-        show=_show_few,
+        run="benchmarks.vision:vision_few",
+        show="benchmarks.vision:show_few",
     ),
 )

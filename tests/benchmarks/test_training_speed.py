@@ -13,14 +13,16 @@ from polyformer.model import Transformer
 def test_quick_run_has_a_row_a_comparison_and_partial_records_on_the_way():
     benchmark, kept, steps = registry.benchmarks()["training-speed"], [], []
     threads = torch.get_num_threads()
-    record = benchmark.run(Settings(repeats=2, quick=True, keep=kept.append, progress=lambda *step: steps.append(step)))
+    record = benchmark.measure(
+        Settings(repeats=2, quick=True, keep=kept.append, progress=lambda *step: steps.append(step))
+    )
     rows = record["metrics"]["rows"]
     assert [r["comparison"] for r in rows] == list(training_speed.COMPARISONS)
     assert all(r["tokens_per_second"] > 0 and r["ratio_low"] <= r["ratio"] <= r["ratio_high"] for r in rows)
     assert record["metrics"]["least_ratio"] == {r["comparison"]: r["ratio"] for r in rows}
     assert [len(k["metrics"]["rows"]) for k in kept] == list(range(1, len(rows) + 1))
     assert steps[-1][0] == steps[-1][1] == len(rows) and torch.get_num_threads() == threads
-    [table] = benchmark.show(record)
+    [table] = benchmark.blocks(record)
     assert len(table.rows) == len(rows) and "PowerSoftmax p=4" in table.markdown()
 
 

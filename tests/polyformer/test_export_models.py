@@ -42,6 +42,8 @@ MODELS: dict[str, Config] = {
     "lm, linear": replace(BODY, mixer="linear"),
     "lm, fixed decay": replace(BODY, mixer="gated_linear", decay="fixed", output_gate="none"),
     "lm, fixed decay, gate": replace(BODY, mixer="gated_linear", decay="fixed", output_gate="linear"),
+    "lm, pointwise": replace(BODY, mixer="pointwise", las_decay=0.3),
+    "vit, pointwise, batch norms": image(replace(BATCH, mixer="pointwise")),
     "lm, Hyena": replace(BODY, mixer="hyena"),
     "lm, Hyena of order 3": replace(BODY, mixer="hyena", hyena_order=3, hyena_window="learned"),
     "lm, hybrid": replace(BODY, blocks=2, norms=("affine",) * 5, mixers=("hyena", "power_softmax")),

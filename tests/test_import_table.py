@@ -51,7 +51,11 @@ TABLE = (
         paths=("polyformer/cli.py", "polyformer/cli/**", "polyformer/commands/**", "polyformer/__main__.py"),
         may=EVERYTHING,
     ),
-    Rule(paths=("polyformer/export.py",), may=("polyformer", "torch", "numpy", "onnx"), never=COMMAND_LINE),
+    Rule(
+        paths=("polyformer/export.py", "polyformer/export_graph.py"),
+        may=("polyformer", "torch", "numpy", "onnx"),
+        never=COMMAND_LINE,
+    ),
     Rule(paths=("polyformer/mixers/mamba.py",), may=("polyformer", "torch", "numpy", "mamba_ssm"), never=COMMAND_LINE),
     Rule(paths=("polyformer/**",), may=("polyformer", "torch", "numpy"), never=COMMAND_LINE),
     Rule(paths=("training/trackers.py",), may=("training", "torch", "wandb"), never=COMMAND_LINE),

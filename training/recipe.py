@@ -58,6 +58,8 @@ class Recipe:
     clip: float = 1.0
     softmax_steps: int = 1200
     power_steps: int = 1200
+    start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
+    continue_steps: int = 600  # after that swap
     range_steps: int = 500
     tune_steps: int = 1000
     checkpoint_every: int = 200
@@ -70,6 +72,11 @@ class Recipe:
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
+    range_outside: float | None = None  # end the range stage early, at this share of values outside their targets
+
+    def __post_init__(self) -> None:
+        if self.start not in ("power", "softmax"):
+            raise ValueError(f"start is {self.start!r}; the conversion starts from 'power' or from 'softmax'")
 
     @classmethod
     def demo(cls) -> Recipe:
@@ -111,26 +118,6 @@ class Recipe:
 
     def power_config(self) -> ModelConfig:
         return self._config(mixer="power_softmax", form="stable")
-
-    def range_config(self) -> ModelConfig:
-        """The power model in the form whose denominators share one interval; functions still exact."""
-        return self._config(mixer="power_softmax", form="rows")
-
-    def polynomial_config(self, *, division: bool = True, activation: bool = True, norm: bool = True) -> ModelConfig:
-        """The polynomial form; the switches replace one kind alone, to see what each substitution costs."""
-        config = self.range_config()
-        if division:
-            config = replace(config, reciprocal="polynomial", reciprocal_degree=self.reciprocal_degree)
-        if activation:
-            config = replace(config, activation="polynomial", activation_degree=self.activation_degree)
-        if norm:
-            config = replace(
-                config,
-                norms=tuple(n if n == "affine" else f"{n}_poly" for n in self.exact_norms),
-                norm_degree=self.norm_degree,
-                norm_newton=self.norm_newton,
-            )
-        return config
 
     def _config(self, *, mixer: str, form: str = "stable") -> ModelConfig:
         return ModelConfig(

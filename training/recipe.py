@@ -40,6 +40,7 @@ class Recipe:
     parallel: bool = False
     power: int = 2
     eps: float = 4.0
+    las_decay: float = 0.0  # LaS: decay of scores with distance, at no level
     activation: str = "gelu"
     exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
@@ -132,6 +133,7 @@ class Recipe:
             activation=self.activation,
             power=self.power,
             eps=self.eps,
+            las_decay=self.las_decay,
             mixer=mixer,
             form=form,
         )

@@ -204,3 +204,15 @@ def test_a_model_with_a_tied_head_is_saved_once_and_stays_tied(folder):
     assert loaded.head.weight is loaded.token.weight
     tokens = torch.from_numpy(heldout_tokens(folder)[:2])
     assert torch.equal(loaded(tokens), model(tokens))
+
+
+def test_inspect_shows_a_certificate_of_each_model(folder, capsys):
+    from polyformer import cli
+
+    convert(folder)
+    assert cli.run(["inspect", str(folder), "--json"]) == 0
+    certificates = json.loads(capsys.readouterr().out)["certificates"]
+    assert certificates["polynomial"].startswith("polynomial of degree 42, so of depth 6 at least")
+    assert "blocks.0.mlp.act (gelu)" in certificates["power"]
+    assert cli.run(["inspect", str(folder)]) == 0
+    assert "polynomial: polynomial of degree 42" in capsys.readouterr().out

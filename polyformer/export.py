@@ -29,6 +29,7 @@ from polyformer.activations import Activation
 from polyformer.fold import folded
 from polyformer.layers import PolynomialLayer
 from polyformer.mixers.base import Attention
+from polyformer.mixers.pointwise import Pointwise
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import MLP, ModelConfig, Transformer
@@ -242,9 +243,9 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
 
 def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
     """Causal attention: heads split, scores, non-linearity, values, heads merged, output projection."""
-    if not isinstance(layer, (PowerSoftmax, Softmax)):
+    if not isinstance(layer, (PowerSoftmax, Pointwise, Softmax)):
         raise TypeError(
-            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Softmax"
+            f"{name} is a {type(layer).__name__}, which export_onnx cannot write; known: PowerSoftmax, Pointwise, Softmax"
         )
     t, h, k = layer.length, layer.heads, layer.head_size
     split = g.constant(f"{name}.split", np.array([1, t, h, k], dtype=np.int64))
@@ -263,6 +264,8 @@ def mixer(g: Graph, layer: Attention, name: str, x: str) -> str:
     scores = g.node("MatMul", [q, key], f"{name}.scores")
     if isinstance(layer, PowerSoftmax):
         y = _power_softmax(g, layer, name, scores, v)
+    elif isinstance(layer, Pointwise):
+        y = _pointwise(g, layer, name, scores, v)
     else:
         y = _softmax(g, layer, name, scores, v)
     y = g.node(
@@ -342,6 +345,24 @@ def _goldschmidt(g: Graph, layer: PowerSoftmax, name: str, d: str) -> str:
         if not last:
             e = g.node("Mul", [e, e], f"{name}.error.{i + 1}")
     return y
+
+
+def _pointwise(g: Graph, layer: Pointwise, name: str, scores: str, v: str) -> str:
+    """sigma(scale s + shift), and the mask with the length scaling behind it: sigma(0) need not be 0."""
+    decay_HTT = layer.las.decay(layer.length, layer.mask_TT).double()
+    scale, u = decay_HTT[None] * (layer.before / math.sqrt(layer.head_size)), f"{name}.scaled"
+    if not any(layer.las.alphas):
+        scale = scale[:, :1, :1, :1]  # one number
+    if layer.score_norm is None:
+        g.node("Mul", [scores, g.constant(f"{name}.scale", scale)], u)
+    else:
+        scale_H, shift_H = (c.detach().double()[:, None, None] for c in layer.score_norm.affine())
+        shift = g.constant(f"{name}.shift", decay_HTT[None] * shift_H)
+        product = g.node("Mul", [scores, g.constant(f"{name}.scale", scale * scale_H)], f"{name}.product")
+        g.node("Add", [product, shift], u)
+    mask = g.constant(f"{name}.mask", (layer.mask_TT * layer.after)[None, None])
+    weights = g.node("Mul", [activation(g, layer.act, f"{name}.act", u), mask], f"{name}.weights")
+    return g.node("MatMul", [weights, v], f"{name}.out")
 
 
 def _softmax(g: Graph, layer: Softmax, name: str, scores: str, v: str) -> str:

@@ -181,11 +181,10 @@ def test_both_recipes_convert_a_folder_to_polynomials_that_export(folder, tmp_pa
     lines = [json.loads(line)["stage"] for line in (folder / "stages.jsonl").read_text().splitlines()]
     assert [name for name in lines if name in names] == names
     assert not (folder / "checkpoints" / recipe).exists()
-    if recipe == "powersoftmax":
-        export_onnx(model, tmp_path / "model.onnx")
-        session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-        logits = torch.from_numpy(session.run(None, {"tokens": tokens.numpy()})[0])
-        torch.testing.assert_close(logits, model(tokens).detach(), rtol=1e-4, atol=1e-4)
+    export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    logits = torch.from_numpy(session.run(None, {"tokens": tokens.numpy()})[0])
+    torch.testing.assert_close(logits, model(tokens).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_recipes_list_the_known(folder):

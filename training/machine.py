@@ -6,8 +6,8 @@ where an uninterrupted one does: each stage is a function of the state before it
 
 A report holds: stage (name), kind, steps done, heldout_loss (nats a token), levels (null while a part is not
 polynomial), ranges (of every tap on held-out windows, with the interval it is held against), outside (the share of all
-those values outside), met (Ranges alone: whether the wanted share was reached), alone (Substitute alone: the held-out
-loss after replacing one kind of function and nothing else).
+those values outside), met (Ranges alone: whether the wanted share was reached, null if none was wanted), alone
+(Substitute alone: the held-out loss after replacing one kind of function and nothing else).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _apply(
         state.targets, state.weights = choose_targets(state.model, stage, material.calibration_NT), stage
         steps = _train(state, stage, material, place, log, progress, ranges=True)
         share = _outside(state, material.calibration_NT)
-        return {"steps": steps, "met": stage.outside is not None and share <= stage.outside}
+        return {"steps": steps, "met": None if stage.outside is None else share <= stage.outside}
     elif isinstance(stage, Substitute):
         ranged, alone = state.model, {}
         for kind in KINDS:

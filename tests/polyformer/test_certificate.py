@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from polyformer import mixers
 from polyformer.activations import ACTIVATIONS, LEVELS, Activation, fit_activation
 from polyformer.approx import inverse_sqrt, reciprocal
-from polyformer.certificate import certify, degree_of_values, degrees_of_quotient, measured_degree
+from polyformer.certificate import certify, measured_degree
 from polyformer.encoder import ClassifierConfig, Encoder
 from polyformer.field import PRIME, FieldTensor, Ray, inverse, residues
+from polyformer.interpolation import degree_of_values, degrees_of_quotient
 from polyformer.layers import PolynomialLayer
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig, Transformer

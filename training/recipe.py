@@ -40,7 +40,7 @@ class Recipe:
     parallel: bool = False
     power: int = 2
     eps: float = 4.0
-    las_decay: float = 0.0  # LaS: decay of scores with distance, at no level
+    las_decay: float = 1.0  # LaS: the largest decay of scores with distance, of both twins; it costs no level
     activation: str = "gelu"
     exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
@@ -57,12 +57,13 @@ class Recipe:
     warmup: int = 60
     weight_decay: float = 0.1
     clip: float = 1.0
+    # the polynomial model has as many steps in all its stages as the softmax twin
     softmax_steps: int = 1200
-    power_steps: int = 1200
+    power_steps: int = 700
     start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
-    continue_steps: int = 600  # after that swap
-    range_steps: int = 500
-    tune_steps: int = 1000
+    continue_steps: int = 600  # after that swap, in place of `power_steps`
+    range_steps: int = 150
+    tune_steps: int = 350
     checkpoint_every: int = 200
     # ranges
     activation_bound: float = 4.0
@@ -81,7 +82,7 @@ class Recipe:
 
     @classmethod
     def demo(cls) -> Recipe:
-        """The model of the demonstration: 2 blocks, width 128, 32 tokens, 23 levels; about four minutes on 2 cores."""
+        """The model of the demonstration: 2 blocks, width 128, 32 tokens, 23 levels; a few minutes on 2 cores."""
         return cls()
 
     @classmethod
@@ -146,7 +147,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        values = json.loads(text)
+        values = {"las_decay": 0.0} | json.loads(text)  # recipes written before this field had none
         for name in ("exact_norms", "denominator_target", "denominator_interval"):
             values[name] = tuple(values[name])
         return cls(**values)

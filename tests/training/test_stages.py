@@ -215,3 +215,13 @@ def test_inspect_shows_a_certificate_of_each_model(folder, capsys):
     assert "blocks.0.mlp.act (gelu)" in certificates["power"]
     assert cli.run(["inspect", str(folder)]) == 0
     assert "polynomial: polynomial of degree 42" in capsys.readouterr().out
+
+
+def test_the_command_knows_the_recipes(folder, capsys):
+    from polyformer import cli
+    from polyformer.commands.models import Conversion
+
+    assert {kind.value for kind in Conversion} == set(CONVERSIONS)
+    assert cli.run(["convert", str(folder), "--recipe", "bogus"]) == 2
+    assert cli.run(["convert", str(folder), "--recipe", "pointwise", "--json"]) == 0
+    assert "heldout_loss_pointwise" in capsys.readouterr().out

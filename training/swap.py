@@ -31,15 +31,46 @@ class Recovery:
 
 
 def swap_attention(
-    model: Transformer, *, mixer: str = "power_softmax", power: int = 4, eps: float = 1.0, form: str = "stable"
+    model: Transformer,
+    *,
+    mixer: str = "power_softmax",
+    power: int = 4,
+    eps: float = 1.0,
+    form: str = "stable",
+    layers: Sequence[int] | None = None,
+    biases: bool = False,
 ) -> Transformer:
     """Return a copy of a model with another attention mixer and the same parameters; the original is left alone.
 
+    Args:
+        mixer, power, eps, form: of the new attention.
+        layers: the blocks that get it, the others keep theirs; None is all.
+        biases: give zero biases to the linears of a model that has none (`match_powers` needs those of q and k).
+
     Raises:
-        ValueError: the mixer has parameters that the model lacks, or the other way round.
+        ValueError: the mixer has parameters that the model lacks, or the other way round; a layer does not exist.
     """
-    swapped = Transformer(replace(model.config, mixer=mixer, power=power, eps=eps, form=form, reciprocal="exact"))
-    missing, unexpected = swapped.load_state_dict(model.state_dict(), strict=False)
+    blocks = range(model.config.blocks)
+    chosen = set(blocks if layers is None else layers)
+    if not chosen <= set(blocks):
+        raise ValueError(f"layers {sorted(chosen - set(blocks))} given; the model has blocks 0 to {blocks[-1]}")
+    mixed = () if layers is None else tuple(mixer if i in chosen else model.config.layer_mixers[i] for i in blocks)
+    config = replace(
+        model.config,
+        mixer=mixer if layers is None else model.config.mixer,
+        mixers=mixed,
+        power=power,
+        eps=eps,
+        form=form,
+        reciprocal="exact",
+        biases=model.config.biases or biases,
+    )
+    swapped = Transformer(config)
+    state = model.state_dict()
+    if config.biases and not model.config.biases:
+        # a new Transformer's biases are zero, so they may stay as they are
+        state |= {k: v for k, v in swapped.state_dict().items() if k.startswith("blocks.") and k.endswith(".bias")}
+    missing, unexpected = swapped.load_state_dict(state, strict=False)
     # `row_T`, the public factors of the form `rows`, starts at its own value and is not learned
     missing = [name for name in missing if not name.endswith("row_T")]
     unexpected = [name for name in unexpected if not name.endswith("row_T")]

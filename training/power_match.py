@@ -24,8 +24,8 @@ from polyformer.mixers.softmax import Softmax
 
 STILL = 0.05  # radians: a channel that turns less over the window counts as one that does not turn
 SINK = 0.01  # eps as a share of a row that attends to one key
-SLOPES = (0.5, 0.7, 1.0, 1.4, 2.0)  # tried for each head, in units of 1/p
-SHIFTS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # of c, tried for each head
+SLOPES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)  # tried for each head, in units of 1/p
+SHIFTS = (-1.5, 0.0, 1.5)  # of c, tried for each head
 
 
 @torch.no_grad()

@@ -94,6 +94,8 @@ def recover(
     lr: float = 1e-4,
     warmup: int = 10,
     every: int = 50,
+    checkpoint_every: int | None = None,
+    heldout_batch: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Recovery:
@@ -104,7 +106,9 @@ def recover(
         heldout_NS: held-out windows [n, T + 1], T at most the model's window.
         out: folder for `train.jsonl` and the checkpoint; an interrupted run goes on there and measures from there.
         steps, batch, lr, warmup: of the schedule.
-        every: steps between measurements and between checkpoints, a multiple of 10 (the loop reports every 10).
+        every: steps between measurements, a multiple of 10 (the loop reports every 10).
+        checkpoint_every: steps between checkpoints (of a large model three times its size); None is `every`.
+        heldout_batch: windows measured at once: their logits are heldout_batch x T x vocabulary floats.
 
     Raises:
         ValueError: the model has no head, so there is no next-token loss; or `every` is no multiple of 10.
@@ -115,13 +119,13 @@ def recover(
         raise ValueError("the model has no head (head is 'none'); distil its states instead of training on tokens")
     out.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed)
-    before = heldout_loss(original.eval(), heldout_NS)
-    curve = [(0, heldout_loss(swapped.eval(), heldout_NS))]
+    before = heldout_loss(original.eval(), heldout_NS, batch=heldout_batch)
+    curve = [(0, heldout_loss(swapped.eval(), heldout_NS, batch=heldout_batch))]
 
     def measured(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         if done % every == 0 or done == total:
             swapped.eval()
-            curve.append((done, heldout_loss(swapped, heldout_NS)))
+            curve.append((done, heldout_loss(swapped, heldout_NS, batch=heldout_batch)))
             swapped.train()
             figures = figures | {"heldout": curve[-1][1]}
         if progress is not None:
@@ -137,7 +141,7 @@ def recover(
             warmup=min(warmup, max(1, steps // 4)),
             weight_decay=0.0,
             clip=1.0,
-            checkpoint_every=every,
+            checkpoint_every=checkpoint_every or every,
         ),
         folder=out / "checkpoints",
         log=out / "train.jsonl",

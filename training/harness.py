@@ -103,7 +103,8 @@ class Harness:
             raise ValueError(f"sampling was asked for ({dict(settings)}); this adapter decodes greedily: temperature 0")
         until = settings.get("until") or []
         marks = [until] if isinstance(until, str) else [mark for mark in until if mark]
-        ids, new = self._ids(context) or [self.prefix], []
+        ids = self._ids(context) or [self.prefix]
+        new: list[int] = []
         text = ""
         for _ in range(int(settings.get("max_gen_toks", MAX_NEW))):
             logits_1V = self._last_logits([(ids + new)[-self.length :]])
@@ -150,10 +151,10 @@ class Harness:
             chosen = order[start : start + self.batch]
             inputs = [(pairs[i][0] + pairs[i][1])[:-1][-self.length :] for i in chosen]
             for i, row, logits_TV in zip(chosen, inputs, self._logits(inputs), strict=True):
-                asked = torch.tensor(pairs[i][1])
-                scores_CV = logits_TV[: len(row)][-len(asked) :].float().log_softmax(-1)
-                total = scores_CV.gather(1, asked[:, None]).sum()
-                results[i] = (float(total), bool((scores_CV.argmax(-1) == asked).all()))
+                asked_C = torch.tensor(pairs[i][1])
+                scores_CV = logits_TV[: len(row)][-len(asked_C) :].float().log_softmax(-1)
+                total = scores_CV.gather(1, asked_C[:, None]).sum()
+                results[i] = (float(total), bool(torch.equal(scores_CV.argmax(-1), asked_C)))
         return results
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -112,7 +112,7 @@ def free_channel(mixer: Attention, x_NTD: Tensor, visible_NT: Tensor | None = No
         new_q, new_k = (to_q @ wq).float(), (to_k @ wk).float()
         new_q[:, -1], new_k[-1] = 0.0, 0.0
         new_k[-1, -1] = 1.0
-        q_HKD[heads, still], q_HK[heads, still] = new_q[..., :-1], new_q[..., -1]  # type: ignore[index]
+        q_HKD[heads, still], q_HK[heads, still] = new_q[..., :-1], new_q[..., -1]
         k_GKD[g, still], k_GK[g, still] = new_k[:, :-1], new_k[:, -1]
     _set_rows(mixer.q, q_HKD, q_HK)
     _set_rows(mixer.k, k_GKD, k_GK)

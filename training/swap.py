@@ -121,6 +121,8 @@ def recover(
     sampler = Sampler(docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed)
     before = heldout_loss(original.eval(), heldout_NS, batch=heldout_batch)
     curve = [(0, heldout_loss(swapped.eval(), heldout_NS, batch=heldout_batch))]
+    if progress is not None:
+        progress("swap", 0, steps, {"heldout": curve[0][1]})
 
     def measured(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         if done % every == 0 or done == total:

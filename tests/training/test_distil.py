@@ -25,13 +25,13 @@ BERT = ModelConfig(
 SHAPES = {"llama": LLAMA, "bert": BERT}
 
 
-def model_of(name: str) -> Transformer:
+def model_of(shape: str) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(SHAPES[name])
+    model = Transformer(SHAPES[shape])
     with torch.no_grad():  # scores of a spread that a trained model has
-        for block in model.blocks:
-            block.mixer.q.weight.mul_(1.5)
-            block.mixer.k.weight.mul_(1.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("mixer.q.weight", "mixer.k.weight")):
+                parameter.mul_(1.5)
     return model.eval()
 
 

@@ -144,7 +144,7 @@ def test_an_absent_lm_eval_is_named_and_a_present_one_is_the_base(model, tokeniz
             raise NotImplementedError
 
     package = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model")}
-    package["lm_eval.api.model"].LM = LM  # type: ignore[attr-defined]
+    package["lm_eval.api.model"].LM = LM
     for name, module in package.items():
         monkeypatch.setitem(sys.modules, name, module)
     found = harness_model(model, tokenizer, prefix=0)

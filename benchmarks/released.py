@@ -1,9 +1,10 @@
 """A released language model changes its attention: SmolLM2-135M from softmax to PowerSoftmax, and how far it recovers.
 
-Three arms are trained on the same batches with the same schedule: `softmax` is the released model trained on as it is
-(the control: the text is new to it as well), `copied` gets PowerSoftmax with the same parameters, `distilled` starts
-from powers matched to the exponentials and from layers fitted one by one (training/power_match.py,
-training/distil.py). All are judged on held-out addresses. The data lie in `data/`, or where POLYFORMER_DATA says.
+Three arms are trained on the same batches with the same schedule, attention and norms alone: `softmax` is the released
+model trained on as it is (the control: the text is new to it as well), `copied` gets PowerSoftmax with the same
+parameters, `distilled` starts from powers matched to the exponentials and from layers fitted one by one
+(training/power_match.py, training/distil.py). All are judged on held-out addresses. The data lie in `data/`, or where
+POLYFORMER_DATA says.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Size:
     eps: float = 1.0
     steps: int = 40
     batch: int = 8
-    lr: float = 1e-4
+    lr: float = 2e-4
+    only: tuple[str, ...] = ("mixer.", "norm")  # what is trained in every arm: attention and norms
     every: int = 10
     layer_windows: int = 128
     layer_steps: int = 60
@@ -178,6 +180,7 @@ def train_arm(
             every=size.every,
             checkpoint_every=size.steps,
             heldout_batch=HELDOUT_BATCH,
+            only=size.only,
             seed=seed,
             progress=watch,
         )

@@ -94,7 +94,17 @@ def minilm_distil(record: Record) -> Sequence[Block]:
     ax.invert_yaxis()
     ax.set_xlabel("probe accuracy")
     blocks: list[Block] = [picture(drawing, f"{metrics['model']}: accuracy of a probe on the embeddings."), table]
-    return [*blocks, _layers(metrics["layers"])] if metrics["layers"] else blocks
+    if metrics["layers"]:
+        blocks.append(_layers(metrics["layers"]))
+    if metrics["cosines"]:
+        blocks.append(
+            Table(
+                caption="Cosines of the released encoder beside those that were measured independently",
+                columns=("texts", "independent", "here"),
+                rows=[(" / ".join(c["texts"]), c["published"], c["cosine"]) for c in metrics["cosines"]],
+            )
+        )
+    return blocks
 
 
 def _layers(layers: Sequence[Record]) -> Table:

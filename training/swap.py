@@ -96,6 +96,7 @@ def recover(
     every: int = 50,
     checkpoint_every: int | None = None,
     heldout_batch: int = 256,
+    only: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Recovery:
@@ -108,15 +109,21 @@ def recover(
         steps, batch, lr, warmup: of the schedule.
         every: steps between measurements, a multiple of 10 (the loop reports every 10).
         checkpoint_every: steps between checkpoints (of a large model three times its size); None is `every`.
+        only: parts of parameter names, such as "mixer." and "norm": the others stay as they are and cost neither
+            gradient nor optimiser state; () trains all.
         heldout_batch: windows measured at once: their logits are heldout_batch x T x vocabulary floats.
 
     Raises:
-        ValueError: the model has no head, so there is no next-token loss; or `every` is no multiple of 10.
+        ValueError: the model has no head, so there is no next-token loss; `every` is no multiple of 10; no parameter
+            has a name with a part of `only`.
     """
     if every < 10 or every % 10:
         raise ValueError(f"every is {every}; it must be a multiple of 10")
     if swapped.config.head == "none":
         raise ValueError("the model has no head (head is 'none'); distil its states instead of training on tokens")
+    chosen = {name for name, _ in swapped.named_parameters() if not only or any(part in name for part in only)}
+    if not chosen:
+        raise ValueError(f"no parameter has {' or '.join(only)} in its name, so there is nothing to train")
     out.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed)
     before = heldout_loss(original.eval(), heldout_NS, batch=heldout_batch)
@@ -133,6 +140,8 @@ def recover(
         if progress is not None:
             progress(stage, done, total, figures)
 
+    for name, parameter in swapped.named_parameters():
+        parameter.requires_grad_(name in chosen)
     run_stage(
         swapped,
         sampler,
@@ -149,4 +158,5 @@ def recover(
         log=out / "train.jsonl",
         progress=measured,
     )
+    swapped.requires_grad_(True)
     return Recovery(before=before, curve=tuple(curve))

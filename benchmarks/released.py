@@ -30,7 +30,7 @@ from training.datasets import brown, sotu
 from training.distil import Fit, distil_layers
 from training.swap import recover, swap_attention
 from training.train import heldout_loss
-from training.vocabulary import load_tokenizer
+from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
@@ -47,16 +47,16 @@ class Size:
     length: int = 128
     power: int = 4
     eps: float = 1.0
-    steps: int = 40
+    steps: int = 60
     batch: int = 8
     lr: float = 2e-4
     only: tuple[str, ...] = ("mixer.", "norm")  # what is trained in every arm: attention and norms
     every: int = 10
     layer_windows: int = 128
-    layer_steps: int = 60
+    layer_steps: int = 80
     layer_batch: int = 8
     layer_lr: float = 3e-4
-    heldout: int = 48  # windows
+    heldout: int = 32  # windows
     characters: int = 20_000  # taken of each document
 
 
@@ -152,8 +152,8 @@ def arm(subject: Subject, size: Size, name: str) -> Transformer:
 
 
 def layer_windows(subject: Subject, size: Size, seed: int) -> Tensor:
-    """Return training windows for the fit of layers, of as many documents as possible."""
-    windows = cut_windows([d for d in subject.train if len(d) >= size.length], size.length)
+    """Return training windows for the fit of layers, drawn by seed."""
+    windows = cut_windows(subject.train, size.length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[: size.layer_windows]]
 
@@ -211,7 +211,7 @@ def perplexity(loss: float) -> dict[str, float | None]:
 def smollm2(size: Size) -> Subject:
     """Load SmolLM2-135M and the State of the Union, every tenth address held out."""
     path, folder = needed(SMOLLM2), data_folder()
-    tokenizer = load_tokenizer(path)
+    tokenizer = checkpoint_tokenizer(path)
     texts = {"sotu": sotu(folder), "brown": brown(folder)}
     published = [
         {"text": name, "published": PUBLISHED[name]} | published_perplexity(path, tokenizer, docs)

@@ -26,7 +26,7 @@ from training.data import cut_windows, encode_documents, read_documents, train_b
 from training.datasets import bbc
 from training.distil import Fit, distil_layers, distil_states
 from training.swap import swap_attention
-from training.vocabulary import load_tokenizer
+from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
@@ -240,7 +240,7 @@ def substituted(model: Transformer, ranges: dict[str, Range], size: Size, degree
 def minilm(size: Size, seed: int) -> Subject:
     """Load MiniLM-L6 and BBC news: documents of at least `length` tokens, cut there, split by seed."""
     path = needed(MINILM)
-    tokenizer, model = load_tokenizer(path), load_pretrained(path, length=size.length)
+    tokenizer, model = checkpoint_tokenizer(path), load_pretrained(path, length=size.length)
     texts, names = bbc(data_folder())
     classes = sorted(set(names))
     ids = [e.ids for e in tokenizer.encode_batch([t[: 12 * size.length] for t in texts])]

@@ -13,7 +13,7 @@ DIGITS = {"smollm": True, "gpt-2": False, "default": False}
 CONTROL = 3  # token type of GGUF: stands for no text
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def checkpoint_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer that belongs to a checkpoint, without truncation and padding.
 
     Args:

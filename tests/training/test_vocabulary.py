@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.data import train_bpe
-from training.vocabulary import load_tokenizer
+from training.vocabulary import checkpoint_tokenizer
 
 TEXT = "It was 1984, and the clocks were striking thirteen. " * 10
 
@@ -47,7 +47,7 @@ def gguf_fields(tokenizer, pre: str) -> dict:
 def test_gguf_gives_the_tokens_of_the_original(tmp_path):
     original = train_bpe([TEXT], 300)
     write_gguf(tmp_path / "model.gguf", gguf_fields(original, "gpt-2"))
-    found = load_tokenizer(tmp_path / "model.gguf")
+    found = checkpoint_tokenizer(tmp_path / "model.gguf")
     for text in ("the clocks were striking", "ünïcode 1984\n", "a<|eot|>b"):
         assert found.encode(text).ids == original.encode(text).ids
         assert found.decode(found.encode(text).ids, skip_special_tokens=False) == text
@@ -57,7 +57,7 @@ def test_digits_are_split_where_the_file_says_so(tmp_path):
     original = train_bpe([TEXT], 300)
     assert any("19" in t for t in original.encode("1984").tokens)
     write_gguf(tmp_path / "model.gguf", gguf_fields(original, "smollm"))
-    assert load_tokenizer(tmp_path / "model.gguf").encode("1984").tokens == ["1", "9", "8", "4"]
+    assert checkpoint_tokenizer(tmp_path / "model.gguf").encode("1984").tokens == ["1", "9", "8", "4"]
 
 
 def test_a_folder_gives_its_own_without_truncation_and_padding(tmp_path):
@@ -65,7 +65,7 @@ def test_a_folder_gives_its_own_without_truncation_and_padding(tmp_path):
     original.enable_truncation(4)
     original.enable_padding(length=8)
     original.save(str(tmp_path / "tokenizer.json"))
-    found = load_tokenizer(tmp_path)
+    found = checkpoint_tokenizer(tmp_path)
     original.no_truncation()
     original.no_padding()
     assert found.encode(TEXT).ids == original.encode(TEXT).ids
@@ -73,8 +73,8 @@ def test_a_folder_gives_its_own_without_truncation_and_padding(tmp_path):
 
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        load_tokenizer(tmp_path)
+        checkpoint_tokenizer(tmp_path)
     fields = gguf_fields(train_bpe([TEXT], 300), "llama-bpe")
     write_gguf(tmp_path / "model.gguf", fields)
     with pytest.raises(ValueError, match=r"'llama-bpe'"):
-        load_tokenizer(tmp_path / "model.gguf")
+        checkpoint_tokenizer(tmp_path / "model.gguf")

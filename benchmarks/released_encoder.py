@@ -49,7 +49,7 @@ class Size:
     """What one run spends. Documents are cut to `length` tokens; the fit sees the training documents alone."""
 
     length: int = 128
-    power: int = 4
+    power: int = 8
     eps: float = 1.0
     train: int = 600
     test: int = 400

@@ -7,12 +7,6 @@ from collections.abc import Sequence
 from .blocks import COLOURS, MARKERS, Block, Table, axes, picture
 from .registry import Record
 
-ARMS = {
-    "softmax": "softmax, trained on (control)",
-    "copied": "PowerSoftmax, parameters copied",
-    "distilled": "PowerSoftmax, matched and distilled by layer",
-}
-
 
 def smollm2_swap(record: Record) -> Sequence[Block]:
     """Held-out perplexity against tokens seen, the arms at their ends, and what each layer's fit left."""
@@ -23,7 +17,7 @@ def smollm2_swap(record: Record) -> Sequence[Block]:
         ax.semilogy(
             [p["tokens"] for p in curve],
             [p["perplexity"] for p in curve],
-            label=ARMS[row["arm"]],
+            label=row["arm"],
             color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
@@ -36,7 +30,7 @@ def smollm2_swap(record: Record) -> Sequence[Block]:
     ]
     rows = [
         (
-            ARMS[row["arm"]],
+            row["arm"],
             *(row["curve"][k]["perplexity"] if row["curve"] else None for k in (0, -1)),
             row.get("gap_first"),
             row.get("gap_last"),
@@ -53,8 +47,7 @@ def smollm2_swap(record: Record) -> Sequence[Block]:
             rows=rows,
         )
     )
-    if metrics["layers"]:
-        blocks.append(_layers(metrics["layers"]))
+    blocks += [_layers(layers, f" ({arm})") for arm, layers in metrics["layers"].items()]
     if metrics["published"]:
         blocks.append(
             Table(
@@ -107,9 +100,9 @@ def minilm_distil(record: Record) -> Sequence[Block]:
     return blocks
 
 
-def _layers(layers: Sequence[Record]) -> Table:
+def _layers(layers: Sequence[Record], whose: str = "") -> Table:
     return Table(
-        caption="Relative square error of each attention's outputs on windows that it was not fitted to",
+        caption=f"Relative square error of each attention's outputs on windows that it was not fitted to{whose}",
         columns=("layer", "parameters copied", "powers matched", "fitted"),
         rows=[(row["layer"], row["copied"], row["matched"], row["fitted"]) for row in layers],
     )

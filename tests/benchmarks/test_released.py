@@ -11,22 +11,24 @@ from benchmarks import released, released_encoder, released_show
 from benchmarks.registry import Settings, benchmarks
 
 
-def test_swap_keeps_partial_records_and_shows_three_arms():
+def test_swap_keeps_partial_records_and_shows_every_arm():
     kept: list[dict] = []
     record = benchmarks()["smollm2-swap"].measure(
         Settings(quick=True, seeds=(0,), keep=lambda r: kept.append(copy.deepcopy(dict(r))))
     )
     arms = record["metrics"]["arms"]
-    assert [a["arm"] for a in arms] == ["softmax", "copied", "distilled"]
+    assert [a["arm"] for a in arms] == ["softmax", "copied, p = 4", "distilled, p = 4", "distilled, p = 8"]
     assert [p["tokens"] for p in arms[0]["curve"]] == [0, 10 * 2 * 16]
-    assert [sum(len(a["curve"]) for a in r["metrics"]["arms"]) for r in kept] == [1, 2, 3, 4, 5, 6]
-    control, _, distilled = arms
+    assert [sum(len(a["curve"]) for a in r["metrics"]["arms"]) for r in kept] == [1, 2, 3, 4, 5, 6, 7, 8]
+    control, *_, distilled = arms
     assert distilled["gap_first"] == distilled["curve"][0]["loss"] - control["curve"][0]["loss"]
-    assert all(row["matched"] < row["copied"] for row in record["metrics"]["layers"])
+    layers = record["metrics"]["layers"]
+    assert list(layers) == ["distilled, p = 4", "distilled, p = 8"]
+    assert all(row["matched"] < row["copied"] for rows in layers.values() for row in rows)
     for r in (record, kept[0], kept[3]):
         figure, *tables = released_show.smollm2_swap(r)
         assert "<svg" in figure.html()
-        assert "softmax, trained on (control)" in tables[0].markdown()
+        assert "| softmax |" in tables[0].markdown()
 
 
 def test_distillation_of_an_encoder_judges_every_variant():

@@ -49,7 +49,7 @@ class Size:
     """What one run spends. Documents are cut to `length` tokens; the fit sees the training documents alone."""
 
     length: int = 128
-    power: int = 8
+    powers: tuple[int, ...] = (4, 8)  # all are copied and matched; the last goes on
     eps: float = 1.0
     train: int = 600
     test: int = 400
@@ -91,37 +91,36 @@ def minilm_distil(settings: Settings) -> Record:
     original = subject.model
     metrics: dict[str, Any] = {"model": subject.name, "cosines": subject.cosines, "layers": [], "variants": []}
     theirs_NTD = states(original, subject.test_NT)
-    total = 4 + 2 * len(size.degrees) + size.state_steps
+    total = 3 + 2 * (len(size.powers) + len(size.degrees)) + size.state_steps
 
     def record() -> Record:
         params = asdict(size) | {"text": subject.text, "config": original.config.to_json()}
         return records.record("minilm-distil", metrics=metrics, params=params, threads=THREADS, seed=seed)
 
     def judged(name: str, model: Transformer, seconds: float, **more: Any) -> None:
-        settings.progress(len(metrics["variants"]), total, name)
+        trained = size.state_steps if "states" in name or "degree" in name else 0
+        settings.progress(len(metrics["variants"]) + trained, total, name)
         figures = judge(model, subject, theirs_NTD)
         metrics["variants"].append({"variant": name, "seconds": seconds, **figures, **more})
         settings.keep(record())
 
     judged("original", original, 0.0)
-    began = time.perf_counter()
-    judged("copied", swap_attention(original, power=size.power, eps=size.eps), time.perf_counter() - began)
+    for power in size.powers:
+        judged(f"copied, p = {power}", swap_attention(original, power=power, eps=size.eps), 0.0)
+        began = time.perf_counter()
+        swapped = swap_attention(original, power=power, eps=size.eps, biases=True)
+        distil_layers(original, swapped, subject.train_NT, fit=Fit(steps=0))
+        judged(f"matched, p = {power}", swapped, time.perf_counter() - began)
 
-    swapped = swap_attention(original, power=size.power, eps=size.eps, biases=True)
-    began = time.perf_counter()
-    fit = Fit(steps=0, batch=size.batch, lr=size.layer_lr, seed=seed)
-    distil_layers(original, swapped, subject.train_NT, fit=fit)
-    judged("matched", swapped, time.perf_counter() - began)
-
-    swapped = swap_attention(original, power=size.power, eps=size.eps, biases=True)
-    fit = replace(fit, steps=size.layer_steps)
+    swapped = swap_attention(original, power=size.powers[-1], eps=size.eps, biases=True)
+    fit = Fit(steps=size.layer_steps, batch=size.batch, lr=size.layer_lr, seed=seed)
     began = time.perf_counter()
     fits = distil_layers(original, swapped, subject.train_NT, fit=fit)
     metrics["layers"] = [asdict(f) for f in fits]
     judged("layers distilled", swapped, time.perf_counter() - began)
 
     def watch(done: int, loss: float) -> None:
-        settings.progress(4 + done, total, f"states, loss {loss:.4f}")
+        settings.progress(2 + 2 * len(size.powers) + done, total, f"states, loss {loss:.4f}")
 
     fit = Fit(steps=size.state_steps, batch=size.batch, lr=size.state_lr, seed=seed)
     began = time.perf_counter()

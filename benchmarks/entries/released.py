@@ -19,7 +19,7 @@ BENCHMARKS = (
         name="minilm-distil",
         group="train",
         measures="embedding cosine and probe accuracy after each step: swap, layers, states, polynomial GELU and norms",
-        conditions="all-MiniLM-L6-v2 (6 layers), p = 8, 600 + 400 BBC documents of 128 tokens, 2 threads",
+        conditions="all-MiniLM-L6-v2 (6 layers), p = 4 and 8, 600 + 400 BBC documents of 128 tokens, 2 threads",
         minutes=15,
         memory_gb=3,
         run="benchmarks.released_encoder:minilm_distil",

@@ -37,12 +37,14 @@ def test_distillation_of_an_encoder_judges_every_variant():
         Settings(quick=True, seeds=(0,), keep=lambda r: kept.append(copy.deepcopy(dict(r))))
     )
     variants = {v["variant"]: v for v in record["metrics"]["variants"]}
-    assert list(variants)[:5] == ["original", "copied", "matched", "layers distilled", "states distilled"]
-    assert len(variants) == len(kept) == 7
+    swaps = [f"{how}, p = {p}" for p in (4, 8) for how in ("copied", "matched")]
+    assert list(variants)[:7] == ["original", *swaps, "layers distilled", "states distilled"]
+    assert len(variants) == len(kept) == 9
     assert variants["original"]["state_error"] == 0.0
     assert variants["original"]["cosine_least"] == pytest.approx(1.0)
-    assert variants["matched"]["state_error"] < 0.5 * variants["copied"]["state_error"]
-    assert variants["matched"]["cosine_mean"] > variants["copied"]["cosine_mean"]
+    for p in (4, 8):
+        assert variants[f"matched, p = {p}"]["state_error"] < 0.5 * variants[f"copied, p = {p}"]["state_error"]
+    assert variants["matched, p = 8"]["cosine_mean"] > variants["copied, p = 8"]["cosine_mean"]
     for r in (record, kept[0]):
         figure, table, *_ = released_show.minilm_distil(r)
         assert "<svg" in figure.html()

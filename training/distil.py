@@ -2,8 +2,8 @@
 
 A layer's own step needs that layer alone: it reads what the released model's layer reads and is fitted to what that
 one answers, so thousands of steps cost what tens of the whole model do. The whole model then only mends what errors
-add up to. Layer-wise distillation: Patient Knowledge Distillation (Sun et al. 2019, arXiv 1908.09355); the fit to
-outputs of the teacher's own inputs is that of FitNets (Romero et al. 2015, arXiv 1412.6550).
+add up to. Targets inside the teacher are those of FitNets (Romero et al. 2015, arXiv 1412.6550); that the teacher's own
+inputs feed every layer, so that layers can be fitted apart, is ours.
 
 Shapes: N windows, T positions, D width.
 """

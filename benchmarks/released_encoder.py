@@ -54,7 +54,7 @@ class Size:
     train: int = 600
     test: int = 400
     layer_steps: int = 150
-    layer_lr: float = 5e-4
+    layer_lr: float = 2e-4
     state_steps: int = 150
     state_lr: float = 5e-5
     batch: int = 8

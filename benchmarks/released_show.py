@@ -92,8 +92,8 @@ def minilm_distil(record: Record) -> Sequence[Block]:
     if metrics["cosines"]:
         blocks.append(
             Table(
-                caption="Cosines of the released encoder beside those that were measured independently",
-                columns=("texts", "independent", "here"),
+                caption="Cosines of the released encoder; beside them a survey's, which does not name its texts",
+                columns=("texts", "survey", "here"),
                 rows=[(" / ".join(c["texts"]), c["published"], c["cosine"]) for c in metrics["cosines"]],
             )
         )

@@ -17,7 +17,7 @@ from typing import Any
 from . import refresh
 from .base import CapabilityError, LevelError, ScaleError
 from .circuit import Circuit, Op
-from .kernels import Row, apply
+from .kernels import Row, apply, doubled_sum
 from .params import Params
 
 # Relative difference of two scales that may be added, whatever a circuit promises. Linear maps and factored polynomials
@@ -171,6 +171,29 @@ class Tracer:
         k %= self.slots
         return self.emit("rotate", (a,), level=n.level, degree=n.degree, k=k) if k else a
 
+    def doubled_sum(self, a: int, steps: Sequence[int]) -> int:
+        """All sums of steps as rotations of one value: one decomposition, one mod-down (Bossuat et al., eprint 2020/1203,
+        section 4, without weights). Rotations that coincide are counted as often as they occur."""
+        if not self.double_hoisting:
+            return doubled_sum(self, a, steps)
+        n = self.nodes[a]
+        if n.elements == 3:
+            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree, source=n.source)
+        rotations = [0]
+        for k in steps:
+            rotations += [r + k for r in rotations]
+        digits = self.emit("hoist", (a,), level=n.level, degree=n.degree)
+        wide, narrow = -1, a
+        for k in (r % self.slots for r in rotations[1:]):
+            if not k:
+                narrow = self.add(narrow, a)
+                continue
+            term = self.emit("rotate_extended", (a, digits), level=n.level, degree=n.degree, extended=True, k=k)
+            if wide >= 0:
+                term = self.emit("add", (wide, term), level=n.level, degree=n.degree, extended=True)
+            wide = term
+        return narrow if wide < 0 else self.add(narrow, self.emit("mod_down", (wide,), level=n.level, degree=n.degree))
+
     def weighted_rotations(self, a: int, groups: Sequence[tuple[int, Sequence[tuple[int, Any]]]]) -> int:
         a = self.settle(a)
         level = self.nodes[a].level
@@ -254,8 +277,8 @@ def trace(
             values.append(t.at(t.emit("refresh", (a,), level=circuit.params.refresh_output), op.level))
             continue
         start = op.level + depth(op, circuit.arrays, slots)
-        # Sums and rotations keep a pending rescale; the rest would repeat it.
-        lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum")
+        # Sums and rotations keep a pending rescale, the rest would repeat it; unless the circuit wants it done first.
+        lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum") and not op.attrs.get("settled")
         args = [values[a] if lazy and t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
         values.append(apply(t, op, args, circuit.arrays))
         if t.net(values[-1]) != op.level:

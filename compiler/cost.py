@@ -16,7 +16,7 @@ from pathlib import Path
 
 from he_backend.base import HEError
 from he_backend.params import Params
-from he_backend.trace import Node, Trace
+from he_backend.trace import Node, Trace, cost_name
 
 REFERENCE = "intel-r-xeon-r-processor-openfhe-128-bit-N65536-L30-s40-d5.json"
 # Thread-seconds of a refresh of all slots at N = 2^16 and 23 levels, where a table has no row of its own. An estimate: with two OpenMP
@@ -42,6 +42,7 @@ def work(op: str, params: Params, level: int) -> float:
         "encode": n + 4,
         "encode_extended": n + k + 4,
         "weighted_sum_extended": n + k,
+        "add_extended": n + k,
         "extend": n + k,
     }.get(op, n)
     return units * params.log_n * 2.0**params.log_n
@@ -91,6 +92,12 @@ class CostTable:
         at = min(row, key=lambda known: (abs(known - level), known))
         return row[at] * work(op, params, level) / work(op, self.params, at) / 1000.0
 
+    def measured(self, params: Params) -> dict[tuple[str, int], float] | None:
+        """Seconds by (primitive, level) where the table was measured under just these parameters; else None."""
+        if self.params != params:
+            return None
+        return {(op, level): ms / 1000.0 for op, row in self.ms.items() for level, ms in row.items()}
+
     def node(self, node: Node, trace: Trace, params: Params) -> float:
         """Seconds of one node without its encodings; weighted_sum counts its terms."""
         level = trace.nodes[node.args[0]].level if node.args else node.level
@@ -98,7 +105,7 @@ class CostTable:
             return len(node.args) * self.seconds(
                 "weighted_sum_extended" if node.extended else "mul_plain", params, level
             )
-        return 0.0 if node.op == "input" else self.seconds(node.op, params, level)
+        return 0.0 if node.op == "input" else self.seconds(cost_name(node), params, level)
 
     def encodings(self, node: Node, params: Params) -> float:
         """Seconds to encode the node's plaintexts, if none is cached."""

@@ -145,8 +145,8 @@ class KeySwitchBias:
 
     Times the secret (or a key's error) it lies in the few slots whose root of unity z is near 1, since 1 + X + ... + X^(N-1) is
     2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects it where no pending
-    rescale divides the offset away, but for half a unit of changing sign (`openfhe_rounding`). SEAL decomposes into digits in [0, q), half of q too
-    high on average, which a key's error multiplies.
+    rescale divides the offset away, but for half a unit of changing sign (`openfhe_rounding`). SEAL decomposes into digits in
+    [0, q), half of q too high on average, which a key's error multiplies.
     """
 
     def __init__(self, params: Params, rng: np.random.Generator) -> None:

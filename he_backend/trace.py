@@ -73,6 +73,11 @@ class Trace:
         return total
 
 
+def cost_name(node: Node) -> str:
+    """The row of a cost table that a node belongs to: sums and products modulo P·Q have their own."""
+    return f"{node.op}_extended" if node.extended and node.op in ("add", "weighted_sum") else node.op
+
+
 @dataclass
 class Tracer:
     """SlotOps on node ids."""

@@ -7,7 +7,7 @@ read side by side; the shapes differ.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,9 @@ from he_backend.circuit import Circuit, Op
 from he_backend.execute import Executor
 from he_backend.simulator import input_slots, simulate
 
-from .blocks import Table
-
 TRAINING_SHARE = (
     8  # of the demo's optimiser steps, one in so many is taken: seconds do not depend on what the weights are
 )
-COLUMNS = ("", "calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
 
 
 def demo_model(folder: Path, *, quick: bool, progress: Callable[[int, int, str], None]) -> tuple[Path, np.ndarray]:
@@ -116,38 +113,3 @@ def errors(circuit: Circuit, client: Any, server: Any, x: np.ndarray, *, threads
         difference = np.abs(client.decrypt(back, scale=run.scales[part]) - exact[op.args[0]])
         found[op.args[0]] = float(f"{np.max(difference) * abs(op.factor):.1e}")
     return found
-
-
-# --- Tables -----------------------------------------------------------------------------------------------------------
-
-
-def show(record: Mapping[str, Any]) -> Sequence[Table]:
-    """Both tables of a record that has the rows of `he_backend.efficiency.tables`."""
-    m = record["metrics"]
-    caption = (
-        f"evaluation {m['evaluate_s']:.3g} s on {record['machine']['threads']} threads; the bound is {m['bound_s']:.3g} s, "
-        f"efficiency {m['efficiency']:.2f}; weights: {m['weights']}"
-    )
-    nodes = Table(
-        caption=f"By node of the model: {caption}",
-        columns=(*COLUMNS, "largest error"),
-        rows=[(*cells(row), row["error"]) for row in m["operators"]],
-    )
-    return [
-        nodes,
-        Table(caption="By CKKS primitive, same run", columns=COLUMNS, rows=[cells(row) for row in m["primitives"]]),
-    ]
-
-
-def cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A row of `efficiency.tables` as it is shown, without its error."""
-    high, low = row["levels"]
-    return (
-        row["name"],
-        row["count"],
-        row["seconds"],
-        f"{row['share']:.0%}",
-        f"{high} → {low}",
-        row["bound_s"],
-        row["efficiency"],
-    )

@@ -70,7 +70,8 @@ def rudin_shapiro(primes: Sequence[tuple[int, int]], n: int) -> Words:
     rows = []
     for q, root in primes:
         modulus, power = np.uint64(q), evaluation_points(q, root, n)
-        p = other = np.ones(n, dtype=np.uint64)
+        p: Words = np.ones(n, dtype=np.uint64)
+        other = p
         for _ in range(n.bit_length() - 1):
             shifted = mul_mod(power, other, q)
             p, other = (p + shifted) % modulus, (p + modulus - shifted) % modulus

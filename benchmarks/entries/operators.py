@@ -18,9 +18,9 @@ def _operators(settings: Settings) -> Record:
 
 
 def _show(record: Record) -> Sequence[Block]:
-    from benchmarks import operators
+    from benchmarks import two_tables
 
-    return operators.show(record)
+    return two_tables.of_record(record)
 
 
 BENCHMARKS = (

@@ -102,9 +102,8 @@ class CostTable:
         """Seconds of one node without its encodings; weighted_sum counts its terms."""
         level = trace.nodes[node.args[0]].level if node.args else node.level
         if node.op == "weighted_sum":
-            return len(node.args) * self.seconds(
-                "weighted_sum_extended" if node.extended else "mul_plain", params, level
-            )
+            name = cost_name(node) if cost_name(node) in self.ms else "mul_plain"
+            return len(node.args) * self.seconds(name, params, level)
         return 0.0 if node.op == "input" else self.seconds(cost_name(node), params, level)
 
     def encodings(self, node: Node, params: Params) -> float:

@@ -18,7 +18,8 @@ from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
 from .lower import Lowered
-from .passes.sums import group_sums
+from .passes.bases import BASES, choose_bases
+from .passes.sums import LONGEST, group_sums
 from .schedule import Forecast, forecast
 
 GB = 1e9
@@ -70,8 +71,22 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Style:
+    """How the same circuit is carried out: most steps of a sum taken at once, and the basis of linear maps (`passes/bases.py`)."""
+
+    longest: int = LONGEST
+    basis: str = "extended"
+
+
+STYLES = tuple(Style(longest=longest, basis=basis) for basis in BASES for longest in (LONGEST, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One choice of parameters with its predicted figures; `why` says what rules it out, empty if nothing does."""
+    """One choice of parameters with its predicted figures; `why` says what rules it out, empty if nothing does.
+
+    style is how its circuit is carried out; None: as it was lowered.
+    """
 
     params: Params
     log_qp: int
@@ -81,6 +96,7 @@ class Candidate:
     memory_gb: float = 0.0
     key_gb: float = 0.0
     why: str = ""
+    style: Style | None = None
     forecast: Forecast | None = field(default=None, repr=False)
     trace: Trace | None = field(default=None, repr=False)
 
@@ -136,15 +152,28 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
     """
     secure = target.insecure_log_n is None
     rows = []
-    traces: dict[tuple[tuple[int, ...], ...], Trace] = {}
+    traces: dict[object, Trace] = {}
+    double = "double_hoisting" in BACKENDS[target.backend]
     for params in candidates(target.backend, log_n, levels, not secure):
-        grouped = with_runs(build, params, table)
-        runs = tuple(tuple(op.attrs.get("runs", ())) for op in grouped.ops if op.kind == "rotate_sum")
-        row = judge(grouped, params, target, table, traces.get(runs))
-        if row is not None:
-            rows.append(row)
+        tried: set[object] = set()
+        best: Candidate | None = None
+        for style in STYLES if double else (None,):
+            styled = with_style(build, params, table, style)
+            key = tuple((tuple(op.attrs.get("runs", ())), op.attrs.get("basis")) for op in styled.ops)
+            if key in tried:
+                continue
+            tried.add(key)
+            row = judge(styled, params, target, table, traces.get(key))
+            if row is None:
+                break
             if row.trace is not None:
-                traces[runs] = row.trace
+                traces[key] = row.trace
+            if best is None or _rank(row) < _rank(best):
+                best = replace(row, style=style)
+            if row.trace is None and row.forecast is None and not row.memory_gb:
+                break  # no style makes it secure
+        if best is not None:
+            rows.append(best)
     return sorted(rows, key=_rank)
 
 
@@ -170,11 +199,12 @@ def larger_ring_may_win(found: Candidate, target: Target, table: CostTable) -> b
     return False
 
 
-def with_runs(build: Lowered, params: Params, table: CostTable) -> Lowered:
-    """A lowered program whose sums over slots are cut as is cheapest under some parameters."""
-    if "double_hoisting" not in BACKENDS[params.backend]:
+def with_style(build: Lowered, params: Params, table: CostTable, style: Style | None) -> Lowered:
+    """A lowered program that says how it is carried out under some parameters."""
+    if style is None:
         return build
-    return replace(build, ops=group_sums(build.ops, params, table))
+    ops = group_sums(build.ops, params, table, style.longest)
+    return replace(build, ops=choose_bases(ops, params, table, style.basis))
 
 
 def judge(

@@ -32,7 +32,7 @@ from .plan import (
     output_room,
     predicted_error,
     refuse,
-    with_runs,
+    with_style,
 )
 
 SMALLEST_RING = 13  # below it 128 bits leave no two levels
@@ -114,7 +114,7 @@ def _one_ring(
         if candidate.trace is None:
             continue
         report("noise", 0, 1)
-        grouped = with_runs(lowered, candidate.params, table)
+        grouped = with_style(lowered, candidate.params, table, candidate.style)
         circuit = as_circuit(grouped, candidate.params)
         if (room := output_room(circuit, samples[:ERROR_SAMPLES])) >= 1.0:
             tried[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)

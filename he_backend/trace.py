@@ -85,6 +85,7 @@ class Tracer:
     slots: int
     double_hoisting: bool = True
     hoisting: bool = True
+    extended: bool = True  # whether the linear map at hand sums modulo P·Q, where the library can
     nodes: list[Node] = field(default_factory=list)
     source: int = -1
     _seen: dict[Any, int] = field(default_factory=dict)
@@ -205,7 +206,8 @@ class Tracer:
         groups = [(g % self.slots, [(b % self.slots, p) for b, p in terms]) for g, terms in groups if terms]
         if {g for g, _ in groups} == {0} and {b for _, terms in groups for b, _ in terms} == {0}:
             return self.mul(a, groups[0][1][0][1])
-        return self._extended_sum(a, groups, level) if self.double_hoisting else self._hoisted_sum(a, groups, level)
+        wide = self.double_hoisting and self.extended
+        return self._extended_sum(a, groups, level) if wide else self._hoisted_sum(a, groups, level)
 
     def _extended_sum(self, a: int, groups: Any, level: int) -> int:
         """Baby steps and inner sums modulo P·Q; one mod-down a giant step and one at the end."""
@@ -285,6 +287,7 @@ def trace(
         # Sums and rotations keep a pending rescale, the rest would repeat it; unless the circuit wants it done first.
         lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum") and not op.attrs.get("settled")
         args = [values[a] if lazy and t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
+        t.extended = op.attrs.get("basis") != "ordinary"
         values.append(apply(t, op, args, circuit.arrays))
         if t.net(values[-1]) != op.level:
             raise LevelError(f"op {op} comes out at level {t.net(values[-1])}")

@@ -4,8 +4,8 @@ r steps one after the other are r rotations, each with a decomposition and a mod
 with keys between one decomposition and one mod-down (`Tracer.doubled_sum`). Which is less depends on the digits and the level. The
 rotations of a run need a key each.
 
-A pending rescale comes first: it saves the sum a limb, and its error, which is then summed too, is about as large as that of the
-rotations (784-128-10 at N = 2^13, scale 2^24, simulated: 0.0094 against 0.005, and 28 against 32 ms).
+At low levels a pending rescale comes first: it saves the sum a limb, and its error, which is then summed too, is about as large as
+that of the rotations (784-128-10 at N = 2^13, scale 2^24, simulated: 0.0094 against 0.005, and 28 against 32 ms).
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from he_backend.params import Params
 from ..cost import CostTable
 
 LONGEST = 4  # steps of a run: 15 rotation keys
+SETTLED = 6  # a pending rescale comes first below this level, where a limb is a sixth of the work or more
 
 
-def group_sums(ops: Sequence[Op], params: Params, table: CostTable) -> tuple[Op, ...]:
-    """The same ops, with sums over slots settled, and with `runs` wherever several steps at once are cheaper.
+def group_sums(ops: Sequence[Op], params: Params, table: CostTable, longest: int = LONGEST) -> tuple[Op, ...]:
+    """The same ops, with sums over slots settled at low levels, and with `runs` wherever several steps at once are cheaper.
 
     Args:
         ops: with their levels.
-        params: of the ring, with about the digits that will be taken.
+        longest: most steps of a run; fewer need fewer keys.
     """
-    return tuple(_grouped(op, params, table) if op.kind == "rotate_sum" else op for op in ops)
+    return tuple(_grouped(op, params, table, longest) if op.kind == "rotate_sum" else op for op in ops)
 
 
-def _grouped(op: Op, params: Params, table: CostTable) -> Op:
-    runs = cheapest(len(op.attrs["steps"]), op.level, params, table)
-    return replace(op, attrs={"steps": op.attrs["steps"], "settled": True, **({"runs": list(runs)} if runs else {})})
+def _grouped(op: Op, params: Params, table: CostTable, longest: int) -> Op:
+    runs = cheapest(len(op.attrs["steps"]), op.level, params, table, longest)
+    attrs = {"steps": op.attrs["steps"]}
+    if op.level < SETTLED:
+        attrs["settled"] = True
+    if runs:
+        attrs["runs"] = list(runs)
+    return replace(op, attrs=attrs)
 
 
-def cheapest(steps: int, level: int, params: Params, table: CostTable) -> tuple[int, ...]:
+def cheapest(steps: int, level: int, params: Params, table: CostTable, longest: int = LONGEST) -> tuple[int, ...]:
     """Lengths of runs that sum to `steps`, longest first; empty where one by one is best."""
 
     def price(run: int) -> float:
@@ -53,7 +59,7 @@ def cheapest(steps: int, level: int, params: Params, table: CostTable) -> tuple[
         if not left:
             return 0.0, ()
         return min(
-            (price(run) + best(left - run)[0], (run, *best(left - run)[1])) for run in range(1, min(LONGEST, left) + 1)
+            (price(run) + best(left - run)[0], (run, *best(left - run)[1])) for run in range(1, min(longest, left) + 1)
         )
 
     runs = best(steps)[1]

@@ -57,7 +57,7 @@ class Benchmark:
 
     `version` rises when figures of the old and the new one can no longer be compared. `minutes` and `memory_gb` are what a
     full run takes on 2 cores, for planning. `show` makes tables and figures of a record for the report; without it, all figures are
-    listed. `save` writes the record where it is not one of `records.RESULTS`.
+    listed. Both may be given as "module:function", imported when needed. `save` writes the record where it is not one of `records.RESULTS`.
     """
 
     name: str
@@ -67,19 +67,36 @@ class Benchmark:
     conditions: str  # one line: size, data, security
     minutes: float
     memory_gb: float
-    run: Callable[[Settings], Record]
-    show: Callable[[Record], Sequence[Block]] | None = None
+    run: Callable[[Settings], Record] | str
+    show: Callable[[Record], Sequence[Block]] | str | None = None
     save: Callable[[Record, Path | None], Path] | None = None
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
             raise ValueError(f"benchmark {self.name!r}: no group {self.group!r}; known are: {', '.join(GROUPS)}")
 
+    def measure(self, settings: Settings) -> Record:
+        """Run it."""
+        return _function(self.run)(settings)
+
+    def blocks(self, record: Record) -> Sequence[Block] | None:
+        """What it shows of a record of its own version; None where it leaves that to the report."""
+        if self.show is None or record["version"] != self.version:
+            return None
+        return _function(self.show)(record)
+
     def write(self, record: Record, folder: Path | None) -> Path:
         """Write a record of this benchmark; the file."""
         if self.save:
             return self.save(record, folder)
         return records.write(record, folder or records.RESULTS)
+
+
+def _function(name: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        return name
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 @lru_cache(maxsize=1)

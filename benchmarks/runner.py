@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,9 @@ class Outcome:
     name: str
     status: str  # complete, interrupted, crashed
     seconds: float
-    path: Path | None = None  # of the record; None if nothing was measured
+    record: dict[str, Any] | None = None  # what was measured
+    path: Path | None = None  # its file; None if nothing was measured, or if the record was thrown away
     why: str = ""  # for a crash: the error, or the signal and the last lines
-
-    @property
-    def record(self) -> dict[str, Any] | None:
-        """What was measured."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path else None
 
 
 def run(
@@ -57,7 +53,7 @@ def run(
             target = Path(scratch) if quick and folder is None else folder
             outcome = _one(benchmark, repeats, seeds, quick, target, Path(scratch) / "partial.json", progress)
             if outcome.path and target == Path(scratch):
-                outcome = Outcome(name=outcome.name, status=outcome.status, seconds=outcome.seconds, why=outcome.why)
+                outcome = replace(outcome, path=None)
             yield outcome
         if outcome.status == "interrupted":
             return
@@ -114,7 +110,14 @@ def _one(
         kept = stamped(json.loads(partial.read_text()), benchmark, None, quick=quick, status=status)
         path = benchmark.write(kept, folder)
     why = "" if status != "crashed" else said.get("error") or "\n".join([_ended(code), *last])
-    return Outcome(name=benchmark.name, status=status, seconds=time.perf_counter() - start, path=path, why=why)
+    return Outcome(
+        name=benchmark.name,
+        status=status,
+        seconds=time.perf_counter() - start,
+        record=json.loads(path.read_text(encoding="utf-8")) if path else None,
+        path=path,
+        why=why,
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:

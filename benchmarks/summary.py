@@ -27,8 +27,9 @@ nav a{color:var(--accent);margin-right:14px;white-space:nowrap}
 def shown(record: Record) -> Sequence[Block]:
     """The tables and figures of a record: its benchmark's own, or all its figures as one table."""
     benchmark = registry.benchmarks().get(record["name"])
-    if benchmark is not None and benchmark.show is not None and benchmark.version == record["version"]:
-        return benchmark.show(record)
+    own = benchmark.blocks(record) if benchmark else None
+    if own is not None:
+        return own
     figures = [(k, v) for k, v in flat(record["metrics"]).items() if is_number(v) or isinstance(v, (str, bool))]
     rows = figures[:MOST_ROWS]
     more = f"; {len(figures) - len(rows)} more in the file" if len(figures) > len(rows) else ""

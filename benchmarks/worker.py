@@ -33,7 +33,7 @@ def main(name: str, settings: Mapping[str, Any], descriptor: int) -> int:
 
         try:
             with noise.watch() as seen:
-                record = benchmark.run(
+                record = benchmark.measure(
                     registry.Settings(
                         repeats=settings["repeats"],
                         seeds=tuple(settings["seeds"]),

@@ -123,7 +123,7 @@ def test_bench_command_writes_one_file(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(security_estimate, "COMPARED", security_estimate.COMPARED[:1])
     steps: list[tuple[int, int, str]] = []
     (benchmark,) = registry.select(["security"])
-    record = benchmark.run(registry.Settings(progress=lambda *step: steps.append(step)))
+    record = benchmark.measure(registry.Settings(progress=lambda *step: steps.append(step)))
     path = benchmark.write(record, tmp_path)
     assert path == tmp_path / "security-estimate.json"
     assert json.loads(path.read_text()) == record

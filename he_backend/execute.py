@@ -39,8 +39,8 @@ class Timing:
     ops         one row a circuit op: op, kind, source, level, seconds, primitives {name: seconds}
     primitives  seconds by primitive; "encode" is the part that was not done ahead
     counts      how often each ran; weighted_sum counts its terms
-    calls       one row an (op, primitive, level): op, primitive, level, count, seconds, fastest (of one call; a term of a sum is
-                one). Names as in cost tables; the level is that of the first argument, of an encoding its own
+    calls       one row an (op, primitive, level): op, primitive, level, count, seconds, fastest (processor seconds of one call;
+                a term of a sum is one). Names as in cost tables; the level is that of the first argument, of an encoding its own
     max_live_bytes   largest total of ciphertexts alive at once, computed from limbs
     peak_rss_bytes   the process's high-water mark so far
     """
@@ -372,24 +372,30 @@ class _State:
         return named
 
     def _timed(self, node: Node, args: list[Any]) -> Any:
-        encoding = [0.0]
-        start = time.perf_counter()
+        encoding = [0.0, 0.0]
+        start, busy = time.perf_counter(), time.thread_time()
         value = self._call(node, args, encoding)
         seconds = time.perf_counter() - start - encoding[0]
+        busy = time.thread_time() - busy - encoding[1]
         with self.condition:
             if node.op != "input":
                 units = len(node.args) if node.op == "weighted_sum" else 1
                 self.seconds[node.source, node.op] += seconds
                 self.counts[node.op] += units
                 level = self.executor.trace.nodes[node.args[0]].level
-                self._count(node, cost_name(node), level, units, seconds)
+                self._count(node, cost_name(node), level, units, seconds, busy)
             if encoding[0]:
                 self.seconds[node.source, "encode"] += encoding[0]
         return value
 
-    def _count(self, node: Node, name: str, level: int, units: int, seconds: float) -> None:
+    def _count(self, node: Node, name: str, level: int, units: int, seconds: float, busy: float) -> None:
+        """Add one call; `busy` is the processor time of its thread, which other programs do not lengthen."""
         count, total, fastest = self.calls.get((node.source, name, level), (0, 0.0, float("inf")))
-        self.calls[node.source, name, level] = (count + units, total + seconds, min(fastest, seconds / units))
+        self.calls[node.source, name, level] = (
+            count + units,
+            total + seconds,
+            min(fastest, seconds / units, busy / units),
+        )
 
     def _plain(self, node: Node, row: Any, encoding: list[float]) -> Any:
         ready = self.executor._encoded.get(self.executor._key(node, row))
@@ -397,13 +403,14 @@ class _State:
             with self.condition:
                 self.ahead += 1
             return ready
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.thread_time()
         plain = self.executor._encode(node, row)
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.thread_time() - busy
         encoding[0] += seconds
+        encoding[1] += busy
         with self.condition:
             self.counts["encode"] += 1
-            self._count(node, "encode_extended" if node.extended else "encode", node.level, 1, seconds)
+            self._count(node, "encode_extended" if node.extended else "encode", node.level, 1, seconds, busy)
         return plain
 
     def _call(self, node: Node, args: list[Any], encoding: list[float]) -> Any:

@@ -38,12 +38,12 @@ ORDER = (
 )
 PRIMITIVES = {
     "encode": ("encode", "encode_extended"),
-    "rotate": ("rotate", "rotate_hoisted", "rotate_extended"),
+    "rotate": ("rotate", "rotate_hoisted", "rotate_extended", "conjugate"),
     "ct-ct": ("mul", "square"),
     "ct-pt": ("mul_plain", "mul_scalar", "weighted_sum", "weighted_sum_extended"),
     "rescale": ("rescale",),
     "key switch": ("hoist", "mod_down", "relinearize"),
-    "refresh": ("refresh",),
+    "refresh": ("refresh", "refresh_function"),
     "add, drop": ("add", "add_extended", "sub", "add_plain", "add_scalar", "drop", "extend"),
 }
 _GROUP = {name: group for group, names in PRIMITIVES.items() for name in names}
@@ -123,7 +123,9 @@ def tables(
         "bound_s": bound,
         "efficiency": bound / run["wall_s"],
         "operators": nodes,
-        "primitives": _rows(run["calls"], best, lambda call: _GROUP[call["primitive"]], tuple(PRIMITIVES)),
+        "primitives": _rows(
+            run["calls"], best, lambda call: _GROUP.get(call["primitive"], "other"), (*PRIMITIVES, "other")
+        ),
     }
 
 

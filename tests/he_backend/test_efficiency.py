@@ -73,6 +73,11 @@ def test_both_tables_add_up():
         assert sum(row["bound_s"] for row in rows) == pytest.approx(2 * found["bound_s"])
 
 
+def test_a_new_primitive_is_counted_too():
+    found = tables(OPS, [{**RUN, "calls": [*RUN["calls"], call(1, "something new", 4, 1, 2.0, 2.0)]}])
+    assert found["primitives"][-1]["name"] == "other" and found["bound_s"] == pytest.approx(1.75 + 1.0)
+
+
 def test_the_median_run_is_shown():
     runs = [{**RUN, "wall_s": wall} for wall in (9.0, 4.0, 5.0)]
     assert tables(OPS, runs)["evaluate_s"] == 5.0

@@ -111,7 +111,7 @@ class Lowering:
     def _streams(self) -> dict[str, float]:
         """Factor of each tensor that takes part in a sum: all operands of sums that touch each other share one.
 
-        Where the squares of a stream are summed for a norm, the factor brings the largest such sum to 1.
+        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1.
         """
         parent: dict[str, str] = {}
 
@@ -133,9 +133,10 @@ class Lowering:
                 and square is not None
                 and square.op == "polynomial"
                 and square.inputs[0] in parent
+                and not np.any(square.attrs["coefficients"][:-1])
             ):
-                group = root(square.inputs[0])
-                norms[group] = max(norms.get(group, 0.0), self.bound(node.name) ** 0.5)
+                group, power = root(square.inputs[0]), len(square.attrs["coefficients"]) - 1
+                norms[group] = max(norms.get(group, 0.0), self.bound(node.name) ** (1.0 / power))
         peaks: dict[str, float] = {}
         for name in parent:
             peaks[root(name)] = max(peaks.get(root(name), 0.0), self.bound(name))
@@ -414,7 +415,7 @@ def _polynomial(low: Lowering, node: Node) -> Placed:
     x = low.placed[node.inputs[0]]
     lo, hi = low.ranges[node.inputs[0]]
     interval = tuple(sorted((lo / x.factor, hi / x.factor)))
-    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]))
+    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), low.bound(node.name))
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
     at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])
     return replace(x, ops=ops, factor=factor, clean=x.clean and abs(at_zero) < 1e-12)

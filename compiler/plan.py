@@ -20,6 +20,7 @@ from .cost import CostTable, live_bytes
 from .lower import Lowered
 from .passes.bases import BASES, choose_bases
 from .passes.sums import LONGEST, group_sums
+from .scales import mismatch_error
 from .schedule import Forecast, forecast
 
 GB = 1e9
@@ -284,14 +285,16 @@ def output_room(circuit: Circuit, samples: Sequence[np.ndarray], margin: float =
 
 
 def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
-    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN."""
+    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN, and what the scales of the
+    real primes add.
+    """
     name, out = circuit.inputs[0].name, circuit.outputs[0].name
     worst = 0.0
     for seed, x in enumerate(samples):
         clear = simulate(circuit, {name: x}).outputs[out]
         noisy = simulate_noise(circuit, {name: x}, seed=seed, traced=t)[out]
         worst = max(worst, float(np.max(np.abs(clear - noisy))))
-    return ERROR_MARGIN * worst
+    return ERROR_MARGIN * worst + mismatch_error(circuit, t)
 
 
 def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsError:

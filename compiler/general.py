@@ -16,6 +16,7 @@ from he_backend.base import UnsupportedOpError
 
 from .ir import Node
 from .layout import power_of_two
+from .pooling import emit_pool, find_pool
 from .sparse import Place, SparseMap, kron_linear, picking, places, plan_sparse
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def matrix_of(node: Node, shape: tuple[int, ...]) -> sp.csr_matrix:
 def lower_map(low: Lowering, node: Node, x: Placed, matrix: sp.csr_matrix, bias: np.ndarray | None) -> Placed:
     """y = M x + bias, in the layout that costs least."""
     repeated = low.repeats(node.name)
+    if not repeated and len(x.ops) == 1 and (pool := find_pool(matrix, x.layout[0])) is not None:
+        return emit_pool(low, node, x, pool, bias)
     found = plan_sparse(matrix, x.layout, places(matrix.shape[0], x.layout, matrix, repeated=repeated), low.cost)
     return emit_map(low, node, node.name, x, found, bias, low.wanted(node.name))
 

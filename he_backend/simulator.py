@@ -144,16 +144,21 @@ class KeySwitchBias:
     """The part of a key switch's error that is no rounding noise: an offset common to all coefficients.
 
     Times the secret (or a key's error) it lies in the few slots whose root of unity z is near 1, since 1 + X + ... + X^(N-1) is
-    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects whole units where
-    no pending rescale divides the offset away (`openfhe_rounding`). SEAL decomposes into digits in [0, q), half of q too
-    high on average, which a key's error multiplies.
+    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects it where no pending
+    rescale divides the offset away, but for half a unit of changing sign (`openfhe_rounding`). SEAL decomposes into digits in
+    [0, q), half of q too high on average, which a key's error multiplies.
     """
 
     def __init__(self, params: Params, rng: np.random.Generator) -> None:
         n = 1 << params.log_n
         self.params, self.rng = params, rng
         exponent = np.array([pow(5, j, 2 * n) for j in range(params.slots)])
-        self.ones = 2 / (1 - np.exp(1j * np.pi * exponent / n))
+        points = np.exp(1j * np.pi * exponent / n)
+        self.ones = 2 / (1 - points)
+        self.signs = other = np.ones(params.slots, dtype=complex)
+        for _ in range(params.log_n):
+            self.signs, other = self.signs + points * other, self.signs - points * other
+            points = points * points
         weight = 192 if params.secret == "sparse192" else 2 * n / 3
         self.secret = self._spread(math.sqrt(weight))
 
@@ -168,10 +173,9 @@ class KeySwitchBias:
         if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down"):
             return 0.0
         if params.backend == "openfhe":
-            half = params.special_limbs / 2
-            if degree == 1 and op != "relinearize":
-                half -= round(half + 0.25)  # what the correction leaves: half a unit where their number is odd
-            return -half * np.real((1 + self.secret) * self.ones) if half else 0.0
+            if degree == 1 and op != "relinearize":  # corrected
+                return np.real((1 + self.secret) * self.signs) / 2 if params.special_limbs % 2 else 0.0
+            return -params.special_limbs / 2 * np.real((1 + self.secret) * self.ones)
         ratio = 2.0 ** (params.first_bits - SPECIAL_PRIME_BITS)
         return ratio / 2 * np.real(self._spread(ERROR_STD * math.sqrt(2.0**params.log_n)) * self.ones)
 

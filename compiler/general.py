@@ -16,10 +16,11 @@ from he_backend.base import UnsupportedOpError
 
 from .ir import Node
 from .layout import power_of_two
+from .placed import Placed
 from .sparse import Place, SparseMap, kron_linear, picking, places, plan_sparse
 
 if TYPE_CHECKING:
-    from .lower import Lowering, Placed
+    from .lower import Lowering
 
 MOST_CIPHERTEXTS = 64  # of the products of one general matrix product
 
@@ -65,8 +66,6 @@ def emit_map(
     low: Lowering, node: Node, name: str, x: Placed, found: SparseMap, bias: np.ndarray | None, factor: float
 ) -> Placed:
     """The ops of a planned map."""
-    from .lower import Placed
-
     ops = []
     for part, terms in enumerate(found.targets):
         total = -1
@@ -129,8 +128,6 @@ def lower_matmul(low: Lowering, node: Node, a: Placed, b: Placed) -> Placed:
         op = low.emit("mul", pair, node.source, factor=factor)
         ops.append(low.emit("rotate_sum", (op,), node.source, factor=factor, steps=steps) if steps else op)
     final = np.where((channel == 0) & (row < int(np.prod(node.shape))), row, -1).reshape(parts, low.slots)
-    from .lower import Placed
-
     placed = Placed(ops=tuple(ops), layout=final, factor=factor, clean=False)
     if (mask := node.attrs.get("mask")) is not None:
         flat = np.broadcast_to(mask, node.shape).reshape(-1)

@@ -34,7 +34,7 @@ from .ir import Graph, Node
 from .layout import Heads, feature_tiles, from_features
 from .matvec import PlanCost
 from .placed import Lowered as Lowered
-from .placed import Placed
+from .placed import Placed as Placed
 from .sparse import input_layouts, places, plan_sparse
 
 Range = tuple[float, float]

@@ -17,9 +17,10 @@ from .ir import Graph
 from .lower import Lowered, lower
 from .matvec import PlanCost
 from .passes.levels import assign_levels
-from .plan import LARGEST_RING, Candidate, Plan, Target, as_circuit, choose, predicted_error, refuse
+from .plan import Candidate, Plan, Target, as_circuit, choose, predicted_error, refuse
+from .rings import SMALLEST_RING as SMALLEST_RING
+from .rings import possible_rings
 
-SMALLEST_RING = 13  # below it 128 bits leave no two levels
 ERROR_SAMPLES = 3  # calibration samples that noise is simulated on
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -52,8 +53,7 @@ def search(
         UnsupportedOpError: no ring has a layout for the graph.
         ParamsError: no parameters hold the circuit at 128 bits, within memory and error.
     """
-    insecure = target.insecure_log_n
-    rings = [insecure] if insecure is not None else range(SMALLEST_RING, LARGEST_RING[target.backend] + 1)
+    rings = possible_rings(graph, target)
     rows: list[Candidate] = []
     levels = 0
     misfit: UnsupportedOpError | None = None

@@ -7,6 +7,7 @@ ciphertexts.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +47,19 @@ def matrix_of(node: Node, shape: tuple[int, ...]) -> sp.csr_matrix:
 
 def lower_map(low: Lowering, node: Node, x: Placed, matrix: sp.csr_matrix, bias: np.ndarray | None) -> Placed:
     """y = M x + bias, in the layout that costs least."""
-    repeated = low.repeats(node.name)
-    found = plan_sparse(matrix, x.layout, places(matrix.shape[0], x.layout, matrix, repeated=repeated), low.cost)
+    outputs, repeated = matrix.shape[0], low.repeats(node.name)
+    candidates = places(outputs, x.layout, matrix, repeated=repeated)
+    if not repeated and outputs <= low.tokens:
+        candidates = chain([_one_token(outputs, low.tokens, low.positions)], candidates)
+    found = plan_sparse(matrix, x.layout, candidates, low.cost)
     return emit_map(low, node, node.name, x, found, bias, low.wanted(node.name))
+
+
+def _one_token(outputs: int, tokens: int, positions: int) -> Place:
+    """Output o in the slot of token o at every position: what a head on one token wants, as sums over features are sums over positions."""
+    row = np.where(np.arange(tokens) < outputs, np.arange(tokens), -1)
+    folds = tuple(tokens << k for k in range(positions.bit_length() - 1))
+    return Place(slots=np.tile(row, positions)[None], folds=folds, period=tokens)
 
 
 def move(low: Lowering, node: Node, x: Placed, index: np.ndarray, layout: np.ndarray, size: int) -> Placed:

@@ -68,6 +68,7 @@ def scores(
     scale = q.factor * k.factor / factor
     scale = 1.0 if abs(scale - 1.0) < 1e-9 else scale
     keys = [skewed(low, node, op, heads, k.factor) for op in k.ops]
+    weights = Weights.of(weight * scale)
     unit = heads.channel_stride + heads.shifts
     ops = []
     for group in range(heads.groups):
@@ -76,7 +77,7 @@ def scores(
             for piece in range(heads.ranges):
                 part = group * heads.ranges + piece
                 for r in range(heads.width):
-                    rows = _rows(low, heads, "scores", group, a, r, weight * scale)
+                    rows = _rows(low, heads, "scores", group, a, r, weights)
                     sums.add(q.ops[part], keys[part], rows, r, factor / q.factor)
             ops.append(sums.total())
     return ops
@@ -89,13 +90,14 @@ def values(low: Lowering, node: Node, p: Placed, v: Placed, heads: Heads, suppor
         support: [H, T, T] 1 where powers may differ from 0.
     """
     ops = []
+    weights = Weights.of(support)
     for part, op in enumerate(v.ops):
         group = part // heads.ranges
         sums = Sums(low, node, heads, unit=-heads.shifts, factor=p.factor * v.factor)
         turned = skewed(low, node, op, heads, v.factor)
         for a in range(heads.scores):
             for r in range(heads.width):
-                rows = _rows(low, heads, "values", group, a, r, support)
+                rows = _rows(low, heads, "values", group, a, r, weights)
                 sums.add(p.ops[group * heads.scores + a], turned, rows, r, v.factor)
         ops.append(sums.total())
     return ops
@@ -149,15 +151,28 @@ class Rows:
     array: str
 
 
-def _rows(low: Lowering, heads: Heads, kind: str, group: int, part: int, r: int, weight: np.ndarray) -> Rows:
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Factors [H, T, T] by head, query, key; whether all heads have the same; and a digest."""
+
+    values: np.ndarray
+    alike: bool
+    digest: bytes
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Weights:
+        digest = hashlib.blake2b(np.ascontiguousarray(values).tobytes()).digest()
+        return cls(values=values, alike=bool((values == values[:1]).all()), digest=digest)
+
+
+def _rows(low: Lowering, heads: Heads, kind: str, group: int, part: int, r: int, weights: Weights) -> Rows:
     """The combination of rotations of a skewed ciphertext that, rotated by r u, is product r's right operand.
 
     Args:
-        kind: "scores" or "values"; weight: [H, T, T].
+        kind: "scores" or "values".
     """
-    if (weight == weight[:1]).all():  # the same for all heads: one array for all groups
-        group = 0
-    key = (heads, kind, group, part, r, hashlib.blake2b(np.ascontiguousarray(weight).tobytes()).digest())
+    group = 0 if weights.alike else group  # one array for all groups
+    key = (heads, kind, group, part, r, weights.digest)
     if key in low.memo:
         return low.memo[key]
     t, w, shifts, slots = heads.tokens, heads.width, heads.shifts, heads.slots
@@ -168,16 +183,15 @@ def _rows(low: Lowering, heads: Heads, kind: str, group: int, part: int, r: int,
     held = other if kind == "scores" else channel  # the channel of keys or values
     shift = copy + shifts * at + heads.reach * part
     moved = (token - shift + copy + shifts * held) % t
-    slot = np.arange(slots)
     turn = r * (heads.channel_stride + shifts if kind == "scores" else -shifts)
     offset = ((held - channel) * heads.channel_stride + moved - token - turn) % slots
-    factors = weight[head, token, (token - shift) % t]
+    factors = weights.values[head, token, (token - shift) % t]
     rows, offsets = [], []
-    for x in np.unique(offset[factors != 0.0]):
-        row = np.zeros(slots)
-        row[(slot + turn) % slots] = np.where(offset == x, factors, 0.0)
-        rows.append(row)
-        offsets.append(int(x))
+    for x in np.unique(offset.reshape(-1, t)[:: heads.group]):  # the same for all heads
+        row = np.where(offset == x, factors, 0.0)
+        if row.any():
+            rows.append(np.roll(row, turn))
+            offsets.append(int(x))
     name = low.array(f"{kind}.{len(low.memo)}", np.stack(rows)) if rows else ""
     low.memo[key] = Rows(offsets=tuple(offsets), array=name)
     return low.memo[key]

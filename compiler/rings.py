@@ -17,7 +17,10 @@ def fewest_levels(graph: Graph) -> int:
     """Levels that no layout avoids: one for each product by weights or of two tensors on the longest path, more for polynomials."""
     depth = {graph.input: 0}
     for node in graph.nodes:
-        depth[node.name] = max(depth[name] for name in node.inputs) + _levels(node)
+        levels = [depth[name] for name in node.inputs]
+        if node.op == "matmul":  # one operand at least has to be rearranged by a linear map
+            levels[1] += 1
+        depth[node.name] = max(levels) + _levels(node)
     return depth[graph.output]
 
 

@@ -227,6 +227,8 @@ def _cover(
         if len(chosen) >= most:
             return None
         key = int(np.argmax(counts))
+        if len(chosen) + slot.size / counts[key] > most:  # no later one meets more nonzeros than this one
+            return None
         hit = keys == key
         met = hit.any(axis=1)
         fold = np.argmax(hit[met], axis=1) // where.shape[1]

@@ -12,7 +12,7 @@ from he_backend import security
 from he_backend.base import CapabilityError, ParamsError
 from he_backend.circuit import Circuit
 from he_backend.params import Params
-from he_backend.simulator import simulate, simulate_noise
+from he_backend.simulator import peaks, simulate, simulate_noise
 from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
@@ -192,12 +192,9 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
 
 def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> Circuit:
     """Largest stored slot of every op over samples, times a margin."""
-    name = circuit.inputs[0].name
-    peaks: np.ndarray = np.zeros(len(circuit.ops))
-    for x in samples:
-        peaks = np.maximum(peaks, [np.max(np.abs(v)) for v in simulate(circuit, {name: x}).values])
+    largest = peaks(circuit, samples)
     return replace(
-        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, peaks, strict=True))
+        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, largest, strict=True))
     )
 
 

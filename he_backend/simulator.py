@@ -8,7 +8,7 @@ adds, so that amplification along the circuit is followed on real values; from i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +49,15 @@ def output_tensors(circuit: Circuit, slots: Mapping[tuple[str, int], Array]) -> 
     return tensors
 
 
-def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
+def simulate(
+    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, visit: Callable[[Op, Array], None] | None = None
+) -> Simulation:
     """Run a circuit in float64.
 
     Args:
         tensors: input tensors by name, shapes as in circuit.inputs.
+        visit: is given every op and its value, which is then dropped after its last use: the result holds no values, and memory
+            what is alive at once (the values of a deep circuit at N = 2^16 are many GB).
 
     Raises:
         LevelError: an op uses more levels than the circuit gives it.
@@ -61,6 +65,7 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
     packed = input_slots(circuit, tensors)
     values: list[Array] = []
     out: dict[tuple[str, int], Array] = {}
+    last = {a: op.id for op in circuit.ops for a in op.args}
     for op in circuit.ops:
         args = [values[a] for a in op.args]
         for a in op.args:
@@ -68,11 +73,28 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
                 raise LevelError(f"{op} takes %{a} of level {circuit.ops[a].level}")
         if op.kind == "input":
             values.append(packed[op.attrs["name"], op.attrs["part"]])
-            continue
-        values.append(_run(op, args, circuit))
+        else:
+            values.append(_run(op, args, circuit))
         if op.kind == "output":
             out[op.attrs["name"], op.attrs["part"]] = values[-1]
-    return Simulation(outputs=output_tensors(circuit, out), values=values)
+        if visit is not None:
+            visit(op, values[-1])
+            for a in op.args:
+                if last[a] == op.id:
+                    values[a] = np.zeros(0)
+    return Simulation(outputs=output_tensors(circuit, out), values=[] if visit is not None else values)
+
+
+def peaks(circuit: Circuit, samples: Iterable[np.ndarray]) -> Array:
+    """Largest |slot| of every op over input tensors, [ops]."""
+    largest: Array = np.zeros(len(circuit.ops))
+
+    def visit(op: Op, value: Array) -> None:
+        largest[op.id] = max(largest[op.id], float(np.max(np.abs(value))))
+
+    for x in samples:
+        simulate(circuit, {circuit.inputs[0].name: x}, visit=visit)
+    return largest
 
 
 def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:

@@ -233,6 +233,7 @@ def simulate_noise(
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
     bias = KeySwitchBias(params, rng)
     values: dict[int, Array] = {}
+    squares: tuple[tuple[int, ...], Array] = (), np.zeros(0)
     uses = np.zeros(len(t.nodes), dtype=int)
     for node in t.nodes:
         uses[list(set(node.args))] += 1
@@ -244,12 +245,14 @@ def simulate_noise(
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         elif node.op == "weighted_sum":
-            y = _weighted_sum(args, node.plains, scales.plain[node.id], spread, rng)
+            if squares[0] != node.args:  # groups of one linear map weigh the same rotations
+                squares = node.args, np.sum([np.abs(a) ** 2 for a in args], axis=0)
+            y = _weighted_sum(args, node.plains, squares[1], spread / math.sqrt(12) / scales.plain[node.id], rng)
         else:
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
-        values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
+        values[node.id] = y + std * rng.standard_normal(y.shape, dtype=np.float32) if std else y
         for a in set(node.args):
             uses[a] -= 1
             if not uses[a]:
@@ -262,18 +265,31 @@ def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator)
     if isinstance(plain, float):
         return round(plain * scale) / scale
     values: Array = plain.slots()  # type: ignore[attr-defined]
-    return values + rng.normal(0.0, spread / math.sqrt(12) / scale, values.shape)
+    return values + spread / math.sqrt(12) / scale * rng.standard_normal(values.shape, dtype=np.float32)
 
 
 def _weighted_sum(
-    args: Sequence[Array], plains: Sequence[object], scale: float, spread: float, rng: np.random.Generator
+    args: Sequence[Array], plains: Sequence[Any], squares: Array, std: float, rng: np.random.Generator
 ) -> Array:
-    """A sum of products by plaintexts; the rounding errors of their encodings, independent, as the one normal error that they sum to."""
-    total, squares = np.zeros_like(args[0]), np.zeros(args[0].shape)
+    """A sum of products by plaintexts; the rounding errors of their encodings, independent, as the one normal error that they sum to.
+
+    Args:
+        squares: sum of the arguments' squares; std: of an encoding's error, in a slot.
+    """
+    total = std * np.sqrt(squares) * rng.standard_normal(squares.shape, dtype=np.float32)
+    if np.iscomplexobj(args[0]):
+        total = total.astype(np.complex128)
+    product = np.empty_like(total)
     for a, plain in zip(args, plains, strict=True):
-        total = total + a * (plain if isinstance(plain, float) else plain.slots())  # type: ignore[attr-defined]
-        squares += np.abs(a) ** 2
-    return total + spread / math.sqrt(12) / scale * np.sqrt(squares) * rng.normal(size=squares.shape)
+        if isinstance(plain, float):
+            total += a * plain
+        elif plain.roll % (block := plain.size // plain.weights.shape[-1]):
+            total += a * plain.slots()
+        else:  # a weight for `block` slots each: no need to write them out
+            weights = np.roll(plain.weights[plain.row].astype(np.float64), plain.roll // block)
+            np.multiply(a.reshape(-1, block), weights[:, None], out=product.reshape(-1, block))
+            total += product
+    return total
 
 
 def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) -> Array:

@@ -80,7 +80,7 @@ def measure(
         for i in range(repeats + (repeats > 1)):  # one to warm up, where there are several
             progress(3, 4, f"request {i + 1}")
             start = time.perf_counter()
-            run, result = _request(circuit, client, server, executor, x)
+            run, result = request(circuit, client, server, executor, x)
             totals.append(time.perf_counter() - start)
             runs.append(run)
         peak_gb = (
@@ -139,7 +139,7 @@ def measure(
     )
 
 
-def _request(circuit: Circuit, client: Any, server: Any, executor: Executor, x: np.ndarray) -> tuple[Run, np.ndarray]:
+def request(circuit: Circuit, client: Any, server: Any, executor: Executor, x: np.ndarray) -> tuple[Run, np.ndarray]:
     """Encrypt, send, evaluate, send back, decrypt."""
     level = circuit.inputs[0].level
     sent = {

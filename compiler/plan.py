@@ -11,9 +11,9 @@ import numpy as np
 
 from he_backend import security
 from he_backend.base import CapabilityError, ParamsError
-from he_backend.circuit import Circuit
+from he_backend.circuit import Circuit, Op
 from he_backend.params import Params
-from he_backend.simulator import simulate, simulate_noise
+from he_backend.simulator import peaks, simulate, simulate_noise
 from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
@@ -263,12 +263,9 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
 
 def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> Circuit:
     """Largest stored slot of every op over samples, times a margin."""
-    name = circuit.inputs[0].name
-    peaks: np.ndarray = np.zeros(len(circuit.ops))
-    for x in samples:
-        peaks = np.maximum(peaks, [np.max(np.abs(v)) for v in simulate(circuit, {name: x}).values])
+    largest = peaks(circuit, samples)
     return replace(
-        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, peaks, strict=True))
+        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, largest, strict=True))
     )
 
 
@@ -284,6 +281,10 @@ def output_room(circuit: Circuit, samples: Sequence[np.ndarray], margin: float =
     return margin * top / 2.0 ** (params.first_bits - params.scale_bits - 1)
 
 
+def _forget(op: Op, value: np.ndarray) -> None:
+    """Keep no value of a simulation but its outputs."""
+
+
 def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
     """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN, and what the scales of the
     real primes add.
@@ -291,7 +292,7 @@ def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -
     name, out = circuit.inputs[0].name, circuit.outputs[0].name
     worst = 0.0
     for seed, x in enumerate(samples):
-        clear = simulate(circuit, {name: x}).outputs[out]
+        clear = simulate(circuit, {name: x}, visit=_forget).outputs[out]
         noisy = simulate_noise(circuit, {name: x}, seed=seed, traced=t)[out]
         worst = max(worst, float(np.max(np.abs(clear - noisy))))
     return ERROR_MARGIN * worst + mismatch_error(circuit, t)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
+from .placed import Placed
+
 if TYPE_CHECKING:
     from .ir import Node
-    from .lower import Lowering, Placed
+    from .lower import Lowering
 
 
 LARGEST = 16  # inputs of a window: the stored sum may be as many times larger than what is summed
@@ -90,8 +92,6 @@ def _steps(distances: list[int]) -> list[int] | None:
 
 def emit_pool(low: Lowering, node: Node, x: Placed, pool: Pool, bias: np.ndarray | None) -> Placed:
     """The ops of a pool: a sum over slots and, with a bias, a plaintext sum."""
-    from .lower import Placed
-
     factor = x.factor * pool.weight
     op = low.emit("rotate_sum", (x.ops[0],), node.source, factor=factor, steps=list(pool.steps))
     if bias is not None:

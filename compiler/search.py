@@ -22,7 +22,6 @@ from .lower import Lowered, lower
 from .matvec import PlanCost
 from .passes.levels import assign_levels
 from .plan import (
-    LARGEST_RING,
     Candidate,
     Plan,
     Target,
@@ -34,8 +33,8 @@ from .plan import (
     refuse,
     with_style,
 )
+from .rings import possible_rings
 
-SMALLEST_RING = 13  # below it 128 bits leave no two levels
 ERROR_SAMPLES = 3  # calibration samples that noise is simulated on
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -72,8 +71,7 @@ def search(
         UnsupportedOpError: no ring has a layout for the graph.
         ParamsError: no parameters hold the circuit at 128 bits, within memory and error.
     """
-    insecure = target.insecure_log_n
-    rings = [insecure] if insecure is not None else range(SMALLEST_RING, LARGEST_RING[target.backend] + 1)
+    rings = possible_rings(graph, target)
     rows: list[Candidate] = []
     levels = 0
     misfit: UnsupportedOpError | None = None

@@ -54,7 +54,7 @@ def build(model: Transformer) -> onnx.ModelProto:
     Raises:
         ValueError: the config has a part that this writer does not know (those of released checkpoints).
     """
-    _check_known(model.config)
+    check_known(model.config)
     assert model.position is not None and isinstance(model.head, nn.Linear)
     g = Graph()
     t, v = model.config.length, model.config.vocab
@@ -93,7 +93,12 @@ WRITABLE: dict[str, tuple[object, ...]] = {
 }
 
 
-def _check_known(config: ModelConfig) -> None:
+def check_known(config: ModelConfig) -> None:
+    """Refuse a config with a part outside `WRITABLE`.
+
+    Raises:
+        ValueError: it has one.
+    """
     unknown = [
         f"{name}={getattr(config, name)!r}" for name, known in WRITABLE.items() if getattr(config, name) not in known
     ]
@@ -282,7 +287,7 @@ def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str
     else:
         product = g.node("Mul", [scores, masked], f"{name}.masked.product")
         g.node("Add", [product, g.constant(f"{name}.shift", shift * f_T1)], u)
-    powers = _power(g, name, u, layer.power)
+    powers = power_of(g, name, u, layer.power)
     eps = g.constant(f"{name}.eps", (layer.eps * f_T1**layer.power)[None, None])
     total = g.node(
         "ReduceSum", [powers, g.constant(f"{name}.axis", np.array([-1], dtype=np.int64))], f"{name}.sum", keepdims=1
@@ -308,7 +313,7 @@ def _score_map(layer: Attention) -> tuple[Tensor, Tensor | None]:
     return (visible_HTT * scale_H)[None] / math.sqrt(layer.head_size), (visible_HTT * shift_H)[None]
 
 
-def _power(g: Graph, name: str, u: str, p: int) -> str:
+def power_of(g: Graph, name: str, u: str, p: int) -> str:
     """u^p by squares and products in the order of `integer_power`; the last value is called `name.power`."""
     products: list[tuple[str, str]] = []
 

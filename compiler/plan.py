@@ -17,6 +17,7 @@ from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
 from .lower import Lowered
+from .step_lower import LoweredStep
 from .schedule import Forecast, forecast
 
 GB = 1e9
@@ -178,6 +179,8 @@ def judge(
 def as_circuit(build: Lowered, params: Params) -> Circuit:
     """A lowered program with parameters: still without keys, bounds and predictions."""
     top = build.ops[0].level
+    kept = build.states if isinstance(build, LoweredStep) else ()
+    levels = {op.attrs["name"]: op.level for op in build.ops if op.kind == "input"}
     return Circuit(
         params=params,
         ops=build.ops,
@@ -187,6 +190,8 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
         outputs=build.outputs,
         keys={},
         relin_level=-1,
+        steps=build.steps if isinstance(build, LoweredStep) else 0,
+        states=tuple(replace(s, level=levels[s.name]) for s in kept),
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from .base import Array, HEError, LevelError, ManifestError, MissingKeyError
 from .circuit import Circuit
+from .kernels import StepRow
 from .trace import SCALE_TOLERANCE, Node, assign_scales, trace
 
 Progress = Callable[[int, int, str], None]
@@ -145,6 +146,8 @@ class Executor:
         for node in self.trace.nodes:
             if node.op in ENCODED:
                 for row in node.plains:
+                    if isinstance(row, StepRow):
+                        continue
                     uses[self._key(node, row)] += 1
                     jobs[self._key(node, row)] = (node, row)
         limb_bytes = 8 << self.circuit.params.log_n
@@ -196,12 +199,18 @@ class Executor:
     # ---- running
 
     def run(
-        self, inputs: Mapping[Part, Any], *, progress: Progress | None = None, cancel: threading.Event | None = None
+        self,
+        inputs: Mapping[Part, Any],
+        *,
+        step: int = 0,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
     ) -> Run:
         """Evaluate the circuit.
 
         Args:
-            inputs: ciphertexts by (tensor name, part), each at the level of the circuit's signature.
+            inputs: ciphertexts by (tensor name, part), each at the level of the circuit's signature; states among them.
+            step: number of the step, for circuits with `steps`.
             progress: called from the workers with (primitives done, primitives in all, ONNX source of the last one).
             cancel: stops the run between two primitives.
 
@@ -212,7 +221,9 @@ class Executor:
         """
         self.check_keys()
         self._check_inputs(inputs)
-        state = _State(self, inputs, progress, cancel)
+        if not 0 <= step < max(1, self.circuit.steps):
+            raise ManifestError(f"step {step}: the circuit has steps 0 to {max(1, self.circuit.steps) - 1}")
+        state = _State(self, inputs, progress, cancel, step)
         start = time.perf_counter()
         workers = [threading.Thread(target=state.work, name=f"he-{i}") for i in range(self.threads)]
         for worker in workers:
@@ -288,6 +299,7 @@ class _State:
     inputs: Mapping[Part, Any]
     progress: Progress | None
     cancel: threading.Event | None
+    step: int = 0
     error: BaseException | None = None
     values: dict[int, Any] = field(default_factory=dict)
     seconds: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
@@ -377,6 +389,7 @@ class _State:
         return value
 
     def _plain(self, node: Node, row: Any, encoding: list[float]) -> Any:
+        row = row.at(self.step) if isinstance(row, StepRow) else row
         ready = self.executor._encoded.get(self.executor._key(node, row))
         if ready is not None:
             with self.condition:

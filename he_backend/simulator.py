@@ -16,6 +16,7 @@ import numpy as np
 from . import refresh
 from .base import Array, LevelError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
+from .kernels import StepRow
 from .params import SPECIAL_PRIME_BITS, Params
 from .trace import Trace, assign_scales, trace
 
@@ -24,36 +25,43 @@ ERROR_STD = 3.19  # standard deviation of the error distribution in every librar
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """Outputs as tensors by name, and every op's slot vector [slots] by op id."""
+    """Outputs (states among them) as tensors by name, and every op's slot vector [slots] by op id."""
 
     outputs: dict[str, Array]
     values: list[Array]
 
 
 def input_slots(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> dict[tuple[str, int], Array]:
-    """Pack input tensors into slot vectors by (name, part)."""
+    """Pack input tensors, and states if there are any, into slot vectors by (name, part)."""
     packed = {}
-    for signature in circuit.inputs:
-        slots = pack(tensors[signature.name], signature, circuit.client_arrays[signature.layout])
+    for signature in (*circuit.inputs, *circuit.states):
+        slots = pack(tensors[signature.name], signature, layout_of(circuit, signature.layout))
         packed.update({(signature.name, part): row for part, row in enumerate(slots)})
     return packed
 
 
 def output_tensors(circuit: Circuit, slots: Mapping[tuple[str, int], Array]) -> dict[str, Array]:
-    """Unpack slot vectors by (name, part) into output tensors."""
+    """Unpack slot vectors by (name, part) into output tensors; states only where they are among `slots`."""
     tensors = {}
-    for signature in circuit.outputs:
-        layout = circuit.client_arrays[signature.layout]
+    kept = [s for s in circuit.states if (s.name, 0) in slots]
+    for signature in (*circuit.outputs, *kept):
+        layout = layout_of(circuit, signature.layout)
         rows = np.stack([slots[signature.name, part] for part in range(layout.shape[0])])
         tensors[signature.name] = unpack(rows, signature, layout)
     return tensors
 
 
-def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
+def layout_of(circuit: Circuit, name: str) -> np.ndarray:
+    """A layout by name: the client has those of inputs and outputs, the server alone those of states."""
+    return circuit.client_arrays[name] if name in circuit.client_arrays else circuit.arrays[name]
+
+
+def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray], *, step: int = 0) -> Simulation:
     """Run a circuit in float64.
 
     Args:
-        tensors: input tensors by name, shapes as in circuit.inputs.
+        tensors: input tensors by name, shapes as in circuit.inputs and circuit.states.
+        step: its number, for a circuit with steps.
 
     Raises:
         LevelError: an op uses more levels than the circuit gives it.
@@ -69,13 +77,13 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
         if op.kind == "input":
             values.append(packed[op.attrs["name"], op.attrs["part"]])
             continue
-        values.append(_run(op, args, circuit))
+        values.append(_run(op, args, circuit, step))
         if op.kind == "output":
             out[op.attrs["name"], op.attrs["part"]] = values[-1]
     return Simulation(outputs=output_tensors(circuit, out), values=values)
 
 
-def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
+def _run(op: Op, args: list[Array], circuit: Circuit, step: int) -> Array:
     y: Array
     slots, arrays, a = circuit.params.slots, circuit.arrays, op.attrs
 
@@ -91,6 +99,10 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
             return args[0] * args[1]
         case "add_plain":
             return args[0] + expand(arrays[a["array"]])
+        case "mul_step":
+            return args[0] * expand(arrays[a["array"]][step])
+        case "add_step":
+            return args[0] + expand(arrays[a["array"]][step])
         case "linear":
             y = np.zeros(slots)
             for giant, terms in a["plan"]:
@@ -177,7 +189,7 @@ class KeySwitchBias:
 
 
 def simulate_noise(
-    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, seed: int = 0, traced: Trace | None = None
+    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, step: int = 0, seed: int = 0, traced: Trace | None = None
 ) -> dict[str, Array]:
     """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's.
 
@@ -204,7 +216,7 @@ def simulate_noise(
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         else:
-            y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
+            y = _primitive(node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
         values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
@@ -215,8 +227,10 @@ def simulate_noise(
     return output_tensors(circuit, {key: values[node] for key, node in t.outputs.items()})
 
 
-def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
+def _plain(plain: object, step: int, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
     """A plaintext operand with the rounding error of its encoding."""
+    if isinstance(plain, StepRow):
+        plain = plain.at(step)
     if isinstance(plain, float):
         return round(plain * scale) / scale
     values: Array = plain.slots()  # type: ignore[attr-defined]

@@ -30,7 +30,6 @@ import numpy as np
 
 from he_backend.base import Array, UnsupportedOpError
 
-
 STEP = "step"  # the input that holds the number of a step
 
 

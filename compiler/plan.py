@@ -17,8 +17,8 @@ from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
 from .lower import Lowered
-from .step_lower import LoweredStep
 from .schedule import Forecast, forecast
+from .step_lower import LoweredStep
 
 GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5

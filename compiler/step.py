@@ -159,7 +159,9 @@ def search_step(
         ParamsError: no parameters hold the circuit at 128 bits, within memory and error.
     """
     insecure = target.insecure_log_n
-    rings: Sequence[int] = [insecure] if insecure is not None else range(SMALLEST_RING, LARGEST_RING[target.backend] + 1)
+    rings: Sequence[int] = (
+        [insecure] if insecure is not None else range(SMALLEST_RING, LARGEST_RING[target.backend] + 1)
+    )
     rows: list[Candidate] = []
     levels = 0
     misfit: UnsupportedOpError | None = None

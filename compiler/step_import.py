@@ -87,7 +87,9 @@ class StepImporter(Importer):
             return
         others = [name for name in call.inputs if name not in self.publics]
         if call.op not in ("Add", "Mul") or len(others) != 1 or not g.encrypted(others[0]):
-            raise call.fail(f"is a {call.op} of {public[0]!r}, a row of a table; it may be added to or multiplied by a tensor")
+            raise call.fail(
+                f"is a {call.op} of {public[0]!r}, a row of a table; it may be added to or multiplied by a tensor"
+            )
         table = self.publics[public[0]]
         shape = np.broadcast_shapes(g.shapes[others[0]], table.shape[1:])
         g.emit(call, f"{call.op.lower()}_step", (others[0], STEP), shape, const=table)

@@ -165,7 +165,9 @@ def outer(matrix: np.ndarray, source: Blocks, order: np.ndarray, slots: int, cos
     period = tile
     while period <= slots:
         spread = period <= valid
-        if spread:  # one product of the valid slots; the sum over blocks, and then the rest of each block filled with it
+        if (
+            spread
+        ):  # one product of the valid slots; the sum over blocks, and then the rest of each block filled with it
             rotations = np.array([0])
             held = [np.where(at % width < valid, source.feature[at // width], -1)]
             folds = [width << k for k in range((slots // width).bit_length() - 1)]

@@ -38,7 +38,9 @@ class StepLowering(Lowering):
     def __init__(self, graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost) -> None:
         super().__init__(graph, ranges, slots, cost)
         if graph.input_shape[:2] != (1, 1) or len(graph.input_shape) != 3:
-            raise UnsupportedOpError(f"input {graph.input!r} has shape {graph.input_shape}; a step takes one token, [1, 1, D]")
+            raise UnsupportedOpError(
+                f"input {graph.input!r} has shape {graph.input_shape}; a step takes one token, [1, 1, D]"
+            )
         self.forms: dict[str, Form] = {}
         self.caches: dict[str, Cache] = {}
 
@@ -55,7 +57,9 @@ class StepLowering(Lowering):
         for k, state in zip(self.graph.kept, states, strict=True):
             after = self.placed[k.after]
             if not np.array_equal(after.layout[0], self.arrays[state.layout][0]) or after.factor != state.factor:
-                raise UnsupportedOpError(f"kept tensor {k.before!r} is changed by more than a sum: it comes back in another layout")
+                raise UnsupportedOpError(
+                    f"kept tensor {k.before!r} is changed by more than a sum: it comes back in another layout"
+                )
             self.emit("output", after.ops, k.after, factor=after.factor, name=k.before, part=0)
         for op, (name, part) in self.tensors.items():
             layout = self._layout_name(self.placed[name].layout[part])
@@ -113,7 +117,9 @@ class StepLowering(Lowering):
         while users and users[0].op in ("add", "mul_step", "reshape"):
             users = self.users[users[0].name]
         if not users or users[0].op != "transpose" or len(users[0].shape) != 4:
-            raise UnsupportedOpError(f"kept tensor {name!r} is not split into heads and transposed; only attention keeps tensors")
+            raise UnsupportedOpError(
+                f"kept tensor {name!r} is not split into heads and transposed; only attention keeps tensors"
+            )
         perm, shape = list(users[0].attrs["perm"]), users[0].shape
         channels, tokens = (shape[2], shape[3]) if perm == [0, 2, 3, 1] else (shape[3], shape[2])
         return Cache(slots=self.slots, tokens=tokens, heads=shape[1], channels=channels), perm == [0, 2, 3, 1]
@@ -140,7 +146,9 @@ class StepLowering(Lowering):
         self.arrays[name] = np.ascontiguousarray(values[:, :: values.shape[1] // m])
         return name
 
-    def product(self, name: str, source: str, x: Placed, found: Product, bias: np.ndarray | None, factor: float) -> Placed:
+    def product(
+        self, name: str, source: str, x: Placed, found: Product, bias: np.ndarray | None, factor: float
+    ) -> Placed:
         """The ops of a planned matrix-vector product."""
         layout = found.form.layout(self.slots)
         constant = None
@@ -164,7 +172,14 @@ class StepLowering(Lowering):
         return Placed(ops=(op,), layout=layout[None], factor=factor, clean=clean)
 
     def multiply(
-        self, name: str, source: str, x: Placed, form: Form, matrix: np.ndarray, bias: np.ndarray | None, order: np.ndarray
+        self,
+        name: str,
+        source: str,
+        x: Placed,
+        form: Form,
+        matrix: np.ndarray,
+        bias: np.ndarray | None,
+        order: np.ndarray,
     ) -> Placed:
         """x @ matrix + bias, into the other of the two layouts."""
         if isinstance(form, Blocks):
@@ -231,7 +246,9 @@ def _step(low: StepLowering, node: Node) -> Placed:
         cache, keys = low.cache(node.name)
         form = low.form(node.inputs[0])
         if not isinstance(form, Tiled) or not np.array_equal(form.feature, cache.order):
-            raise UnsupportedOpError(f"{node}: a row is written to its place from a tile of {cache.width} features in order of channels")
+            raise UnsupportedOpError(
+                f"{node}: a row is written to its place from a tile of {cache.width} features in order of channels"
+            )
         layout = cache.kept(keys=keys)
         low.caches[node.name] = cache
     rows, missing = node.const.shape[1:], len(node.shape) + 1 - node.const.ndim
@@ -286,22 +303,35 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
     a, b = (low.placed[name] for name in node.inputs)
     (_, heads, one, _), (_, _, channels, tokens) = (low.graph.shape(name) for name in node.inputs)
     caches = list(low.caches.values())
-    keys = next((c for c in caches if _holds(low, b, c, keys=True) and (c.heads, c.channels) == (heads, channels)), None)
+    keys = next(
+        (c for c in caches if _holds(low, b, c, keys=True) and (c.heads, c.channels) == (heads, channels)), None
+    )
     if one == 1 and keys is not None:
         q = np.tile(keys.order, low.slots // keys.width)
         if not np.array_equal(a.layout[0], q):
             raise UnsupportedOpError(f"{node}: its query does not lie beside the keys")
         mask = node.attrs.get("mask")
         if mask is not None and np.asarray(mask).size != 1:
-            raise UnsupportedOpError(f"{node}: scores of a step are multiplied by one number, or by rows of tables before them")
+            raise UnsupportedOpError(
+                f"{node}: scores of a step are multiplied by one number, or by rows of tables before them"
+            )
         factor = a.factor * b.factor * (1.0 if mask is None else float(np.asarray(mask).reshape(())))
         op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
         op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=keys.channel_steps)
         return Placed(ops=(op,), layout=keys.scores[None], factor=factor, clean=False)
     tokens, channels = channels, tokens
-    values = next((c for c in caches if _holds(low, b, c, keys=False) and (c.heads, c.channels) == (heads, channels)), None)
-    if one != 1 or values is None or not np.array_equal(a.layout[0], values.scores) or node.attrs.get("mask") is not None:
-        raise UnsupportedOpError(f"{node}: is no attention of one query; a step multiplies nothing else that is encrypted by matrices")
+    values = next(
+        (c for c in caches if _holds(low, b, c, keys=False) and (c.heads, c.channels) == (heads, channels)), None
+    )
+    if (
+        one != 1
+        or values is None
+        or not np.array_equal(a.layout[0], values.scores)
+        or node.attrs.get("mask") is not None
+    ):
+        raise UnsupportedOpError(
+            f"{node}: is no attention of one query; a step multiplies nothing else that is encrypted by matrices"
+        )
     factor = a.factor * b.factor
     op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
     op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=values.token_steps)
@@ -331,7 +361,9 @@ def _mul(low: StepLowering, node: Node) -> Placed:
     needed = np.where(used, index[np.maximum(a.layout[0], 0)], -1)
     met = np.where(used, b.layout[0], -1)
     if low.graph.shape(names[0]) != node.shape or not ((met == needed) | (met < 0)).all():
-        raise UnsupportedOpError(f"{node}: its operands of shapes {low.graph.shape(names[0])} and {small} lie in different places")
+        raise UnsupportedOpError(
+            f"{node}: its operands of shapes {low.graph.shape(names[0])} and {small} lie in different places"
+        )
     layout = np.where(used & (b.layout[0] >= 0), a.layout[0], -1)
     factor = a.factor * b.factor
     op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, HEError, LevelError, ManifestError, MissingKeyError
+from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, ScaleError
 from .circuit import Circuit
 from .kernels import StepRow
 from .trace import SCALE_TOLERANCE, Node, assign_scales, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
+STATE_DRIFT = 1e-12  # relative, of a state's scale in one step
 ENCODED = ("mul_plain", "add_plain", "weighted_sum")
 
 
@@ -103,7 +104,24 @@ class Executor:
         tolerance = scale_tolerance(circuit)
         self.scales = assign_scales(self.trace, evaluator.moduli, evaluator.scale, tolerance=tolerance)
         self.output_scales = {part: self.scales.result[n] for part, n in self.trace.outputs.items()}
+        self._check_states()
         self._encoded: dict[Hashable, Any] = {}
+
+    def _check_states(self) -> None:
+        """What a step leaves must be what the next one takes."""
+        for (name, part), level in self.circuit.state_parts.items():
+            n, gone = self.trace.inputs.get((name, part)), self.trace.outputs.get((name, part))
+            found = [self.trace.nodes[i].level if i is not None else None for i in (n, gone)]
+            if found != [level, level]:
+                raise LevelError(
+                    f"state {name!r} comes in at level {found[0]} and goes out at level {found[1]}; it is declared at {level}"
+                )
+            gap = abs(self.output_scales[name, part] / self.evaluator.scale - 1.0)
+            if gap > STATE_DRIFT:
+                raise ScaleError(
+                    f"state {name!r} goes out at a scale that differs by {gap:.2g} from the one at which it comes in; "
+                    f"{STATE_DRIFT:.0e} is rounding: compile the circuit again"
+                )
 
     # ---- keys and plaintexts
 

@@ -216,7 +216,9 @@ def simulate_noise(
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         else:
-            y = _primitive(node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains])
+            y = _primitive(
+                node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains]
+            )
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
         values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y

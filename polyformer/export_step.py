@@ -142,7 +142,9 @@ def _mixer(g: Graph, layer: PowerSoftmax, name: str, h: str) -> str:
         y = g.node("Mul", [numerator, inverse], f"{name}.out")
     else:
         y = g.node("Div", [numerator, total], f"{name}.out")
-    y = g.node("Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged")
+    y = g.node(
+        "Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged"
+    )
     return linear(g, layer.o, f"{name}.o", y)
 
 

@@ -40,7 +40,11 @@ TABLE = (
         paths=("polyformer/cli.py", "polyformer/cli/**", "polyformer/commands/**", "polyformer/__main__.py"),
         may=EVERYTHING,
     ),
-    Rule(paths=("polyformer/export.py", "polyformer/export_step.py"), may=("polyformer", "torch", "numpy", "onnx"), never=COMMAND_LINE),
+    Rule(
+        paths=("polyformer/export.py", "polyformer/export_step.py"),
+        may=("polyformer", "torch", "numpy", "onnx"),
+        never=COMMAND_LINE,
+    ),
     Rule(paths=("polyformer/mixers/mamba.py",), may=("polyformer", "torch", "numpy", "mamba_ssm"), never=COMMAND_LINE),
     Rule(paths=("polyformer/**",), may=("polyformer", "torch", "numpy"), never=COMMAND_LINE),
     Rule(paths=("training/trackers.py",), may=("training", "torch", "wandb"), never=COMMAND_LINE),
@@ -54,7 +58,10 @@ TABLE = (
     Rule(paths=("he_backend/server.py",), may=("he_backend", "numpy", "fastapi", "pydantic", "starlette", "uvicorn")),
     Rule(paths=("he_backend/client.py",), may=("he_backend", "numpy", "httpx")),
     Rule(paths=("he_backend/**",), may=("he_backend", "numpy")),
-    Rule(paths=("compiler/onnx_import.py", "compiler/step_import.py"), may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES)),
+    Rule(
+        paths=("compiler/onnx_import.py", "compiler/step_import.py"),
+        may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES),
+    ),
     Rule(paths=("compiler/**",), may=("compiler", "numpy", "scipy", *COMPILER_SEES)),
     Rule(paths=("benchmarks/**",), may=EVERYTHING),
 )

@@ -19,8 +19,9 @@ from polyformer.commands.infer import (
     Tokenizer,
     Url,
     Wait,
+    load_spec,
     load_tokenizer,
-    open_keys,
+    open_owner,
     open_reply,
     reply_cap,
     upload,
@@ -62,11 +63,12 @@ def generate(
     """
     from he_backend.client import Client
 
-    spec, who = open_keys(client, keys)
+    spec = load_spec(client)
     if not spec.steps:
         raise Failure(
             f"{client} is for whole windows; make a step with `polyformer export --step` and compile its step.onnx"
         )
+    who = open_owner(spec, client, keys)
     if (text is None) == (prompt_ids is None):
         raise Failure("give exactly one of --text and --prompt-ids")
     words = load_tokenizer(client, tokenizer) if text is not None else None

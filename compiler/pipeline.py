@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from he_backend import refresh, security
-from he_backend.base import ParamsError, UnsupportedOpError
+from he_backend.base import ParamsError
 from he_backend.circuit import Circuit
 
 from . import step, verify
@@ -55,14 +55,9 @@ class Compiled:
 
 def import_graph(path: Path, *, approximate: bool = False) -> Graph:
     """Read an ONNX file; the import of onnx happens here, so that everything else works without it."""
-    from .onnx_import import import_onnx
-    from .step_import import import_step, is_step
+    from .step_import import import_any
 
-    if is_step(path):
-        if approximate:
-            raise UnsupportedOpError(f"{path} is a decoding step: its functions are approximated before it is exported")
-        return import_step(path)
-    return import_onnx(path, approximate=approximate)
+    return import_any(path, approximate=approximate)
 
 
 def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tuple[Graph, Embedding | None]:

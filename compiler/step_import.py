@@ -22,10 +22,9 @@ from .ops.reading import Call, Reading
 INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
-def is_step(path: Path) -> bool:
-    """Whether an ONNX file is one step of a sequence: it has a scalar integer input of that name."""
-    inputs = onnx.load(str(path)).graph.input
-    return any(v.name == STEP and v.type.tensor_type.elem_type in INTEGERS for v in inputs)
+def is_step(model: onnx.ModelProto) -> bool:
+    """Whether an ONNX model is one step of a sequence: it has a scalar integer input of that name."""
+    return any(v.name == STEP and v.type.tensor_type.elem_type in INTEGERS for v in model.graph.input)
 
 
 class StepImporter(Importer):
@@ -95,10 +94,15 @@ class StepImporter(Importer):
         g.emit(call, f"{call.op.lower()}_step", (others[0], STEP), shape, const=table)
 
 
-def import_step(path: Path) -> Graph:
-    """Read the ONNX file of a step.
+def import_any(path: Path, *, approximate: bool = False) -> Graph:
+    """Read an ONNX file, be it a whole model (see `onnx_import.import_onnx`) or a step.
 
     Raises:
-        UnsupportedOpError: it is none, or a node is not a polynomial.
+        UnsupportedOpError: it is no ONNX file, a node is not a polynomial, or a step's functions should be approximated.
     """
-    return StepImporter(load(path)).run()
+    model = load(path)
+    if not is_step(model):
+        return Importer(model, approximate=approximate).run()
+    if approximate:
+        raise UnsupportedOpError(f"{path} is a decoding step: its functions are approximated before it is exported")
+    return StepImporter(model).run()

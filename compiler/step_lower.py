@@ -6,7 +6,7 @@ is elementwise stays where its operands are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,10 +18,9 @@ from .ir import Graph, Node
 from .layout import broadcast_index, power_of_two
 from .lower import HANDLERS, Lowered, Lowering, Placed, Range
 from .matvec import PlanCost
-from .step_layout import Blocks, Cache, Product, Tiled, inner, outer
+from .step_layout import Blocks, Cache, Product, Tiled, fold_groups, inner, outer
 
 Form = Tiled | Blocks
-VIEWS = ("reshape", "transpose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ class StepLowering(Lowering):
         if handler is None or node.op == "sparse":
             known = ", ".join(sorted({*OWN, *HANDLERS} - {"sparse"}))
             raise UnsupportedOpError(f"{node}: no lowering in a step; known are {known}")
-        placed: Placed = handler(self, node)  # type: ignore[arg-type]
+        placed: Placed = handler(self, node)
         if node.op in SAME_FORM and node.inputs[0] in self.forms:
             self.forms.setdefault(node.name, self.forms[node.inputs[0]])
         return placed
@@ -146,6 +145,12 @@ class StepLowering(Lowering):
         self.arrays[name] = np.ascontiguousarray(values[:, :: values.shape[1] // m])
         return name
 
+    def fold(self, args: tuple[int, ...], source: str, factor: float, steps: Sequence[int]) -> int:
+        """A sum over slots; `steps` as in `rotate_sum`, one after the other or some together."""
+        _, groups = fold_groups(len(steps), self.cost)
+        together = {"together": groups} if max(groups, default=1) > 1 else {}
+        return self.emit("rotate_sum", args, source, factor=factor, steps=list(steps), **together)
+
     def product(
         self, name: str, source: str, x: Placed, found: Product, bias: np.ndarray | None, factor: float
     ) -> Placed:
@@ -165,7 +170,7 @@ class StepLowering(Lowering):
             bias=None if found.folds else constant,
         )
         if found.folds:
-            op = self.emit("rotate_sum", (op,), source, factor=factor, steps=list(found.folds))
+            op = self.fold((op,), source, factor, found.folds)
             if constant is not None:
                 op = self.emit("add_plain", (op,), source, factor=factor, array=constant)
         clean = isinstance(found.form, Tiled)
@@ -273,14 +278,14 @@ def _reduce_sum(low: StepLowering, node: Node) -> Placed:
     x, shape = low.placed[name], low.graph.shape(name)
     if len(shape) == 4:
         cache = _cache_of_scores(low, node, x, shape)
-        op = low.emit("rotate_sum", x.ops, node.source, factor=x.factor, steps=cache.token_steps)
+        op = low.fold(x.ops, node.source, x.factor, cache.token_steps)
         return replace(x, ops=(op,), layout=cache.row[None], clean=False)
     form = low.form(name)
     whole = form.valid == form.width(low.slots) if isinstance(form, Blocks) else True
     if whole and (x.clean or (form.feature >= 0).all()):
         stride, count = (form.width(low.slots), form.feature.size) if isinstance(form, Blocks) else (1, form.period)
         steps = [stride << k for k in range(count.bit_length() - 1)]
-        op = low.emit("rotate_sum", x.ops, node.source, factor=x.factor, steps=steps)
+        op = low.fold(x.ops, node.source, x.factor, steps)
         placed = replace(x, ops=(op,), layout=np.zeros((1, low.slots), dtype=int), clean=True)
     else:
         placed = low.multiply(node.name, node.source, x, form, np.ones((shape[-1], 1)), None, np.zeros(1, dtype=int))
@@ -317,7 +322,7 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
             )
         factor = a.factor * b.factor * (1.0 if mask is None else float(np.asarray(mask).reshape(())))
         op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
-        op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=keys.channel_steps)
+        op = low.fold((op,), node.source, factor, keys.channel_steps)
         return Placed(ops=(op,), layout=keys.scores[None], factor=factor, clean=False)
     tokens, channels = channels, tokens
     values = next(
@@ -334,7 +339,7 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
         )
     factor = a.factor * b.factor
     op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
-    op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=values.token_steps)
+    op = low.fold((op,), node.source, factor, values.token_steps)
     low.forms[node.name] = values.out
     return Placed(ops=(op,), layout=values.out.layout(low.slots)[None], factor=factor, clean=False)
 

@@ -161,7 +161,7 @@ def test_products_alternate_between_layouts(inputs: int, outputs: int, costs: tu
 
 def run(weights: np.ndarray, plan: object, folds: tuple[int, ...], x: np.ndarray) -> np.ndarray:
     """A product from its definition."""
-    y = np.zeros(x.size)
+    y: np.ndarray = np.zeros(x.size)
     for giant, terms in plan:  # type: ignore[attr-defined]
         for baby, row in terms:
             y += weights[row] * np.roll(x, -(giant + baby))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from he_backend.circuit import Circuit, Op, Signature
+from he_backend.container import Arrays
 from he_backend.trace import trace
 from tests.he_backend.small_circuit import LEVELS, TEST_PARAMS
 
@@ -24,7 +25,7 @@ def running_sum() -> Circuit:
         Op(id=6, kind="output", args=(5,), attrs={"name": "y", "part": 0}, level=REPLY, source="y"),
         Op(id=7, kind="output", args=(3,), attrs={"name": "kept", "part": 0}, level=LEVELS - 1, source="next"),
     )
-    arrays = {
+    arrays: Arrays = {
         "place": np.eye(STEPS),
         "number": np.arange(STEPS, dtype=np.float64)[:, None],
         "places": np.repeat(np.arange(STEPS, dtype=np.int32), each)[None],

@@ -27,7 +27,7 @@ from .search import SMALLEST_RING, Found, Progress, plan_cost
 from .step_lower import LoweredStep, lower_step
 
 Sample = dict[str, np.ndarray]  # all inputs of a step by name
-SEQUENCES = 12  # of calibration, each of T steps
+SEQUENCES = 24  # of calibration, each of T steps
 NOISY = 3  # sequences whose last step is simulated with noise
 
 

@@ -241,11 +241,16 @@ class Client:
         job = self._json("POST", to, content=request, timeout=600.0)
         with _understood():
             path = f"/jobs/{int(job['job'], 16):032x}"  # a number, so that it cannot name another path
-            while job["state"] in ("queued", "running"):
-                time.sleep(every)
-                job = self._json("GET", path)
-                if progress is not None:
-                    progress({**job, "current": clean(job["current"], 100)})
+            try:
+                while job["state"] in ("queued", "running"):
+                    time.sleep(every)
+                    job = self._json("GET", path)
+                    if progress is not None:
+                        progress({**job, "current": clean(job["current"], 100)})
+            except KeyboardInterrupt:  # whoever asked has gone: the server need not go on
+                with contextlib.suppress(HEError):
+                    self._json("DELETE", path)
+                raise
             if job["state"] != "done":
                 raise _error(job.get("error") or {"message": f"the job is {job['state']}"})
         return path

@@ -13,6 +13,7 @@ from tokenizers import models, pre_tokenizers
 from he_backend.openfhe_backend import available
 from polyformer import cli
 from polyformer.commands import generate
+from polyformer.commands import models as models_command
 from polyformer.commands.console import Failure
 from polyformer.export_step import export_step
 from polyformer.model import Transformer
@@ -64,6 +65,22 @@ def test_text_from_an_encrypted_prompt(tmp_path: Path, capsys: pytest.CaptureFix
     assert 0 <= drawn["tokens"][0] < CONFIG.vocab
     count = json.loads((keys / "secret" / "decryptions.json").read_text())
     assert count == {"decryptions": TOKENS + 1}, "tokens of the prompt are not decrypted"
+
+
+def test_export_holds_the_step_against_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """export --step: the file is the model at every place, or there is a sentence that says by how much it is not."""
+    model, windows = sane(CONFIG), np.random.default_rng(0).integers(0, CONFIG.vocab, (5, CONFIG.length))
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("training.load_model", lambda out, name: model)
+    monkeypatch.setattr("training.heldout_tokens", lambda out: windows)
+    monkeypatch.setattr("training.calibration_tokens", lambda out: windows)
+    assert cli.run(["export", str(tmp_path), "--step"]) == 0
+    assert np.load(tmp_path / "calibration.npz")["tokens"].shape == windows.shape
+    other = sane(CONFIG)
+    other.head.bias.data += 1e-3
+    monkeypatch.setattr("polyformer.export_step.export_step", lambda network, path: export_step(other, path))
+    with pytest.raises(Failure, match="is not the model"):
+        models_command.export_step_checked(tmp_path, progress=lambda done, total, what: None)
 
 
 def test_a_whole_window_circuit_is_refused_with_the_way_to_a_step(tmp_path: Path) -> None:

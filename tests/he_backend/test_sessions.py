@@ -1,5 +1,7 @@
 """Sequences on a server: in order, one step at a time, apart from each other, forgotten in the end. Over HTTP with a stub."""
 
+import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -272,3 +274,29 @@ def test_a_state_that_changes_its_scale_is_refused() -> None:
     with pytest.raises(ScaleError):
         Executor(replace(CIRCUIT, params=pair.params, ops=ops, error_bound=0.0), pair.ev)
     pair.ev.close()
+
+
+def test_who_gives_up_stops_the_step(tmp_path: Path) -> None:
+    """Ctrl-C in the client cancels the job; the sequence stands where it was."""
+    who = StubOwner()
+    spec = CIRCUIT.spec()
+    CIRCUIT.save(tmp_path / "circuit")
+    manifest = make_keys(spec, tmp_path, who.key_id)
+    site = Site(circuit=CIRCUIT, spec=spec, folder=tmp_path, port=free_port(), owner=who, manifest=manifest)
+
+    def interrupted(job: object) -> None:
+        raise KeyboardInterrupt
+
+    with running(site.command, site.port, POLYFORMER_STUB_SLOW="0.2"), Client(site.url) as client:
+        client.upload(manifest, tmp_path)
+        client.wait_ready(every=0.02)
+        session = client.open_session()
+        with pytest.raises(KeyboardInterrupt):
+            client.step(session, 0, frame(site, 0.5), max_reply=site.max_reply, every=0.02, progress=interrupted)
+        for _ in range(100):
+            with contextlib.suppress(ManifestError):  # until the worker has seen it
+                assert ask(site, client, session, 0, 0.25) == pytest.approx(0.25, abs=1e-6)
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the cancelled step never ended")

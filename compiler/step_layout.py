@@ -30,9 +30,6 @@ from .matvec import PlanCost
 from .sparse import Plan, baby_giant
 
 MOST_DIAGONALS = 64
-MOST_TOGETHER = (
-    3  # steps of a fold that share a decomposition: 7 rotations, each with a key of its own; 15 gain nothing more
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,22 +213,6 @@ def inner(matrix: np.ndarray, source: Tiled, slots: int, cost: PlanCost) -> Prod
     return _found(best, matrix, slots)
 
 
-def fold_groups(count: int, cost: PlanCost) -> tuple[float, list[int]]:
-    """Seconds of a fold of `count` steps, and how many of its steps in turn share one decomposition.
-
-    n steps are 2^n - 1 rotations then, of which a giant step of the cost model has one, its decomposition and its mod-down.
-    """
-
-    def seconds(n: int) -> float:
-        return cost(0, 0, 1, 1) if n == 1 else cost(0, (1 << n) - 2, 2, 0)
-
-    best: tuple[float, list[int]] = (0.0 if count == 0 else float("inf"), [])
-    for size in range(1, min(count, MOST_TOGETHER) + 1):
-        groups = [size] * (count // size) + [count % size] * (count % size > 0)
-        best = min(best, (sum(map(seconds, groups)), groups))
-    return best
-
-
 def _better(
     best: Product | None,
     matrix: np.ndarray,
@@ -246,8 +227,7 @@ def _better(
     if rotations.size > MOST_DIAGONALS:
         return best
     plan = baby_giant(rotations, cost)
-    seconds = cost(rotations.size, len({b for _, row in plan for b, _ in row}), len(plan), 0)
-    seconds += fold_groups(len(folds), cost)[0]
+    seconds = cost(rotations.size, len({b for _, row in plan for b, _ in row}), len(plan), len(folds))
     if best is not None and best.seconds <= seconds:
         return best
     weights = np.stack(

@@ -6,7 +6,7 @@ is elementwise stays where its operands are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from .ir import Graph, Node
 from .layout import broadcast_index, power_of_two
 from .lower import HANDLERS, Lowered, Lowering, Placed, Range
 from .matvec import PlanCost
-from .step_layout import Blocks, Cache, Product, Tiled, fold_groups, inner, outer
+from .step_layout import Blocks, Cache, Product, Tiled, inner, outer
 
 Form = Tiled | Blocks
 
@@ -145,12 +145,6 @@ class StepLowering(Lowering):
         self.arrays[name] = np.ascontiguousarray(values[:, :: values.shape[1] // m])
         return name
 
-    def fold(self, args: tuple[int, ...], source: str, factor: float, steps: Sequence[int]) -> int:
-        """A sum over slots; `steps` as in `rotate_sum`, one after the other or some together."""
-        _, groups = fold_groups(len(steps), self.cost)
-        together = {"together": groups} if max(groups, default=1) > 1 else {}
-        return self.emit("rotate_sum", args, source, factor=factor, steps=list(steps), **together)
-
     def product(
         self, name: str, source: str, x: Placed, found: Product, bias: np.ndarray | None, factor: float
     ) -> Placed:
@@ -170,7 +164,7 @@ class StepLowering(Lowering):
             bias=None if found.folds else constant,
         )
         if found.folds:
-            op = self.fold((op,), source, factor, found.folds)
+            op = self.emit("rotate_sum", (op,), source, factor=factor, steps=list(found.folds))
             if constant is not None:
                 op = self.emit("add_plain", (op,), source, factor=factor, array=constant)
         clean = isinstance(found.form, Tiled)
@@ -278,14 +272,14 @@ def _reduce_sum(low: StepLowering, node: Node) -> Placed:
     x, shape = low.placed[name], low.graph.shape(name)
     if len(shape) == 4:
         cache = _cache_of_scores(low, node, x, shape)
-        op = low.fold(x.ops, node.source, x.factor, cache.token_steps)
+        op = low.emit("rotate_sum", x.ops, node.source, factor=x.factor, steps=cache.token_steps)
         return replace(x, ops=(op,), layout=cache.row[None], clean=False)
     form = low.form(name)
     whole = form.valid == form.width(low.slots) if isinstance(form, Blocks) else True
     if whole and (x.clean or (form.feature >= 0).all()):
         stride, count = (form.width(low.slots), form.feature.size) if isinstance(form, Blocks) else (1, form.period)
         steps = [stride << k for k in range(count.bit_length() - 1)]
-        op = low.fold(x.ops, node.source, x.factor, steps)
+        op = low.emit("rotate_sum", x.ops, node.source, factor=x.factor, steps=steps)
         placed = replace(x, ops=(op,), layout=np.zeros((1, low.slots), dtype=int), clean=True)
     else:
         placed = low.multiply(node.name, node.source, x, form, np.ones((shape[-1], 1)), None, np.zeros(1, dtype=int))
@@ -322,7 +316,7 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
             )
         factor = a.factor * b.factor * (1.0 if mask is None else float(np.asarray(mask).reshape(())))
         op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
-        op = low.fold((op,), node.source, factor, keys.channel_steps)
+        op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=keys.channel_steps)
         return Placed(ops=(op,), layout=keys.scores[None], factor=factor, clean=False)
     tokens, channels = channels, tokens
     values = next(
@@ -339,7 +333,7 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
         )
     factor = a.factor * b.factor
     op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
-    op = low.fold((op,), node.source, factor, values.token_steps)
+    op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=values.token_steps)
     low.forms[node.name] = values.out
     return Placed(ops=(op,), layout=values.out.layout(low.slots)[None], factor=factor, clean=False)
 

@@ -10,8 +10,7 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     linear       x          weights, plan, bias   sum over (giant g, [(baby b, row r), ...]) of weights[r] * rotate(x, g + b);
                                                   weights float32/64 [rows, m] as above; bias is an array name or None
     rotate       a          k
-    rotate_sum   a          steps[, together]     for k in steps: a = a + rotate(a, k). together [n, ...], counts of steps in turn:
-                                                  each n of them may be done as one sum of 2^n rotations of one value
+    rotate_sum   a          steps                 for k in steps: a = a + rotate(a, k)
     polynomial   x          factors | (chebyshev, domain)   see `kernels.polynomial`
     refresh      a          kind                  "plain": back to at most `params.refresh_output`; slots within [-1, 1] that
                                                   repeat with `params.refresh_period`

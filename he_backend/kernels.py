@@ -78,27 +78,10 @@ def weighted_rotations(ops: SlotOps[C], x: C, groups: Sequence[tuple[int, Sequen
     return total
 
 
-def rotate_sum(ops: SlotOps[C], x: C, steps: Sequence[int], together: Sequence[int] = ()) -> C:
-    """x + rotate(x, k) for each k of steps in turn: with steps s, 2s, 4s, ... the sum over a cyclic axis of stride s.
-
-    Args:
-        together: counts of steps in turn. n steps are also the sum of 2^n rotations of what they start from; an interpretation whose
-            rotations share their decomposition does that, by its method `add_rotations(x, ks)`.
-    """
-    fast, at = getattr(ops, "add_rotations", None), 0
-    for count in together or (1,) * len(steps):
-        group = [int(k) for k in steps[at : at + count]]
-        at += count
-        if fast is not None and count > 1:
-            sums = [0]
-            for k in group:
-                sums += [s + k for s in sums]
-            x = fast(x, sums[1:])
-            continue
-        for k in group:
-            x = ops.add(x, ops.rotate(x, k))
-    if at != len(steps):
-        raise UnsupportedOpError(f"rotate_sum groups {at} of its {len(steps)} steps")
+def rotate_sum(ops: SlotOps[C], x: C, steps: Sequence[int]) -> C:
+    """x + rotate(x, k) for each k of steps in turn: with steps s, 2s, 4s, ... the sum over a cyclic axis of stride s."""
+    for k in steps:
+        x = ops.add(x, ops.rotate(x, k))
     return x
 
 
@@ -209,7 +192,7 @@ def apply(ops: SlotOps[C], op: Op, args: Sequence[C], arrays: Arrays) -> C:
         case "rotate":
             return ops.rotate(args[0], int(a["k"]))
         case "rotate_sum":
-            return rotate_sum(ops, args[0], a["steps"], a.get("together", ()))
+            return rotate_sum(ops, args[0], a["steps"])
         case "polynomial":
             return polynomial(ops, args[0], a)
     raise UnsupportedOpError(f"no kernel for op kind {op.kind!r}")

@@ -171,26 +171,6 @@ class Tracer:
         k %= self.slots
         return self.emit("rotate", (a,), level=n.level, degree=n.degree, k=k) if k else a
 
-    def add_rotations(self, a: int, ks: Sequence[int]) -> int:
-        """a + sum of rotate(a, k): one decomposition, sums modulo P·Q, one mod-down; a pending rescale stays pending."""
-        if self.nodes[a].elements == 3:
-            n = self.nodes[a]
-            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree, source=n.source)
-        level, degree = self.nodes[a].level, self.nodes[a].degree
-        if not self.double_hoisting:
-            total = a
-            for k in ks:
-                total = self.add(total, self.rotate(a, k))
-            return total
-        digits = self.emit("hoist", (a,), level=level, degree=degree)
-        total = self.emit("extend", (a,), level=level, degree=degree, extended=True)
-        for k in ks:
-            part = self.emit(
-                "rotate_extended", (a, digits), level=level, degree=degree, extended=True, k=int(k) % self.slots
-            )
-            total = self.emit("add", (total, part), level=level, degree=degree, extended=True)
-        return self.emit("mod_down", (total,), level=level, degree=degree)
-
     def weighted_rotations(self, a: int, groups: Sequence[tuple[int, Sequence[tuple[int, Any]]]]) -> int:
         a = self.settle(a)
         level = self.nodes[a].level

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from compiler import Target, compile_onnx
+from compiler.cost import CostTable
 from he_backend import security
 from he_backend.owner import embed_step
 from polyformer.export_step import export_step
@@ -34,8 +35,8 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
     Returns:
         A record. Metrics in seconds, GB, bytes and logits, medians over the steps: evaluate_s and total_s (encrypt, evaluate, decrypt)
         of a token, evaluate_spread_s, peak_gb of client and server together, max_abs_error of any logit against the whole model in the
-        clear, promised_error, agreement of the likeliest token, logqp, logqp_limit, predicted_evaluate_s, request_bytes, reply_bytes,
-        key_gb, state_gb, compile_s, keygen_s, prepare_s, refreshes.
+        clear, promised_error, agreement of the likeliest token, efficiency (bound_s / evaluate_s), logqp, logqp_limit,
+        predicted_evaluate_s, request_bytes, reply_bytes, key_gb, state_gb, compile_s, keygen_s, prepare_s, refreshes.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = demo_model(settings, Path(place))
@@ -62,7 +63,10 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
             evaluate.append(timing.wall_s)
             found.append(logits.reshape(-1))
         request, reply = both.traffic(circuit.inputs), both.traffic(circuit.outputs)
-    assert timing is not None
+    assert timing is not None and compiled.plan.chosen.forecast is not None
+    table = CostTable.load(target.costs)
+    # All primitives at their measured cost, spread evenly over the threads.
+    bound = compiled.plan.chosen.forecast.work / table.contention / target.threads
     settings.progress(steps + 2, steps + 2, "done")
     metrics = {
         "evaluate_s": statistics.median(evaluate),
@@ -73,6 +77,9 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
         "max_abs_error": float(f"{np.max(np.abs(np.stack(found) - clear)):.1e}"),
         "promised_error": circuit.error_bound,
         "agreement": float(np.mean(np.argmax(found, -1) == np.argmax(clear, -1))),
+        "efficiency": bound / statistics.median(evaluate),
+        "bound_s": bound,
+        "bound_from": table.name,
         "logqp": circuit.params.log_qp,
         "logqp_limit": None if circuit.params.insecure else security.limit(circuit.params),
         "refreshes": sum(op.kind == "refresh" for op in circuit.ops),

@@ -159,6 +159,11 @@ def outer(matrix: np.ndarray, source: Blocks, order: np.ndarray, slots: int, cos
         UnsupportedOpError: the outputs do not fit a ciphertext, or take too many rotations.
     """
     tile, width, valid = order.size, source.width(slots), source.valid
+    if tile > slots:
+        raise UnsupportedOpError(
+            f"a map to {matrix.shape[1]} outputs needs {tile} slots, a ciphertext has {slots}: a step's vectors lie in one ciphertext; "
+            "take a larger ring, or a smaller vocabulary or hidden size"
+        )
     at = np.arange(slots)
     wanted = order[at % tile]
     best: Product | None = None

@@ -182,6 +182,14 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         Cache(slots=1024, tokens=8, heads=3, channels=8)
 
 
+def test_a_vocabulary_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    config = replace(AFFINE, blocks=1, norms=("affine",) * 3, vocab=1500)
+    export_step(sane(config), tmp_path / "step.onnx")
+    tokens = np.zeros((2, config.length), dtype=np.int64)
+    with pytest.raises(UnsupportedOpError, match="1500 outputs needs 2048 slots, a ciphertext has 512"):
+        compile_onnx(tmp_path / "step.onnx", tokens, target=Target(insecure_log_n=10))
+
+
 def test_calibration_of_another_length(tmp_path: Path) -> None:
     export_step(sane(AFFINE), tmp_path / "step.onnx")
     with pytest.raises(ParamsError, match=rf"calibrated on token ids \[n, {AFFINE.length}\]"):

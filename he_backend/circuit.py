@@ -14,6 +14,9 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     polynomial   x          factors | (chebyshev, domain)   see `kernels.polynomial`
     refresh      a          kind                  "plain": back to at most `params.refresh_output`; slots within [-1, 1] that
                                                   repeat with `params.refresh_period`
+    refresh      a, b       kind                  "pair": the copy of `a`, out of the refresh of a + i b that it shares with the op
+                                                  of b, a; its scale is twice the nominal one, which a linear map absorbs and
+                                                  any other reader spends a level on
     output       a          name, part
 
 Every op carries the level of its result, after rescaling: operands above it are dropped, so levels need no op of their own.

@@ -120,6 +120,7 @@ class Evaluator(_Party):
         self.relin_level = -1
         self.refresh_levels: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._monomials: dict[int, Any] = {}  # level -> i as a plaintext
         self._bias: dict[int, Any] = {}  # level -> ciphertext that undoes the bias of a key switch
 
     # ---- keys
@@ -330,6 +331,47 @@ class Evaluator(_Party):
                     f"a refresh needs the {kind} key k={k} for level {level}, loaded is {have.get((kind, k), -1)} (-1: none): "
                     "run keygen for this circuit"
                 )
+
+    # ---- complex pairs
+
+    def _times_i(self, a: Any, level: int) -> Any:
+        """A handle times i: the monomial X^(N/2), exact and without a level."""
+        with self._lock:
+            if level not in self._monomials:
+                values = np.full(self.slots, 1j / self.scale)  # encoded, that is X^(N/2) and nothing else
+                self._monomials[level] = self._ring.plaintext(values, level=level)
+        product = self._cc.EvalMult(a, self._monomials[level])
+        product.SetNoiseScaleDeg(1)
+        product.SetScalingFactor(a.GetScalingFactor())
+        return product
+
+    def join(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
+        """a + i b; parameters must have `refresh_complex`."""
+        if not self.params.refresh_complex:
+            raise CapabilityError(f"{self.params.name} has no complex slots: set refresh_complex")
+        self._same(a, b, "pair")
+        self._settled(a, "pair")
+        self._settled(b, "pair")
+        return replace(a, handle=self._cc.EvalAdd(a.handle, self._times_i(b.handle, b.level)))
+
+    def conjugate(self, a: Ciphertext) -> Ciphertext:
+        self._settled(a, "conjugation")
+        have = self.refresh_levels.get("conjugation", -1)
+        if have < a.level:
+            raise MissingKeyError(
+                f"conjugation at level {a.level}: its key is for level {have} (-1: none); run keygen for this circuit"
+            )
+        with KEY_MAPS.read():
+            found = self._cc.GetEvalAutomorphismKeyMap(self._tag)
+            handle = self._cc.EvalAutomorphism(a.handle, 4 * self.slots - 1, found)
+        return self._unbiased(replace(a, handle=handle))
+
+    def twice_real(self, a: Ciphertext, mirrored: Ciphertext) -> Ciphertext:
+        return self.add(a, mirrored)
+
+    def twice_imaginary(self, a: Ciphertext, mirrored: Ciphertext) -> Ciphertext:
+        turned = self.sub(mirrored, a)
+        return replace(turned, handle=self._times_i(turned.handle, a.level))
 
     # ---- rotations
 

@@ -159,6 +159,8 @@ class Ring:
         p.SetKeySwitchTechnique(o.HYBRID)
         p.SetNumLargeDigits(params.digits)
         p.SetBatchSize(params.slots)
+        # As real data, the library refreshes half of the coefficients only, and encodes no imaginary part.
+        p.SetCKKSDataType(o.COMPLEX if params.refresh_complex else o.REAL)
         try:
             cc = o.GenCryptoContext(p)
         except RuntimeError as error:
@@ -436,7 +438,8 @@ def _prime(entry: dict[str, Any]) -> tuple[int, int]:
     return int(inner["cm"]["v"]), int(inner["ru"]["v"])
 
 
-_claimed: dict[Params, Params] = {}  # the library's contexts, which are one a process too -> whose refresh they have
+# The library's contexts, which are one a process too (real and complex ones are two) -> whose refresh they have.
+_claimed: dict[tuple[Params, bool], Params] = {}
 
 
 def _claim(params: Params) -> None:
@@ -446,8 +449,10 @@ def _claim(params: Params) -> None:
     Raises:
         CapabilityError: this process refreshes otherwise already.
     """
-    context = dataclasses.replace(params, refresh_encode=0, refresh_decode=0, refresh_slots=0)
-    if (other := _claimed.setdefault(context, params)) != params:
+    bare = dataclasses.replace(
+        params, refresh_encode=0, refresh_decode=0, refresh_slots=0, refresh_complex=False
+    )
+    if (other := _claimed.setdefault((bare, params.refresh_complex), params)) != params:
         raise CapabilityError(
             f"this process has keys or an evaluator for {other.name} already; OpenFHE cannot hold {params.name} beside it: "
             "use another process"

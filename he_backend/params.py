@@ -22,6 +22,7 @@ FIELD_TYPES: dict[str, type] = {
     "refresh_encode": int,
     "refresh_decode": int,
     "refresh_slots": int,
+    "refresh_complex": bool,
 }
 # Levels that a refresh (StC-first, encapsulated secret) spends beside its two linear transforms: one on a normalisation, the
 # rest on the sine. OpenFHE 1.6.1: GetBootstrapDepth([e, d], SPARSE_ENCAPSULATED) = e + d + 10.
@@ -47,6 +48,9 @@ class Params:
     refresh_slots
                  period of the slot vectors that are refreshed, 0: all slots. A shorter one is cheaper; a vector of
                  another period is not refreshed but spoilt
+    refresh_complex
+                 a refresh handles complex slots, so that it may serve two real vectors at once (kind "pair"); it takes 1.4
+                 times as long
     """
 
     backend: str = "openfhe"
@@ -60,6 +64,7 @@ class Params:
     refresh_encode: int = 0
     refresh_decode: int = 0
     refresh_slots: int = 0
+    refresh_complex: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in FIELD_TYPES.items():
@@ -70,7 +75,7 @@ class Params:
             raise ParamsError(f"log_n is {self.log_n}; rings are 2^{MIN_LOG_N} to 2^{MAX_LOG_N}")
         if self.levels < 1 or not 1 <= self.digits <= self.levels + 1:
             raise ParamsError(f"{self.levels} levels in {self.digits} digits: need 1 <= digits <= levels + 1")
-        if self.refresh_encode or self.refresh_decode or self.refresh_slots:
+        if self.refresh_encode or self.refresh_decode or self.refresh_slots or self.refresh_complex:
             self._check_refresh()
 
     def _check_refresh(self) -> None:
@@ -146,7 +151,8 @@ class Params:
     @property
     def name(self) -> str:
         kind = "INSECURE-TEST" if self.insecure else "128-bit"
-        refresh = f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}" if self.refreshes else ""
+        pairs = "c" * self.refresh_complex
+        refresh = f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}{pairs}" if self.refreshes else ""
         return f"{self.backend}-{kind}-N{1 << self.log_n}-L{self.levels}-s{self.scale_bits}-d{self.digits}{refresh}"
 
     def limbs(self, level: int) -> int:

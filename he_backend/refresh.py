@@ -12,7 +12,7 @@ works at the bottom; at N = 2^16, 23 levels and all slots that takes 8 % off wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -124,6 +124,9 @@ def apply_error(params: Params, values: Array, ratio: float, rng: np.random.Gene
     Args:
         ratio: nominal scale over the exact scale of the values.
     """
+    if np.iscomplexobj(values):  # as coefficients, real and imaginary parts are neighbours: a sine each
+        parts = [apply_error(params, part, ratio, rng) for part in (np.real(values), np.imag(values))]
+        return parts[0] + 1j * parts[1]  # type: ignore[return-value]
     angle = 2.0 * math.pi * 2.0 ** -correction_factor(params) / ratio
     noise = rng.normal(0.0, error_std(params) * ratio, params.refresh_period)
     refreshed: Array = np.sin(angle * values) / angle + np.tile(noise, params.slots // params.refresh_period)
@@ -137,6 +140,15 @@ def error_std(params: Params) -> float:
     end; the factor beside is measured: mean |error| 2^-18.8 to 2^-19.0 at N = 2^12, scale 2^54, and 2^-15.9 at N = 2^16.
     """
     return 2.0 ** (params.log_n + correction_factor(params) + ERROR_BITS - params.scale_bits)
+
+
+def count(kinds: Iterable[str]) -> int:
+    """Refreshes of ops of these kinds: two halves of a pair are one."""
+    pairs, plain = 0, 0
+    for kind in kinds:
+        pairs += kind == "pair"
+        plain += kind == "plain"
+    return plain + -(-pairs // 2)
 
 
 def failure_log2(params: Params) -> float:

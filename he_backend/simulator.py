@@ -131,7 +131,7 @@ def coefficient_noise(op: str, params: Params, level: int) -> float:
             return rounding
         case "mod_down":  # an unrounded sum of one fraction a special prime
             return rounding * math.sqrt(params.special_limbs)
-        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended":
+        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended" | "conjugate":
             digits = math.ceil((level + 1) / params.digit_limbs)
             width = params.first_bits + (params.digit_limbs - 1) * params.scale_bits
             ratio = 2.0 ** (width - SPECIAL_PRIME_BITS * params.special_limbs)
@@ -165,7 +165,7 @@ class KeySwitchBias:
     def __call__(self, op: str, degree: int) -> Array | float:
         """Offset [slots] that an op adds, before division by the scale."""
         params = self.params
-        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down"):
+        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down", "conjugate"):
             return 0.0
         if params.backend == "openfhe":
             half = params.special_limbs / 2
@@ -207,6 +207,8 @@ def simulate_noise(
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
+        if std and np.iscomplexobj(y):
+            y = y + 1j * rng.normal(0.0, std, y.shape)
         values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
         for a in set(node.args):
             uses[a] -= 1
@@ -241,6 +243,14 @@ def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) 
             return np.sum([a * p for a, p in zip(args, plains, strict=True)], axis=0)
         case "rotate" | "rotate_hoisted" | "rotate_extended":
             return np.roll(args[0], -k)
+        case "join":
+            return args[0] + 1j * args[1]  # type: ignore[return-value]
+        case "conjugate":
+            return np.conj(args[0])
+        case "twice_real":  # at twice the scale: the sum of two halves
+            return np.real(args[0] + args[1]) / 2
+        case "twice_imaginary":
+            return np.imag(args[0] - args[1]) / 2
         case "rescale" | "relinearize" | "drop" | "hoist" | "extend" | "mod_down":
             return args[0]
     raise UnsupportedOpError(f"no noise model for primitive {op!r}")

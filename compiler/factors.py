@@ -150,9 +150,7 @@ def _scaled(op: Op, m: np.ndarray, build: Lowered, arrays: Arrays) -> Op:
             attrs["array"] = scaled(attrs["array"], own)
         case "polynomial" if "factors" in attrs:
             x = float(m[op.args[0]])
-            attrs["factors"] = [
-                [alpha * x, beta if beta is None else beta * x * x] for alpha, beta in attrs["factors"]
-            ]
+            attrs["factors"] = [[alpha * x, beta if beta is None else beta * x * x] for alpha, beta in attrs["factors"]]
         case "polynomial":
             x = float(m[op.args[0]])
             attrs["domain"] = [attrs["domain"][0] / x, attrs["domain"][1]]

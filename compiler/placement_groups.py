@@ -150,7 +150,11 @@ def _colours(
             colours[chain[-1]] = known.setdefault(("input", kinds[chain[-1]]), len(known))
             continue
         own = tuple((problem.steps[v].depth, problem.steps[v].seconds, problem.steps[v].slots, kinds[v]) for v in chain)
-        rest = (problem.steps[chain[-1]].may_refresh, problem.steps[chain[-1]].function, len(problem.readers[chain[-1]]) > 0)
+        rest = (
+            problem.steps[chain[-1]].may_refresh,
+            problem.steps[chain[-1]].function,
+            len(problem.readers[chain[-1]]) > 0,
+        )
         key = (own, rest, _counted(colours[end[a]] for a in args[chain[-1]]))
         colours[chain[-1]] = known.setdefault(key, len(known))
     while True:  # split those whose readers differ, until none is split any more

@@ -449,9 +449,7 @@ def _claim(params: Params) -> None:
     Raises:
         CapabilityError: this process refreshes otherwise already.
     """
-    bare = dataclasses.replace(
-        params, refresh_encode=0, refresh_decode=0, refresh_slots=0, refresh_complex=False
-    )
+    bare = dataclasses.replace(params, refresh_encode=0, refresh_decode=0, refresh_slots=0, refresh_complex=False)
     if (other := _claimed.setdefault((bare, params.refresh_complex), params)) != params:
         raise CapabilityError(
             f"this process has keys or an evaluator for {other.name} already; OpenFHE cannot hold {params.name} beside it: "

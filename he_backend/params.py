@@ -152,7 +152,9 @@ class Params:
     def name(self) -> str:
         kind = "INSECURE-TEST" if self.insecure else "128-bit"
         pairs = "c" * self.refresh_complex
-        refresh = f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}{pairs}" if self.refreshes else ""
+        refresh = (
+            f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}{pairs}" if self.refreshes else ""
+        )
         return f"{self.backend}-{kind}-N{1 << self.log_n}-L{self.levels}-s{self.scale_bits}-d{self.digits}{refresh}"
 
     def limbs(self, level: int) -> int:

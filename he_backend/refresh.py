@@ -126,7 +126,7 @@ def apply_error(params: Params, values: Array, ratio: float, rng: np.random.Gene
     """
     if np.iscomplexobj(values):  # as coefficients, real and imaginary parts are neighbours: a sine each
         parts = [apply_error(params, part, ratio, rng) for part in (np.real(values), np.imag(values))]
-        return parts[0] + 1j * parts[1]  # type: ignore[return-value]
+        return parts[0] + 1j * parts[1]
     angle = 2.0 * math.pi * 2.0 ** -correction_factor(params) / ratio
     noise = rng.normal(0.0, error_std(params) * ratio, params.refresh_period)
     refreshed: Array = np.sin(angle * values) / angle + np.tile(noise, params.slots // params.refresh_period)

@@ -244,7 +244,7 @@ def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) 
         case "rotate" | "rotate_hoisted" | "rotate_extended":
             return np.roll(args[0], -k)
         case "join":
-            return args[0] + 1j * args[1]  # type: ignore[return-value]
+            return args[0] + 1j * args[1]
         case "conjugate":
             return np.conj(args[0])
         case "twice_real":  # at twice the scale: the sum of two halves

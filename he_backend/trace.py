@@ -114,7 +114,9 @@ class Tracer:
         n = self.nodes[a]
         if n.level < level:
             raise LevelError(f"op {self.source} wants level {level}, its operand has {n.level} left")
-        if n.level > level and a in self.doubled:  # the levels that are dropped pay for the way back to the nominal scale
+        if (
+            n.level > level and a in self.doubled
+        ):  # the levels that are dropped pay for the way back to the nominal scale
             a = a if n.level == level + 1 else self.emit("drop", (a,), level=level + 1)
             a = self.emit("mul_scalar", (a,), level=level + 1, degree=2, plains=(1.0,))
             return self.emit("rescale", (a,), level=level)
@@ -269,7 +271,11 @@ def trace(
             _check_refresh(op, circuit.params, capabilities)
             start, top = circuit.params.refresh_input, circuit.params.refresh_output
             args = [_settled(t, t.at(values[a], start), op) for a in op.args]
-            fresh = t.refresh(args[0], top) if op.attrs.get("kind", "plain") == "plain" else t.refresh_pair(*args, top)
+            fresh = (
+                t.refresh(args[0], top)
+                if op.attrs.get("kind", "plain") == "plain"
+                else t.refresh_pair(args[0], args[1], top)
+            )
             values.append(t.at(fresh, op.level))
             continue
         start = op.level + depth(op, circuit.arrays, slots)
@@ -312,7 +318,9 @@ def _check_refresh(op: Op, params: Params, capabilities: frozenset[str]) -> None
         raise CapabilityError(f"op {op}: {params.name} has no refresh: give it a refresh budget")
     kind = op.attrs.get("kind", "plain")
     if {"plain": 1, "pair": 2}.get(kind) != len(op.args) or len(set(op.args)) != len(op.args):
-        raise CapabilityError(f"op {op} is a refresh of kind {kind!r}; built are 'plain' of one value and 'pair' of two")
+        raise CapabilityError(
+            f"op {op} is a refresh of kind {kind!r}; built are 'plain' of one value and 'pair' of two"
+        )
     if kind == "pair" and not params.refresh_complex:
         raise CapabilityError(f"op {op}: {params.name} refreshes real slots only: set refresh_complex for pairs")
     if op.level > params.refresh_output:

@@ -22,6 +22,8 @@ REFERENCE = "intel-r-xeon-r-processor-openfhe-128-bit-N65536-L30-s40-d5.json"
 # Thread-seconds of a refresh of all slots at N = 2^16 and 23 levels, where a table has no row of its own. An estimate: with two OpenMP
 # threads one call took 26.9 s on a busy machine (benchmarks/NOTES.md); an idle AMD EPYC is known to take 12 to 14 s.
 REFRESH_SECONDS = 27.0
+# A refresh of complex slots over one of real slots, processor time (openfhe 1.6.1, N = 2^13, 23 levels, three periods: 1.38 to 1.42).
+COMPLEX = 1.4
 REFRESH_WORK = 2.0**16 * 16 * 24**2
 COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "costs"
 
@@ -83,9 +85,11 @@ class CostTable:
 
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
+        op = "rotate" if op == "conjugate" else op
         row = self.ms.get(op)
         if op == "refresh" and not row:
-            return REFRESH_SECONDS * 2.0**params.log_n * params.log_n * (params.levels + 1) ** 2 / REFRESH_WORK
+            both = COMPLEX if params.refresh_complex else 1.0
+            return both * REFRESH_SECONDS * 2.0**params.log_n * params.log_n * (params.levels + 1) ** 2 / REFRESH_WORK
         if not row:
             return 0.0
         at = min(row, key=lambda known: (abs(known - level), known))

@@ -32,6 +32,11 @@ class Groups:
     small: Problem
     chains: tuple[tuple[Chain, ...], ...]
 
+    @property
+    def order(self) -> list[int]:
+        """The steps of the large problem in the order of the small one's: what is alike stands together."""
+        return [v for chains in self.chains for chain in chains for v in chain]
+
     def expand(self, placement: Placement) -> Placement:
         """A placement of the small problem as one of the large problem: seconds and bytes are those of the large one."""
         levels = [0] * len(self.large.steps)
@@ -98,12 +103,27 @@ def group(problem: Problem, kinds: Sequence[Hashable]) -> Groups:
                 seconds=tuple(float(s) for s in rows.sum(axis=0)),
                 ciphertexts=sum(problem.steps[chain[-1]].ciphertexts for chain in group_chains),
                 may_refresh=first.may_refresh,
+                absorbs=all(
+                    problem.steps[v].absorbs for v in group_chains[0] if _reads_outside(problem, v, group_chains[0])
+                ),
                 slots=first.slots,
                 function=first.function,
             )
         )
     small = replace(problem, steps=tuple(steps))
     return Groups(large=problem, small=small, chains=tuple(tuple(members[c]) for c in order))
+
+
+def reordered(problem: Problem, order: Sequence[int]) -> Problem:
+    """The same problem with its steps in another order, in which arguments still come first."""
+    place_of = {v: i for i, v in enumerate(order)}
+    return replace(
+        problem,
+        steps=tuple(
+            replace(problem.steps[v], id=i, args=tuple(place_of[a] for a in problem.steps[v].args))
+            for i, v in enumerate(order)
+        ),
+    )
 
 
 def _chains(problem: Problem, kinds: Sequence[Hashable]) -> list[Chain]:
@@ -136,6 +156,10 @@ def _no_dearer(before: int, after: int) -> bool:
 def _outside(problem: Problem, chain: Chain) -> tuple[int, ...]:
     """What a chain reads, with repetitions."""
     return tuple(a for v in chain for a in problem.steps[v].args if a not in chain)
+
+
+def _reads_outside(problem: Problem, v: int, chain: Chain) -> bool:
+    return any(a not in chain for a in problem.steps[v].args)
 
 
 def _colours(

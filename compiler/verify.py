@@ -48,8 +48,11 @@ def levels(circuit: Circuit) -> None:
             if op.level > circuit.params.refresh_output:
                 raise VerificationError(f"{op}: a refresh reaches level {circuit.params.refresh_output}")
         for a in op.args:
-            if circuit.ops[a].level < need:
-                raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {circuit.ops[a].level}")
+            have = circuit.ops[a].level
+            if op.kind != "linear" and circuit.ops[a].attrs.get("kind") == "pair":
+                have = min(have, circuit.params.refresh_output - 1)  # half of a pair is at twice the scale
+            if have < need:
+                raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {have}")
 
 
 def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Sequence[np.ndarray]) -> float:

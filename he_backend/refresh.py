@@ -118,6 +118,31 @@ def keys(params: Params) -> Iterator[tuple[str, int, int]]:
         yield "rotation", k, level
 
 
+def matrix_bytes(params: Params) -> int:
+    """Memory of the encoded matrices of both transforms, which every refresh of a context shares.
+
+    A matrix of l layers has 2^(l + 1) - 1 diagonals, each modulo the primes of its level and P. What the library took was 5 to 9 %
+    more (openfhe 1.6.1, N = 2^13, five budgets, the difference in resident memory).
+    """
+    layers = params.refresh_period.bit_length() - 1
+    limbs = 0
+    for top, budget in ((params.levels - 1, params.refresh_encode), (params.refresh_input, params.refresh_decode)):
+        for i, part in enumerate(collapse(layers, budget)):
+            limbs += ((2 << part) - 1) * (top - i + 1 + params.special_limbs)
+    return round(1.09 * limbs * (8 << params.log_n))
+
+
+def working_bytes(params: Params) -> int:
+    """Memory that one refresh works in: rotated copies of the first transform, then powers of the sine's argument.
+
+    Beside keys and matrices, a process that refreshed at N = 2^16, 23 levels, 6 digits, held less than this (benchmarks/NOTES.md).
+    """
+    layers = max(collapse(params.refresh_period.bit_length() - 1, params.refresh_encode))
+    babies = len(_steps(layers, 1)[0])
+    powers = 24 * (1 + params.refresh_complex)
+    return 2 * (babies * (params.levels + 1 + params.special_limbs) + powers * params.levels) * (8 << params.log_n)
+
+
 def apply_error(params: Params, values: Array, ratio: float, rng: np.random.Generator) -> Array:
     """A refreshed slot vector: the sine for the identity, and noise. Values repeat with `refresh_period`, and so does the noise.
 

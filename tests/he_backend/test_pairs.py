@@ -73,7 +73,7 @@ def run():
         evaluator.load_key(kind, k, level, client.make_key(kind, k, level))
     rng = np.random.default_rng(5)
     tensors = {name: rng.uniform(-1, 1, WIDTH) for name in "xy"}
-    sent, stride = {}, params.slots // WIDTH
+    sent, stride = {}, PAIRING.slots // WIDTH
     for signature in circuit.inputs:
         slots = np.repeat(tensors[signature.name], stride)
         residues = client.export_ciphertext(client.encrypt(slots, level=signature.level))

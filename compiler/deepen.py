@@ -2,12 +2,15 @@
 
 A refresh wants slots within [-1, 1]: constants are folded so that all values lie there (`factors`); those that still leave that
 interval in simulation, with margin, are no sites. Every chain is placed for real slots and, where two values can share a refresh,
-for complex ones too; the fastest placements are then traced and costed as a whole.
+for complex ones too; and for the period of the values most often refreshed, whose matrices and keys are smaller. The fastest
+placements are then traced and costed as a whole.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +26,7 @@ from .factors import fold_factors
 from .lower import Lowered
 from .placement_problem import Placement, RefreshTimes
 from .plan import BACKENDS, Candidate, Target, as_circuit, judge, predicted_error
-from .refreshes import Refreshing, place_refreshes
+from .refreshes import Refreshing, period, place_refreshes
 
 SCALE = 54  # bits; the error model of a refresh was fitted at this scale
 BUDGETS = ((3, 3), (2, 2))  # levels of the two transforms
@@ -104,22 +107,27 @@ def deepen(
     known = insecure or log_n in security.LIMITS["sparse192"]
     if "bootstrap" not in BACKENDS[target.backend] or not known or lowered.ops[0].level < min(USABLE):
         return Deepened()
-    found = list(chains(log_n, insecure))
+    if not (found := list(chains(log_n, insecure))):
+        return Deepened()
     folded, allowed = _bounded(lowered, found[0], samples)
     rows: list[Candidate] = []
     placed: list[_Placed] = []
-    for i, params in enumerate(found):
-        for both in (False, True):
-            params = replace(params, refresh_complex=both)
-            report(f"refreshes, {params.name}", 2 * i + both, 2 * len(found))
-            try:
+    for i, real in enumerate(found):
+        report(f"refreshes, {real.name}", i, len(found))
+        try:
+            placed.append(_place(folded, real, table, allowed))
+        except (LevelError, ParamsError) as error:
+            rows.append(_row(real, insecure, str(error).split(";")[0]))
+            continue
+        others = [replace(real, refresh_complex=True)]
+        if short := _period(placed[-1]):
+            others += [replace(p, refresh_slots=short) for p in (real, others[0])]
+        for params in others:
+            with suppress(LevelError, ParamsError):  # what all real slots can do is the row to show
                 placed.append(_place(folded, params, table, allowed))
-            except (LevelError, ParamsError) as error:
-                if not both:
-                    rows.append(_row(params, insecure, str(error).split(";")[0]))
     # Without pairs, complex slots are nothing but slower.
     placed = [p for p in placed if not p.params.refresh_complex or any(s.kind == "pair" for s in p.placement.sites)]
-    placed.sort(key=lambda p: p.placement.seconds)
+    placed.sort(key=lambda p: (p.placement.seconds, refresh.matrix_bytes(p.params)))
     judged: list[tuple[Candidate, _Placed]] = []
     for one in placed:
         if sum(row.forecast is not None for row, _ in judged) == COSTED:
@@ -148,7 +156,20 @@ def deepen(
     return Deepened(rows=rows)
 
 
+def _period(placed: _Placed) -> int:
+    """The period with which most refreshed values repeat, of those that repeat; 0 if none does."""
+    program = placed.program
+    refreshed = [program.ops[op.args[0]].layout for op in program.ops if op.kind == "refresh"]
+    periods = Counter(period(program.arrays[layout]) for layout in refreshed if layout)
+    usual = max((p for p in periods if 0 < p < placed.params.slots), key=lambda p: (periods[p], -p), default=0)
+    return max(8, usual) if usual else 0
+
+
 def _place(folded: Lowered, params: Params, table: CostTable, allowed: set[int]) -> _Placed:
+    if params.refresh_slots:
+        layouts = {op.id: op.layout for op in folded.ops if op.id in allowed and op.layout}
+        periods = {name: period(folded.arrays[name]) for name in set(layouts.values())}
+        allowed = {v for v, name in layouts.items() if 0 < periods[name] <= params.refresh_slots}
     seconds = table.seconds("refresh", params, params.refresh_input)
     times = RefreshTimes(plain=seconds, pair=seconds if params.refresh_complex else None)
     refreshing = Refreshing(level=params.refresh_output, start=params.refresh_input, times=times)

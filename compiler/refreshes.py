@@ -114,7 +114,7 @@ def as_problem(
             f"inputs of level {top} and refreshes to level {refreshing.level} need as many levels; {params.name} has {params.levels}"
         )
     pending = _pending(build)
-    known: dict[Hashable, Counts] = {}
+    known: dict[Hashable, tuple[float, ...]] = {}
     steps = tuple(
         Step(
             id=op.id,
@@ -154,25 +154,26 @@ def in_order(build: Lowered, order: Sequence[int]) -> Lowered:
 
 
 def op_seconds(
-    op: Op, build: Lowered, params: Params, table: CostTable, known: dict[Hashable, Counts] | None = None
+    op: Op, build: Lowered, params: Params, table: CostTable, known: dict[Hashable, tuple[float, ...]] | None = None
 ) -> tuple[float, ...]:
     """Seconds of one op by the level of its result, one thread, plaintexts encoded ahead; never falling with the level.
 
     Args:
-        known: primitives of ops that were priced before, by what they depend on; it grows.
+        known: prices under the same parameters, by what they depend on; it grows.
     """
     if op.kind in ("input", "output"):
         return (0.0,) * (params.levels + 1)
     known = {} if known is None else known
     key = _shape(op)
     if key not in known:
-        known[key] = _counts(op, build, params)
-    row = [
-        sum(times * table.seconds(name, params, at + level) for name, at, times in known[key])
-        for level in range(params.levels + 1)
-    ]
-    # More limbs are more work: where a measured table says otherwise, it is its noise.
-    return tuple(float(t) * table.contention for t in np.maximum.accumulate(row))
+        counts = _counts(op, build, params)
+        row = [
+            sum(times * table.seconds(name, params, at + level) for name, at, times in counts)
+            for level in range(params.levels + 1)
+        ]
+        # More limbs are more work: where a measured table says otherwise, it is its noise.
+        known[key] = tuple(float(t) * table.contention for t in np.maximum.accumulate(row))
+    return known[key]
 
 
 def _shape(op: Op) -> Hashable:

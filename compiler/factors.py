@@ -31,7 +31,7 @@ SMALL = 4.0  # bits below the limit from which on a value's smallness counts fou
 STEEP = 4.0
 
 
-def fold_factors(build: Lowered, peaks: Sequence[float], limit: float) -> tuple[Lowered, np.ndarray]:
+def fold_factors(build: Lowered, peaks: Sequence[float] | np.ndarray, limit: float) -> tuple[Lowered, np.ndarray]:
     """The same program with stored slots of at most `limit`, where that can be had.
 
     Args:

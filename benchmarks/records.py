@@ -1,8 +1,10 @@
 """Benchmark records: one JSON file `<name>-<date>.json`, written by a program and never edited by hand.
 
-    name, version, created, commit, machine, versions, params, seed, repeats, quiet, metrics
+    name, version, status, created, commit, machine, versions, params, seed, repeats, quiet, noise, metrics
 
-`quiet` is true when nothing else used the processors before the measurement (load below a tenth of the cores).
+`status` is complete, interrupted or crashed (then `metrics` holds what was measured by then). `noise` is what others used of the
+processors meanwhile, `quiet` the verdict (see `noise`); a record from before `noise` existed judged by the load before the run.
+`version` is the benchmark's: figures of two versions cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+from .noise import Noise
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+STATUSES = ("complete", "interrupted", "crashed")
 PACKAGES = ("polyformer", "openfhe", "tenseal", "numpy", "torch", "onnx", "onnxruntime")
 
 
@@ -73,11 +77,6 @@ def commit() -> str:
         return "unknown"
 
 
-def quiet() -> bool:
-    """Whether the machine had nothing else to do during the last minute."""
-    return os.getloadavg()[0] < 0.1 * len(os.sched_getaffinity(0))
-
-
 def record(
     name: str,
     *,
@@ -86,12 +85,13 @@ def record(
     threads: int,
     seed: int | None = None,
     repeats: int = 1,
-    was_quiet: bool | None = None,
+    seen: Noise | None = None,
 ) -> dict[str, Any]:
-    """A record of something just measured."""
+    """A record of something just measured; under `polyformer bench` the runner fills in version, status and noise."""
     return {
         "name": name,
-        "version": VERSION,
+        "version": 1,
+        "status": "complete",
         "created": now(),
         "commit": commit(),
         "machine": machine(threads),
@@ -99,9 +99,69 @@ def record(
         "params": dict(params),
         "seed": seed,
         "repeats": repeats,
-        "quiet": quiet() if was_quiet is None else was_quiet,
+        **(seen.to_json() if seen else {"quiet": None, "noise": None}),
         "metrics": dict(metrics),
     }
+
+
+REQUIRED = {
+    "name": str,
+    "version": int,
+    "created": str,
+    "commit": str,
+    "machine": dict,
+    "versions": dict,
+    "params": dict,
+    "repeats": int,
+    "metrics": dict,
+}
+
+
+def check(data: Any, where: str) -> dict[str, Any]:
+    """A record that has what every record must have.
+
+    Raises:
+        ValueError: it is none, or a field is absent or of another kind; names the field.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is no benchmark record: {type(data).__name__} instead of an object")
+    for field, kind in REQUIRED.items():
+        if field not in data:
+            raise ValueError(f"{where} is no benchmark record: it has no {field!r}")
+        if not isinstance(data[field], kind):
+            raise ValueError(f"{where}: {field!r} is {type(data[field]).__name__}, must be {kind.__name__}")
+    status = data.get("status", "complete")
+    if status not in STATUSES:
+        raise ValueError(f"{where}: status {status!r} is none of {', '.join(STATUSES)}")
+    return data
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in a file.
+
+    Raises:
+        ValueError: the file is no record (see `check`).
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no benchmark record: {error}") from error
+    return check(data, str(path))
+
+
+def latest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Name -> newest record of a folder; a complete one is preferred to a newer one that was cut short."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        data = read(path) | {"file": path.name}
+        known = found.get(data["name"])
+        if known is None or _rank(data) > _rank(known):
+            found[data["name"]] = data
+    return found
+
+
+def _rank(data: Mapping[str, Any]) -> tuple[bool, str]:
+    return data.get("status", "complete") == "complete", str(data["created"])
 
 
 def write(data: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -1,109 +1,137 @@
-"""Benchmarks by name, for `polyformer bench`. One function a benchmark; what it measures with is imported when it runs."""
+"""Benchmarks by name, found by file name: every module of `benchmarks/entries/` ends in a tuple BENCHMARKS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Progress = Callable[[int, int, str], None]
-Benchmark = Callable[..., tuple[Path, dict[str, Any]]]  # keyword arguments repeats, folder, progress
+from . import entries, records
 
-_BENCHMARKS: dict[str, Benchmark] = {}
+if TYPE_CHECKING:
+    from .blocks import Block
 
-
-def benchmark(name: str) -> Callable[[Benchmark], Benchmark]:
-    """Register a benchmark; the first line of its docstring is what the list shows."""
-
-    def register(run: Benchmark) -> Benchmark:
-        _BENCHMARKS[name] = run
-        return run
-
-    return register
-
-
-def topics() -> dict[str, str]:
-    """Name -> one line."""
-    return {name: (run.__doc__ or "").strip().partition("\n")[0] for name, run in sorted(_BENCHMARKS.items())}
+Progress = Callable[[int, int, str], None]  # done, total, what
+Record = Mapping[str, Any]
+GROUPS = {
+    "primitives": "one CKKS primitive at a time, level by level",
+    "encrypted": "models under encryption, operator by operator",
+    "race": "PowerSoftmax against other ways to attention, under encryption",
+    "train": "evidence from training in the clear",
+    "plaintext": "the same models in the clear, beside softmax, Mamba and linear attention",
+    "scaling": "latency and memory against size, measured and projected",
+    "security": "lattice estimates behind the limits",
+}
 
 
-def run(name: str, *, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """Run a benchmark and write its record; the file and the record.
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress shown."""
+
+
+def _forget(record: Record) -> None:
+    """Nothing kept on the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to run a benchmark.
+
+    `keep` may be called with what a record would be by now: a run that is interrupted or crashes leaves the last one.
+    """
+
+    repeats: int = 3
+    seeds: Sequence[int] = (0, 1, 2)
+    quick: bool = False  # smallest size that exercises everything; its figures prove nothing
+    folder: Path | None = None  # of the record; None: where the benchmark's records live
+    progress: Progress = field(default=_silent, repr=False)
+    keep: Callable[[Record], None] = field(default=_forget, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One measurement that can be repeated by its name.
+
+    `version` rises when figures of the old and the new one can no longer be compared. `minutes` and `memory_gb` are what a
+    full run takes on 2 cores, for planning. `show` makes tables and figures of a record for the report; without it, all figures are
+    listed. Both may be given as "module:function", imported when needed. `save` writes the record where it is not one of `records.RESULTS`.
+    """
+
+    name: str
+    version: int = 1
+    group: str
+    measures: str  # one line: what the figures are
+    conditions: str  # one line: size, data, security
+    minutes: float
+    memory_gb: float
+    run: Callable[[Settings], Record] | str
+    show: Callable[[Record], Sequence[Block]] | str | None = None
+    save: Callable[[Record, Path | None], Path] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise ValueError(f"benchmark {self.name!r}: no group {self.group!r}; known are: {', '.join(GROUPS)}")
+
+    def measure(self, settings: Settings) -> Record:
+        """Run it."""
+        return _function(self.run)(settings)
+
+    def blocks(self, record: Record) -> Sequence[Block] | None:
+        """What it shows of a record of its own version; None where it leaves that to the report."""
+        if self.show is None or record["version"] != self.version:
+            return None
+        return _function(self.show)(record)
+
+    def write(self, record: Record, folder: Path | None) -> Path:
+        """Write a record of this benchmark; the file."""
+        if self.save:
+            return self.save(record, folder)
+        return records.write(record, folder or records.RESULTS)
+
+
+def _function(name: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        return name
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@lru_cache(maxsize=1)
+def benchmarks() -> Mapping[str, Benchmark]:
+    """Name -> benchmark, in the order of the groups and their files.
 
     Raises:
-        ValueError: no benchmark has this name; lists those that exist.
+        ValueError: two have one name.
     """
-    if name not in _BENCHMARKS:
-        raise ValueError(f"no benchmark is called {name!r}; known are: {', '.join(sorted(_BENCHMARKS))}")
-    return _BENCHMARKS[name](repeats=repeats, folder=folder, progress=progress)
+    found: list[Benchmark] = []
+    for module in sorted(m.name for m in pkgutil.iter_modules(entries.__path__)):
+        found += importlib.import_module(f"{entries.__name__}.{module}").BENCHMARKS
+    order = list(GROUPS)
+    found.sort(key=lambda b: order.index(b.group))
+    names = [b.name for b in found]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"two benchmarks are called {', '.join(twice)}")
+    return {b.name: b for b in found}
 
 
-@benchmark("ops")
-def ops(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """Every primitive at every level on this machine, N = 2^16: the compiler's cost table (about 10 minutes, 2 GB)."""
-    from he_backend.params import Params
+def select(names: Sequence[str]) -> list[Benchmark]:
+    """Benchmarks by name or by group, each once, in the order asked for.
 
-    from . import ops as table
-
-    params = Params(log_n=16, levels=30, scale_bits=40, first_bits=46, digits=5)
-    record = table.measure(params, repeats=repeats, progress=progress)
-    return table.save(record, folder or table.COSTS), record
-
-
-def _request(name: str, build: Callable[[Path], Any], repeats: int, folder: Path | None, progress: Progress) -> Any:
-    """Build a model in a temporary folder and measure one request of it."""
-    import tempfile
-
-    from compiler import Target
-
-    from . import records, requests
-
-    with tempfile.TemporaryDirectory() as place:
-        path, samples = build(Path(place))
-        record = requests.measure(
-            name,
-            path,
-            samples,
-            target=Target(max_memory_gb=21.0),
-            repeats=repeats,
-            progress=progress,
-            weights="random, seed 0",
-        )
-    return records.write(record, folder or records.RESULTS), record
-
-
-@benchmark("mlp-784")
-def mlp_784(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """MLP 784-128-10 with x^2, one input, 128 bits (ten seconds)."""
-    from . import models
-
-    return _request("mlp-784", models.mlp_784, max(repeats, 21), folder, progress)
-
-
-@benchmark("cnn-28")
-def cnn_28(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """LeNet-like CNN with x^2, one image of 28 x 28, 128 bits (about two minutes)."""
-    from . import models
-
-    return _request("cnn-28", models.cnn_28, max(repeats, 5), folder, progress)
-
-
-@benchmark("request-2x128x128")
-def request_2x128x128(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """Encoder of 2 blocks, d = 128, 128 tokens (BERT-Tiny's shape), one request, 128 bits (about six minutes, 15 GB)."""
-    from functools import partial
-
-    from . import models
-
-    build = partial(models.encoder, blocks=2, width=128, heads=4, hidden=512, tokens=128)
-    return _request("request-2x128x128", build, 1, folder, progress)
-
-
-@benchmark("security")
-def security(*, repeats: int, folder: Path | None, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """Lattice estimates behind the 128-bit limits: attacks on each ring and secret (some minutes; repeats are ignored)."""
-    from . import records
-    from . import security_estimate as estimate
-
-    record = estimate.measure(progress)
-    return estimate.save(record, folder or records.RESULTS), record
+    Raises:
+        ValueError: a name is neither; lists those that exist.
+    """
+    known = benchmarks()
+    chosen: dict[str, Benchmark] = {}
+    for name in names:
+        group = [b for b in known.values() if b.group == name]
+        if not group and name not in known:
+            raise ValueError(
+                f"no benchmark is called {name!r}; known are: {', '.join(known)}; groups are: {', '.join(GROUPS)}"
+            )
+        for b in group or [known[name]]:
+            chosen.setdefault(b.name, b)
+    return list(chosen.values())

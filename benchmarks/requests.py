@@ -44,7 +44,6 @@ def measure(
         peak_gb, max_abs_error (against the model in the clear), promised_error, efficiency (bound / evaluate_s), logqp, logqp_limit,
         refreshes, predicted_evaluate_s, compile_s, keygen_s, key_gb, agreement.
     """
-    quiet = records.quiet()
     progress(0, 4, "compile")
     start = time.perf_counter()
     compiled = compile_onnx(path, calibration[:-1], target=target)
@@ -112,7 +111,6 @@ def measure(
         threads=target.threads,
         seed=0,
         repeats=repeats,
-        was_quiet=quiet,
     )
 
 

@@ -62,7 +62,7 @@ FAILURES = {
     "what to run first": (["keygen", "/nothing.client", "--out", "/tmp/x"], "`polyformer compile` makes it"),
     "not an artefact": (["inspect", str(ROOT / "Makefile")], "no artefact of polyformer"),
     "no server": (["serve", "/nothing.circuit"], "`polyformer compile` makes it"),
-    "unknown benchmark": (["bench", "bogus"], "known are: cnn-28, mlp-784, ops"),
+    "unknown benchmark": (["bench", "run", "bogus"], "no benchmark is called 'bogus'; known are: ops, "),
     "no model": (["convert", "/nothing"], "`polyformer train /nothing` makes it"),
 }
 

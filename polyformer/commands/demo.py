@@ -27,6 +27,8 @@ from polyformer.commands.server_process import ServerProcess, server_process, te
 if TYPE_CHECKING:
     import numpy as np
 
+    from benchmarks.noise import Noise
+
 QUICK_LOG_N = 14  # the vocabulary times the tokens must fit the slots
 MADE = {"client": {"secret", "evaluation"}, "server": {"keys"}}  # folders that every run makes anew, and their contents
 SPARE_DISK = 1 << 30
@@ -115,24 +117,24 @@ def run(options: Options) -> None:
     Raises:
         Failure: a step failed, or the decrypted answer is not what was promised. The report is written all the same.
     """
-    from benchmarks import records
+    from benchmarks import noise
 
-    quiet = records.quiet()
     if options.quick:
         warn_insecure("demo --quick")
     refuse_foreign(options)
     start, story = time.perf_counter(), Story()
     options.out.mkdir(parents=True, exist_ok=True)
-    train(options, story)
-    export(options, story)
-    compile_(options, story)
-    tokens, prompt = choose_prompt(options)
-    encrypted = serve_and_ask(options, story, tokens)
-    with story.phase("clear"), bar("clear") as advance:
-        clear = isolated(clear_logits, options.model / "model.onnx", tokens, progress=advance)
+    with noise.watch() as seen:
+        train(options, story)
+        export(options, story)
+        compile_(options, story)
+        tokens, prompt = choose_prompt(options)
+        encrypted = serve_and_ask(options, story, tokens)
+        with story.phase("clear"), bar("clear") as advance:
+            clear = isolated(clear_logits, options.model / "model.onnx", tokens, progress=advance)
     compare(options, story, prompt, encrypted, clear)
     story.facts["total_s"] = time.perf_counter() - start
-    finish(options, story, quiet)
+    finish(options, story, seen)
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
@@ -329,12 +331,12 @@ def compare(options: Options, story: Story, prompt: str, encrypted: Any, clear: 
     )
 
 
-def finish(options: Options, story: Story, quiet: bool) -> None:
+def finish(options: Options, story: Story, seen: Noise) -> None:
     """6: report and record; then fail if the answer is not what was promised."""
     from benchmarks import report
     from polyformer.commands.demo_report import benchmark_record, build_report
 
-    record = benchmark_record(options, story, quiet)
+    record = benchmark_record(options, story, seen)
     page = report.write(build_report(options, story, record), options.out)
     say(f"[bold]6[/] report: {page}")
     from benchmarks import records

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from benchmarks.noise import Noise
     from polyformer.commands.demo import Options, Story
 
 NOTES = (
@@ -20,8 +21,8 @@ NOTES = (
 )
 
 
-def benchmark_record(options: Options, story: Story, quiet: bool) -> dict[str, Any]:
-    """The record `demo`; its metrics are those that issue 2 lists."""
+def benchmark_record(options: Options, story: Story, seen: Noise) -> dict[str, Any]:
+    """The record `demo`."""
     from benchmarks import records
 
     f = story.facts
@@ -46,7 +47,7 @@ def benchmark_record(options: Options, story: Story, quiet: bool) -> dict[str, A
         params={**f["plan"]["params"], "model": recipe(options)},
         threads=options.threads,
         seed=options.seed,
-        was_quiet=quiet,
+        seen=seen,
     )
     return {**record, "insecure": True} if options.quick else record
 
@@ -70,7 +71,7 @@ def build_report(options: Options, story: Story, record: Mapping[str, Any]) -> d
         "circuit_bytes": (options.model / "model.circuit").stat().st_size,
     }
     kept = [] if story.seconds("train") else ["The model was trained by an earlier run of this command."]
-    busy = [] if record["quiet"] else ["The machine had other work to do in the minute before this run."]
+    busy = [] if record["quiet"] else ["The machine had other work to do during this run."]
     return {
         "format": "polyformer-report",
         "version": 1,

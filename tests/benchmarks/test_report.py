@@ -153,6 +153,7 @@ def test_a_record_has_its_keys_and_never_replaces_another(tmp_path: Path) -> Non
         *(
             "name",
             "version",
+            "status",
             "created",
             "commit",
             "machine",
@@ -161,8 +162,8 @@ def test_a_record_has_its_keys_and_never_replaces_another(tmp_path: Path) -> Non
             "seed",
             "repeats",
             "quiet",
-            "metrics",
-        )
+        ),
+        *("noise", "metrics"),
     }
     first, second = records.write(record, tmp_path), records.write(record, tmp_path)
     assert first.name == f"demo-{record['created'][:10]}.json"

@@ -122,7 +122,9 @@ def test_bench_command_writes_one_file(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(security_estimate, "JUDGED", ((12, 109, None),))
     monkeypatch.setattr(security_estimate, "COMPARED", security_estimate.COMPARED[:1])
     steps: list[tuple[int, int, str]] = []
-    path, record = registry.run("security", repeats=1, folder=tmp_path, progress=lambda *step: steps.append(step))
+    (benchmark,) = registry.select(["security"])
+    record = benchmark.measure(registry.Settings(progress=lambda *step: steps.append(step)))
+    path = benchmark.write(record, tmp_path)
     assert path == tmp_path / "security-estimate.json"
     assert json.loads(path.read_text()) == record
     (row,) = record["metrics"]["estimates"]

@@ -1,0 +1,108 @@
+"""Two records side by side: ratios of their figures, and the conditions in which they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CONDITIONS = ("version", "commit", "machine", "versions", "params", "seed", "repeats", "quick")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """One figure of both records."""
+
+    name: str  # dotted path within the metrics
+    a: float
+    b: float
+
+    @property
+    def ratio(self) -> float | None:
+        """b / a; None where a is 0."""
+        return self.b / self.a if self.a else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What two records of one benchmark say about each other."""
+
+    name: str
+    ratios: tuple[Ratio, ...]
+    differ: Mapping[str, tuple[Any, Any]]  # dotted path -> what a and b have there
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "ratios": [asdict(r) | {"ratio": r.ratio} for r in self.ratios],
+            "differ": {k: list(v) for k, v in self.differ.items()},
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: B / A", *(f"! {w}" for w in self.warnings)]
+        width = max([len(r.name) for r in self.ratios], default=0)
+        lines += [
+            f"{r.name:<{width}}  {r.a:>12.4g}  {r.b:>12.4g}  {'-' if r.ratio is None else format(r.ratio, '.3f'):>8}"
+            for r in self.ratios
+        ]
+        if self.differ:
+            lines += ["conditions that differ:", *(f"  {k}: {a} | {b}" for k, (a, b) in self.differ.items())]
+        return "\n".join(lines)
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
+    """Compare two records of one benchmark.
+
+    Raises:
+        ValueError: they are of two benchmarks.
+    """
+    if a["name"] != b["name"]:
+        raise ValueError(f"records of two benchmarks cannot be compared: {a['name']!r} and {b['name']!r}")
+    warnings = []
+    if a["version"] != b["version"]:
+        warnings.append(f"the benchmark changed between them: version {a['version']} and {b['version']}")
+    for label, record in (("A", a), ("B", b)):
+        if not record.get("quiet"):
+            warnings.append(f"{label} was made while others used the machine{_share(record)}: its times are too long")
+        if record.get("status", "complete") != "complete":
+            warnings.append(f"{label} is {record['status']}: some figures are missing")
+        if record.get("quick"):
+            warnings.append(f"{label} is a quick run: its figures prove nothing")
+    left, right = flat(a["metrics"]), flat(b["metrics"])
+    ratios = [
+        Ratio(name=key, a=float(left[key]), b=float(right[key]))
+        for key in left
+        if key in right and _number(left[key]) and _number(right[key])
+    ]
+    conditions = [flat({c: r.get(c) for c in CONDITIONS}) for r in (a, b)]
+    differ = {
+        key: (conditions[0].get(key), conditions[1].get(key))
+        for key in {**conditions[0], **conditions[1]}
+        if conditions[0].get(key) != conditions[1].get(key)
+    }
+    return Comparison(name=a["name"], ratios=tuple(ratios), differ=differ, warnings=tuple(warnings))
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects and lists as dotted paths; a list of rows that have a name or label is keyed by it."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, list):
+            value = {str(v.get("name", i)) if isinstance(v, dict) else str(i): v for i, v in enumerate(value)}
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + str(key)] = value
+    return result
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _share(record: Mapping[str, Any]) -> str:
+    share = (record.get("noise") or {}).get("others_share")
+    return "" if share is None else f" ({share:.0%} of it)"

@@ -1,0 +1,157 @@
+"""The page, the Markdown and README's table, all from records."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from benchmarks import blocks, readme, records, registry, summary
+from benchmarks.blocks import Picture, Table
+from benchmarks.registry import Benchmark
+
+VOID = {"meta", "br", "img", "path", "rect", "line", "circle", "use"}
+
+
+class Balance(HTMLParser):
+    """Counts tags that are left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def record(name: str = "mlp-784", **changes):
+    base = records.record(name, metrics={"evaluate_s": 0.5, "max_abs_error": 2e-5}, params={"log_n": 13}, threads=2)
+    return {**base, "quiet": True, "conditions": "<script>", **changes}
+
+
+def found(*many):
+    return {r["name"]: {**r, "file": f"{r['name']}.json"} for r in many}
+
+
+def balanced(page: str) -> bool:
+    parser = Balance()
+    parser.feed(page)
+    return not parser.open
+
+
+def test_page_is_whole_and_escaped() -> None:
+    page = summary.html(found(record(), record("unknown", metrics={"a<b": 1})))
+    assert balanced(page)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "a&lt;b" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # needs nothing from elsewhere
+
+
+def test_every_condition_is_under_the_figures() -> None:
+    line = summary.conditions(record(seed=7))
+    for part in ("2 threads", "N = 2^13", "seed 7", "one run", "commit", "python"):
+        assert part in line
+
+
+MARKS = {
+    "quiet": ({}, []),
+    "busy": ({"quiet": False, "noise": {"others_share": 0.25}}, ["busy machine: others took 25%"]),
+    "cut short": ({"status": "crashed"}, ["crashed"]),
+    "test ring": ({"params": {"insecure": True}}, ["insecure test ring"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), MARKS.values(), ids=MARKS)
+def test_marks(changes, expected) -> None:
+    assert summary.marks(record(**changes)) == expected
+    for mark in expected:
+        assert mark in summary.html(found(record(**changes)))
+        assert mark in summary.markdown(found(record(**changes)))
+
+
+def test_a_benchmark_shows_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show(r):
+        return [Table(caption="own", columns=("x",), rows=[(r["metrics"]["evaluate_s"],)])]
+
+    own = Benchmark(
+        name="own",
+        version=2,
+        group="train",
+        measures="m",
+        conditions="c",
+        minutes=1,
+        memory_gb=1,
+        run=lambda s: {},
+        show=show,
+    )
+    monkeypatch.setattr(registry, "benchmarks", lambda: {"own": own})
+    assert "own" in summary.shown(record("own", version=2))[0].caption
+    assert "figures of the record" in summary.shown(record("own", version=1))[0].caption  # of an older benchmark
+
+
+def test_table_in_both_forms() -> None:
+    table = Table(caption="c", columns=("a", "b|"), rows=[("x|y", 1.23456), ("z", None)])
+    assert "| x\\|y | 1.23 |" in table.markdown() and "| z | – |" in table.markdown()
+    assert "---:" in table.markdown().splitlines()[3]
+    assert balanced(table.html())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234, "1,234"), (0.00001, "1.00·10⁻⁵"), (True, "yes"), (float("nan"), "–"), ("a", "a")]
+)
+def test_cells(value: object, text: str) -> None:
+    assert blocks.cell(value) == text
+
+
+def test_picture_is_the_same_for_the_same_data() -> None:
+    def draw() -> Picture:
+        drawing, ax = blocks.axes()
+        ax.plot([1, 2], [3, 4], color=blocks.COLOURS[0], marker=blocks.MARKERS[0])
+        return blocks.picture(drawing, 'what "it" shows')
+
+    first = draw()
+    assert first.svg == draw().svg
+    assert 'aria-label="what &quot;it&quot; shows"' in first.svg and " width=" not in first.svg.split(">")[0]
+    assert balanced(first.html())
+
+
+def test_report_of_nothing_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no record; `polyformer bench run NAME`"):
+        summary.write(tmp_path / "out", tmp_path)
+
+
+def test_report_of_the_committed_records(tmp_path: Path) -> None:
+    page, text = summary.write(tmp_path)
+    assert balanced(page.read_text())
+    for name in records.latest():
+        assert f"id='{name}'" in page.read_text() and f"### {name}" in text.read_text()
+
+
+def test_readme_is_up_to_date() -> None:
+    """Fails when a record changed and README did not: run `polyformer bench report --readme`."""
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.updated(text, records.latest()) == text
+
+
+def test_readme_grows_stale_with_a_new_record(tmp_path: Path) -> None:
+    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    new = readme.updated(text, found(record()))
+    assert "500 ms" in new and "30 ms" in new and "old" not in new and new.startswith("a\n") and new.endswith("b\n")
+    assert readme.updated(new, found(record())) == new
+    faster = record(metrics={"evaluate_s": 0.25})
+    assert readme.updated(new, found(faster)) != new
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "x.json").write_text(json.dumps(record()))
+    assert readme.write(path, tmp_path / "r") is True
+    assert readme.write(path, tmp_path / "r") is False
+
+
+def test_readme_without_its_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="no place for the results"):
+        readme.updated("nothing", {})

@@ -85,7 +85,7 @@ class CostTable:
 
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
-        op = "rotate" if op == "conjugate" else op
+        op = {"conjugate": "rotate", "refresh_function": "refresh"}.get(op, op)
         row = self.ms.get(op)
         if op == "refresh" and not row:
             both = COMPLEX if params.refresh_complex else 1.0

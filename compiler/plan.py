@@ -156,7 +156,7 @@ def judge(
     t = reference or trace(as_circuit(build, params), capabilities=BACKENDS[target.backend])
     keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
     rest = target.max_memory_gb * GB - 1.15 * live_bytes(t, params) - PROCESS_BYTES
-    if any(node.op == "refresh" for node in t.nodes):
+    if any(node.op.startswith("refresh") for node in t.nodes):
         keys += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
         rest -= refresh.matrix_bytes(params) + refresh.working_bytes(params)
     rest -= keys

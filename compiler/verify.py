@@ -44,7 +44,7 @@ def levels(circuit: Circuit) -> None:
     for op in circuit.ops:
         need = op.level + depth(op, circuit.arrays, circuit.params.slots)
         if op.kind == "refresh":
-            need = circuit.params.refresh_input
+            need = circuit.params.refresh_input + (op.attrs.get("kind") == "functional")
             if op.level > circuit.params.refresh_output:
                 raise VerificationError(f"{op}: a refresh reaches level {circuit.params.refresh_output}")
             _repeats(op, circuit)

@@ -17,6 +17,9 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     refresh      a, b       kind                  "pair": the copy of `a`, out of the refresh of a + i b that it shares with the op
                                                   of b, a; its scale is twice the nominal one, which a linear map absorbs and
                                                   any other reader spends a level on
+    refresh      a          kind, scale, fourier  "functional": f(scale a) in one refresh, for |scale a| <= 1/2; fourier
+                                                  [[re c_j, im c_j], ...] of 2 Re sum c_j exp(i pi j x), at most
+                                                  `params.refresh_terms` of them
     output       a          name, part
 
 Every op carries the level of its result, after rescaling: operands above it are dropped, so levels need no op of their own.

@@ -10,7 +10,7 @@ import itertools
 import math
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -291,11 +291,36 @@ class Evaluator(_Party):
             LevelError: another level, or something is pending.
             MissingKeyError: a key that a refresh uses is absent or too low.
         """
+        self._refreshable(a)
+        with KEY_MAPS.read():
+            handle = self._ring.refresh(a.handle)
+        return self._refreshed(handle)
+
+    def refresh_function(self, a: Ciphertext, fourier: Sequence[float]) -> Ciphertext:
+        """The same with a function: slots x within [-1/2, 1/2], result 2 Re sum c_j exp(i pi j x); c_j = fourier[2j] + i fourier[2j + 1].
+
+        Raises:
+            CapabilityError: the parameters have no functional refresh, or not so many terms.
+        """
+        terms = self.params.refresh_terms
+        if not 0 < len(fourier) // 2 <= terms:
+            raise CapabilityError(f"a series of {len(fourier) // 2} terms; {self.params.name} has room for {terms}")
+        self._refreshable(a, functional=True)
+        coefficients = [complex(*pair) for pair in zip(fourier[::2], fourier[1::2], strict=True)]
+        if len(coefficients) < terms:  # the number of terms decides the levels that it takes; the last must not be 0
+            coefficients += [0j] * (terms - len(coefficients) - 1) + [2.0**-48 + 0j]
+        with KEY_MAPS.read():
+            handle = self._ring.refresh_function(a.handle, coefficients)
+        return self._refreshed(handle)
+
+    def _refreshable(self, a: Ciphertext, *, functional: bool = False) -> None:
         p = self.params
         if not p.refreshes:
             raise CapabilityError(
                 f"{p.name} has no refresh: compile with a refresh budget (refresh_encode, refresh_decode)"
             )
+        if functional != (p.refresh_terms > 0):
+            raise CapabilityError(f"{p.name}: plain and functional refreshes exclude each other; see refresh_terms")
         self._settled(a, "refresh")
         if a.level != p.refresh_input:
             raise LevelError(
@@ -303,8 +328,9 @@ class Evaluator(_Party):
             )
         self.check_refresh_keys()
         self._ring.prepare_refresh()
-        with KEY_MAPS.read():
-            handle = self._ring.refresh(a.handle)
+
+    def _refreshed(self, handle: Any) -> Ciphertext:
+        p = self.params
         level = p.levels - handle.GetLevel()
         if level != p.refresh_output or handle.GetNoiseScaleDeg() != 1:
             raise CapabilityError(

@@ -413,6 +413,10 @@ class Ring:
         with self._lock:
             if not self._refresh_ready:
                 p = self.params
+                if p.refresh_terms:
+                    self.cc.EvalFEFuncBootstrapSetup([p.refresh_encode, p.refresh_decode], [0, 0], p.refresh_period)
+                    self._refresh_ready = True
+                    return
                 budget, factor = [p.refresh_encode, p.refresh_decode], refresh.correction_factor(p)
                 self.cc.EvalBootstrapSetup(budget, [0, 0], p.refresh_period, factor, True, True)
                 self._refresh_ready = True
@@ -422,6 +426,14 @@ class Ring:
         period, before = self.params.refresh_period, handle.Clone()
         before.SetSlots(period)
         after = self.cc.EvalBootstrapStCFirst(before)
+        after.SetSlots(self.params.slots)
+        return after
+
+    def refresh_function(self, handle: Any, coefficients: list[complex]) -> Any:
+        """The same, and a function of the slots; see `refresh.series`."""
+        before = handle.Clone()
+        before.SetSlots(self.params.refresh_period)
+        after = self.cc.EvalFEFuncBootstrap(before, coefficients)
         after.SetSlots(self.params.slots)
         return after
 
@@ -449,7 +461,9 @@ def _claim(params: Params) -> None:
     Raises:
         CapabilityError: this process refreshes otherwise already.
     """
-    bare = dataclasses.replace(params, refresh_encode=0, refresh_decode=0, refresh_slots=0, refresh_complex=False)
+    bare = dataclasses.replace(
+        params, refresh_encode=0, refresh_decode=0, refresh_slots=0, refresh_complex=False, refresh_terms=0
+    )
     if (other := _claimed.setdefault((bare, params.refresh_complex), params)) != params:
         raise CapabilityError(
             f"this process has keys or an evaluator for {other.name} already; OpenFHE cannot hold {params.name} beside it: "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import refresh
-from .base import Array, LevelError, UnsupportedOpError
+from .base import Array, LevelError, RangeError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
 from .params import SPECIAL_PRIME_BITS, Params
 from .trace import Trace, assign_scales, trace
@@ -111,6 +111,13 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
             return y
         case "polynomial":
             return np.polynomial.chebyshev.chebval(a["domain"][0] * args[0] + a["domain"][1], a["chebyshev"])
+        case "refresh" if a.get("kind") == "functional":
+            x = a["scale"] * args[0]
+            if (worst := float(np.abs(x).max())) > 0.5:
+                raise RangeError(
+                    f"{op} sees {worst:.3g} times the period of its series; it may see at most 0.5: scale it"
+                )
+            return refresh.series(x, [part for pair in a["fourier"] for part in pair])
         case "refresh" | "output":
             return args[0]
     raise UnsupportedOpError(f"the simulator knows no op kind {op.kind!r}")
@@ -201,6 +208,8 @@ def simulate_noise(
         args = [values[a] for a in node.args]
         if node.op == "input":
             y = packed[names[node.id]]
+        elif node.op == "refresh_function":
+            y = refresh.apply_function(params, args[0], node.plains, rng)  # type: ignore[arg-type]
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         else:

@@ -125,6 +125,12 @@ class Tracer:
     def refresh(self, a: int, level: int) -> int:
         return self.emit("refresh", (a,), level=level)
 
+    def refresh_function(self, a: int, op: Op, level: int) -> int:
+        """The product brings the argument into the series' interval, and to exactly the nominal scale: f is not linear."""
+        a = self.settle(self.mul(a, float(op.attrs["scale"])))
+        flat = tuple(float(part) for pair in op.attrs["fourier"] for part in pair)
+        return self.emit("refresh_function", (a,), level=level, plains=flat)
+
     def refresh_pair(self, a: int, b: int, level: int) -> int:
         """The copy of `a` out of the refresh of both; that of `b` shares all but the last node."""
         low, high = min(a, b), max(a, b)
@@ -269,13 +275,13 @@ def trace(
             continue
         if op.kind == "refresh":
             _check_refresh(op, circuit.params, capabilities)
-            start, top = circuit.params.refresh_input, circuit.params.refresh_output
+            kind, top = op.attrs.get("kind", "plain"), circuit.params.refresh_output
+            start = circuit.params.refresh_input + (kind == "functional")
             args = [_settled(t, t.at(values[a], start), op) for a in op.args]
-            fresh = (
-                t.refresh(args[0], top)
-                if op.attrs.get("kind", "plain") == "plain"
-                else t.refresh_pair(args[0], args[1], top)
-            )
+            if kind == "functional":
+                fresh = t.refresh_function(args[0], op, top)
+            else:
+                fresh = t.refresh(args[0], top) if kind == "plain" else t.refresh_pair(args[0], args[1], top)
             values.append(t.at(fresh, op.level))
             continue
         start = op.level + depth(op, circuit.arrays, slots)
@@ -298,7 +304,7 @@ def trace(
             keys[n.k] = max(keys.get(n.k, 0), n.level)
         if n.op == "relinearize":
             relin = max(relin, n.level)
-        if n.op == "refresh":
+        if n.op in ("refresh", "refresh_function"):
             relin = max(relin, refresh.relin_level(circuit.params))
             for k, level in refresh.rotations(circuit.params).items():
                 keys[k] = max(keys.get(k, 0), level)
@@ -317,9 +323,18 @@ def _check_refresh(op: Op, params: Params, capabilities: frozenset[str]) -> None
     if not params.refreshes:
         raise CapabilityError(f"op {op}: {params.name} has no refresh: give it a refresh budget")
     kind = op.attrs.get("kind", "plain")
-    if {"plain": 1, "pair": 2}.get(kind) != len(op.args) or len(set(op.args)) != len(op.args):
+    if {"plain": 1, "pair": 2, "functional": 1}.get(kind) != len(op.args) or len(set(op.args)) != len(op.args):
         raise CapabilityError(
-            f"op {op} is a refresh of kind {kind!r}; built are 'plain' of one value and 'pair' of two"
+            f"op {op} is a refresh of kind {kind!r}; built are 'plain' and 'functional' of one value and 'pair' of two"
+        )
+    if (kind == "functional") != (params.refresh_terms > 0):
+        raise CapabilityError(
+            f"op {op} is a refresh of kind {kind!r}, and {params.name} has {params.refresh_terms} Fourier terms: plain and "
+            "functional refreshes exclude each other in one context; set refresh_terms, or write the identity as a function"
+        )
+    if kind == "functional" and not 0 < len(op.attrs["fourier"]) <= params.refresh_terms:
+        raise CapabilityError(
+            f"op {op} has a series of {len(op.attrs['fourier'])} terms; {params.name} has room for 1 to {params.refresh_terms}"
         )
     if kind == "pair" and not params.refresh_complex:
         raise CapabilityError(f"op {op}: {params.name} refreshes real slots only: set refresh_complex for pairs")
@@ -374,7 +389,7 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
         s = [result[a] for a in n.args]
         p = 0.0
         match n.op:
-            case "input":
+            case "input" | "refresh_function":
                 out = scale
             case "add" | "sub":
                 gap = abs(s[0] / s[1] - 1.0)

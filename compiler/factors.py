@@ -27,8 +27,10 @@ from he_backend.container import Arrays
 
 from .lower import Lowered
 
-SMALL = 4.0  # bits below the limit from which on a value's smallness counts fourfold
-STEEP = 4.0
+SMALL = 4.0  # bits below the limit from which on a value's smallness counts STEEP times
+STEEP = 5.0
+ABOVE = 1e4  # cost of a bit above the limit, over that of a bit below it
+MOST = 200.0  # bits of a multiplier, far from where float64 ends
 
 
 def fold_factors(build: Lowered, peaks: Sequence[float] | np.ndarray, limit: float) -> tuple[Lowered, np.ndarray]:
@@ -60,8 +62,8 @@ def fold_factors(build: Lowered, peaks: Sequence[float] | np.ndarray, limit: flo
 def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
     """log2 of the multipliers, given how many bits each value lies above its limit.
 
-    Unknowns [3, ops]: log2 m; shortfall below the limit; what of it is beyond SMALL. A value that no multiplier can help (what it
-    is tied to fixes it) may stay above its limit: that costs most.
+    Unknowns [4, ops]: log2 m; how far below the limit the value then is, how far above, and how far below beyond SMALL. A value
+    that no multiplier can help (what it is tied to fixes it) may stay above its limit: that costs most.
     """
     n = len(build.ops)
     rows: list[dict[int, float]] = []
@@ -100,30 +102,19 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
                 equal({v: 1.0})
         elif op.kind not in ("input", "linear"):
             tie(v, [(op.args[0], 1.0)])
-    data = [(i, j, c) for i, row in enumerate(rows) for j, c in row.items()]
-    i, j, c = (np.array(x) for x in zip(*data, strict=True)) if data else (np.zeros(0, int),) * 3
-    a_eq = sparse.csr_matrix((c, (i, j)), shape=(len(rows), 3 * n))
-    # log2 m + excess = above - shortfall, split into what is below the limit (costs 1, beyond SMALL 1 + STEEP) and above it.
-    eye, zero = sparse.identity(n, format="csr"), sparse.csr_matrix((n, n))
-    balance = sparse.hstack([eye, eye, -eye], format="csr")
-    beyond = sparse.hstack([zero, -eye, zero], format="csr")
-    # shortfall s <= SMALL + b: b as a fourth block of unknowns
-    a_eq = sparse.vstack(
-        [
-            sparse.hstack([a_eq, sparse.csr_matrix((len(rows), n))], format="csr"),
-            sparse.hstack([balance, zero], format="csr"),
-        ],
-        format="csr",
-    )
-    a_ub = sparse.hstack([-beyond, -eye], format="csr")
-    cost = np.concatenate([np.zeros(n), np.ones(n), np.full(n, 1e4), np.full(n, STEEP)])
+    entries = [(i, j, c) for i, row in enumerate(rows) for j, c in row.items()]
+    i, j, c = (np.array(x) for x in zip(*entries, strict=True)) if entries else (np.zeros(0, int),) * 3
+    eye, none = sparse.identity(n, format="csr"), sparse.csr_matrix((n, n))
+    ties = sparse.csr_matrix((c, (i, j)), shape=(len(rows), n))
     solved: Any = optimize.linprog(
-        cost,
-        A_eq=a_eq,
+        np.concatenate([np.zeros(n), np.ones(n), np.full(n, ABOVE), np.full(n, STEEP - 1.0)]),
+        A_eq=sparse.vstack(
+            [sparse.hstack([ties, sparse.csr_matrix((len(rows), 3 * n))]), sparse.hstack([eye, eye, -eye, none])]
+        ),
         b_eq=np.concatenate([np.array(right), -excess]),
-        A_ub=a_ub,
+        A_ub=sparse.hstack([none, eye, none, -eye]),
         b_ub=np.full(n, SMALL),
-        bounds=[(-200, 200)] * n + [(0, None)] * (3 * n),
+        bounds=[(-MOST, MOST)] * n + [(0, None)] * (3 * n),
         method="highs",
     )
     return np.asarray(solved.x[:n]) if solved.x is not None else np.zeros(n)

@@ -8,8 +8,9 @@ adds, so that amplification along the circuit is followed on real values; from i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -212,6 +213,8 @@ def simulate_noise(
             y = refresh.apply_function(params, args[0], node.plains, rng)  # type: ignore[arg-type]
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
+        elif node.op == "weighted_sum":
+            y = _weighted_sum(args, node.plains, spread / math.sqrt(12) / scales.plain[node.id], rng)
         else:
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
@@ -234,6 +237,16 @@ def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator)
     return values + rng.normal(0.0, spread / math.sqrt(12) / scale, values.shape)
 
 
+def _weighted_sum(args: list[Array], plains: Sequence[Any], std: float, rng: np.random.Generator) -> Array:
+    """Sum of products. Independent errors of many encodings, each times its argument, are one error: their variances add up."""
+    total, variance = np.zeros_like(args[0]), np.zeros(args[0].shape)
+    for a, plain in zip(args, plains, strict=True):
+        total += a * (plain if isinstance(plain, float) else plain.slots())
+        variance += np.square(a)
+    noisy: Array = total + std * np.sqrt(variance) * rng.standard_normal(variance.shape)
+    return noisy
+
+
 def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) -> Array:
     match op:
         case "add":
@@ -248,8 +261,6 @@ def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) 
             return args[0] + plains[0]
         case "mul_plain" | "mul_scalar":
             return args[0] * plains[0]
-        case "weighted_sum":
-            return np.sum([a * p for a, p in zip(args, plains, strict=True)], axis=0)
         case "rotate" | "rotate_hoisted" | "rotate_extended":
             return np.roll(args[0], -k)
         case "join":

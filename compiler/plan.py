@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from he_backend import security
+from he_backend import refresh, security
 from he_backend.base import CapabilityError, ParamsError
 from he_backend.circuit import Circuit, Op
 from he_backend.params import Params
@@ -226,7 +226,11 @@ def judge(
         return None
     t = reference or trace(as_circuit(build, params), capabilities=BACKENDS[target.backend])
     keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
-    rest = target.max_memory_gb * GB - keys - 1.15 * live_bytes(t, params) - PROCESS_BYTES
+    rest = target.max_memory_gb * GB - 1.15 * live_bytes(t, params) - PROCESS_BYTES
+    if any(node.op.startswith("refresh") for node in t.nodes):
+        keys += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
+        rest -= refresh.matrix_bytes(params) + refresh.working_bytes(params)
+    rest -= keys
     if rest < 0:
         memory = (target.max_memory_gb * GB - rest) / GB
         why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"

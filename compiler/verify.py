@@ -46,12 +46,26 @@ def levels(circuit: Circuit) -> None:
     for op in circuit.ops:
         need = op.level + depth(op, circuit.arrays, circuit.params.slots)
         if op.kind == "refresh":
-            need = circuit.params.refresh_input
+            need = circuit.params.refresh_input + (op.attrs.get("kind") == "functional")
             if op.level > circuit.params.refresh_output:
                 raise VerificationError(f"{op}: a refresh reaches level {circuit.params.refresh_output}")
+            _repeats(op, circuit)
         for a in op.args:
-            if circuit.ops[a].level < need:
-                raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {circuit.ops[a].level}")
+            have = circuit.ops[a].level
+            if op.kind != "linear" and circuit.ops[a].attrs.get("kind") == "pair":
+                have = min(have, circuit.params.refresh_output - 1)  # half of a pair is at twice the scale
+            if have < need:
+                raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {have}")
+
+
+def _repeats(op: Op, circuit: Circuit) -> None:
+    """A refresh of a period spoils whatever does not repeat with it."""
+    period, layout = circuit.params.refresh_period, circuit.arrays.get(op.layout)
+    if period == circuit.params.slots:
+        return
+    rows = None if layout is None else layout.reshape(-1, period)
+    if rows is None or (rows < 0).any() or (rows != rows[0]).any():
+        raise VerificationError(f"{op}: its slots do not repeat with the refresh's period {period}")
 
 
 def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Sequence[np.ndarray]) -> float:

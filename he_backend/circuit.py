@@ -17,6 +17,12 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     polynomial   x          factors | (chebyshev, domain)   see `kernels.polynomial`
     refresh      a          kind                  "plain": back to at most `params.refresh_output`; slots within [-1, 1] that
                                                   repeat with `params.refresh_period`
+    refresh      a, b       kind                  "pair": the copy of `a`, out of the refresh of a + i b that it shares with the op
+                                                  of b, a; its scale is twice the nominal one, which a linear map absorbs and
+                                                  any other reader spends a level on
+    refresh      a          kind, scale, fourier  "functional": f(scale a) in one refresh, for |scale a| <= 1/2; fourier
+                                                  [[re c_j, im c_j], ...] of 2 Re sum c_j exp(i pi j x), at most
+                                                  `params.refresh_terms` of them
     output       a          name, part
     mul_step     a          array                 a * row `step` of array [T, m], each element repeated slots / m times
     add_step     a          array                 a + row `step`

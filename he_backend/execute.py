@@ -150,7 +150,7 @@ class Executor:
                 f"relinearisation needs a key for level {self.trace.relin_level}, loaded is {self.evaluator.relin_level}"
                 " (-1: none); run keygen for this circuit"
             )
-        if any(node.op == "refresh" for node in self.trace.nodes):
+        if any(node.op.startswith("refresh") for node in self.trace.nodes):
             self.evaluator.check_refresh_keys()
 
     def _key(self, node: Node, row: Any) -> Hashable:
@@ -200,7 +200,7 @@ class Executor:
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(work, chosen))
-        if any(node.op == "refresh" for node in self.trace.nodes):
+        if any(node.op.startswith("refresh") for node in self.trace.nodes):
             self.evaluator.prepare_refresh()  # its matrices belong to no request
         return Prepared(
             done=len(chosen),
@@ -461,6 +461,8 @@ class _State:
                 return getattr(ev, node.op)(args[0], self._plain(node, node.plains[0], encoding))
             case "mul_scalar" | "add_scalar":
                 return getattr(ev, node.op)(args[0], node.plains[0], scale=scale)
+            case "refresh_function":
+                return ev.refresh_function(args[0], node.plains)
             case "rotate":
                 return ev.rotate(args[0], node.k)
             case "rotate_hoisted" | "rotate_extended":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import refresh
-from .base import Array, LevelError, UnsupportedOpError
+from .base import Array, LevelError, RangeError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
 from .kernels import StepRow
 from .params import SPECIAL_PRIME_BITS, Params
@@ -153,6 +153,13 @@ def _run(op: Op, args: list[Array], circuit: Circuit, step: int) -> Array:
             return y
         case "polynomial":
             return np.polynomial.chebyshev.chebval(a["domain"][0] * args[0] + a["domain"][1], a["chebyshev"])
+        case "refresh" if a.get("kind") == "functional":
+            x = a["scale"] * args[0]
+            if (worst := float(np.abs(x).max())) > 0.5:
+                raise RangeError(
+                    f"{op} sees {worst:.3g} times the period of its series; it may see at most 0.5: scale it"
+                )
+            return refresh.series(x, [part for pair in a["fourier"] for part in pair])
         case "refresh" | "output":
             return args[0]
     raise UnsupportedOpError(f"the simulator knows no op kind {op.kind!r}")
@@ -187,7 +194,7 @@ def coefficient_noise(op: str, params: Params, level: int) -> float:
             return rounding
         case "mod_down":  # an unrounded sum of one fraction a special prime
             return rounding * math.sqrt(params.special_limbs)
-        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended":
+        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended" | "conjugate":
             digits = math.ceil((level + 1) / params.digit_limbs)
             width = params.first_bits + (params.digit_limbs - 1) * params.scale_bits
             ratio = 2.0 ** (width - SPECIAL_PRIME_BITS * params.special_limbs)
@@ -226,7 +233,7 @@ class KeySwitchBias:
     def __call__(self, op: str, degree: int) -> Array | float:
         """Offset [slots] that an op adds, before division by the scale."""
         params = self.params
-        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down"):
+        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down", "conjugate"):
             return 0.0
         if params.backend == "openfhe":
             if degree == 1 and op != "relinearize":  # corrected
@@ -262,6 +269,8 @@ def simulate_noise(
         args = [values[a] for a in node.args]
         if node.op == "input":
             y = packed[names[node.id]]
+        elif node.op == "refresh_function":
+            y = refresh.apply_function(params, args[0], node.plains, rng)  # type: ignore[arg-type]
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         elif node.op == "weighted_sum":
@@ -274,7 +283,12 @@ def simulate_noise(
             )
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
-        values[node.id] = y + std * rng.standard_normal(y.shape, dtype=np.float32) if std else y
+        if std:
+            noise: Any = rng.standard_normal(y.shape, dtype=np.float32)
+            if np.iscomplexobj(y):
+                noise = noise + 1j * rng.standard_normal(y.shape, dtype=np.float32)
+            y = y + std * noise
+        values[node.id] = y
         for a in set(node.args):
             uses[a] -= 1
             if not uses[a]:
@@ -332,6 +346,14 @@ def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) 
             return args[0] * plains[0]
         case "rotate" | "rotate_hoisted" | "rotate_extended":
             return np.roll(args[0], -k)
+        case "join":
+            return args[0] + 1j * args[1]
+        case "conjugate":
+            return np.conj(args[0])
+        case "twice_real":  # at twice the scale: the sum of two halves
+            return np.real(args[0] + args[1]) / 2
+        case "twice_imaginary":
+            return np.imag(args[0] - args[1]) / 2
         case "rescale" | "relinearize" | "drop" | "hoist" | "extend" | "mod_down":
             return args[0]
     raise UnsupportedOpError(f"no noise model for primitive {op!r}")

@@ -64,6 +64,7 @@ def _benchmark(what: str, shape: Shape, minutes: float, memory_gb: float) -> Ben
         minutes=minutes,
         memory_gb=memory_gb,
         run=partial(_encoder, what=what, name=name, shape=shape),
+        show="benchmarks.two_tables:of_record" if what == "request" else None,
     )
 
 

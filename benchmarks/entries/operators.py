@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from benchmarks.registry import Benchmark, Record, Settings
-
-if TYPE_CHECKING:
-    from benchmarks.blocks import Block
 
 
 def _operators(settings: Settings) -> Record:
     from benchmarks import operators
 
     return operators.measure(quick=settings.quick, repeats=1, progress=settings.progress)
-
-
-def _show(record: Record) -> Sequence[Block]:
-    from benchmarks import two_tables
-
-    return two_tables.of_record(record)
 
 
 BENCHMARKS = (
@@ -32,6 +20,6 @@ BENCHMARKS = (
         minutes=6,
         memory_gb=19,
         run=_operators,
-        show=_show,
+        show="benchmarks.two_tables:of_record",
     ),
 )

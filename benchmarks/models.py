@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 Built = tuple[Path, np.ndarray]  # the file and calibration inputs [n, ...]
 
 
-class _Builder:
+class Builder:
     """Collects nodes and constants; every op returns the name of its result."""
 
     def __init__(self, seed: int) -> None:
@@ -50,7 +50,7 @@ class _Builder:
 
 def mlp_784(folder: Path) -> Built:
     """784 -> 128 -> x^2 -> 10."""
-    b = _Builder(0)
+    b = Builder(0)
     h = b.linear("x", 784, 128, "hidden")
     y = b.linear(b.op("Mul", h, h, name="square"), 128, 10, "logits")
     return b.save(folder / "mlp-784.onnx", (1, 784), y, (1, 10)), b.rng.uniform(0, 1, (16, 784)).astype(np.float32)
@@ -58,7 +58,7 @@ def mlp_784(folder: Path) -> Built:
 
 def cnn_28(folder: Path) -> Built:
     """LeNet's shape: 6 and 16 windows of 5 x 5, each squared and averaged over 2 x 2, then 120, 84 (squared) and 10."""
-    b = _Builder(0)
+    b = Builder(0)
     h = b.op("Conv", "x", b.rng.normal(0, 0.2, (6, 1, 5, 5)), b.rng.normal(0, 0.1, 6), name="conv1")
     h = b.op("AveragePool", b.op("Mul", h, h, name="square1"), kernel_shape=[2, 2], strides=[2, 2], name="pool1")
     h = b.op("Conv", h, b.rng.normal(0, 0.08, (16, 6, 5, 5)), b.rng.normal(0, 0.1, 16), name="conv2")
@@ -76,7 +76,7 @@ def encoder(folder: Path, *, blocks: int, width: int, heads: int, hidden: int, t
     """Bidirectional encoder with PowerSoftmax (p = 2, quadratic reciprocal), quadratic activation, foldable norms, and a head on
     the first token; its input is the embedded text.
     """
-    b = _Builder(0)
+    b = Builder(0)
     x = "x"
     for i in range(blocks):
         parts = {}

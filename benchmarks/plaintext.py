@@ -47,27 +47,23 @@ def config(mixer: str, length: int, *, width: int = 128, blocks: int = 2) -> Mod
 
 
 def context_growth(settings: Settings) -> Record:
-    """Seconds of one pass and of one training step, and memory, against the number of tokens; fitted exponents."""
+    """Seconds of one pass, and memory, against the number of tokens; fitted exponents."""
     lengths = LENGTHS[:2] if settings.quick else LENGTHS
     names = ("softmax", "linear") if settings.quick else LANGUAGE
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(names):
         try:
             rows.append(
-                isolated(
-                    growth,
-                    name,
-                    lengths,
-                    settings.repeats,
-                    progress=lambda done, total, what, i=i: settings.progress(
-                        i * total + done, len(names) * total, what
-                    ),
-                )
+                isolated(growth, name, lengths, settings.repeats, progress=partial(_within, settings, i, len(names)))
             )
         except Failure as error:  # its process was killed: the others still count
             rows.append({"name": name, "points": [], "stopped": str(error)})
         settings.keep(_growth_record(rows, settings.repeats))
     return _growth_record(rows, settings.repeats)
+
+
+def _within(settings: Settings, part: int, parts: int, done: int, total: int, what: str = "") -> None:
+    settings.progress(part * total + done, parts * total, what)
 
 
 def growth(

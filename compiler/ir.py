@@ -88,8 +88,8 @@ class Graph:
 
 
 def evaluate(graph: Graph, x: np.ndarray) -> dict[str, Array]:
-    """Every tensor of the graph for one input, float64 (the input stays what it is when it holds token ids)."""
-    values: dict[str, Any] = {graph.input: x}
+    """Every tensor of the graph for one input, float64 (token ids stay integers)."""
+    values: dict[str, Any] = {graph.input: x.astype(np.float64) if x.dtype.kind == "f" else x}
     for node in graph.nodes:
         try:
             kernel = OPS[node.op]

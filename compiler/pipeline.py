@@ -40,6 +40,7 @@ SAMPLES = 48  # windows that ranges are calibrated on
 class Compiled:
     """A circuit and how it came about; `graph` is its meaning in float64 on the embedded input.
 
+    embedding turns token ids into the input, where the model starts with ids.
     approximations says which functions of the model were replaced by polynomials, if that was asked for.
     """
 
@@ -49,6 +50,7 @@ class Compiled:
     op_seconds: dict[int, float]
     graph: Graph = field(repr=False)
     verified: float
+    embedding: Embedding | None = None
     approximations: Report | None = None
 
 
@@ -124,6 +126,7 @@ def compile_onnx(
         op_seconds=chosen.forecast.by_op,
         graph=graph,
         verified=verified,
+        embedding=embedding,
         approximations=fitted,
     )
 

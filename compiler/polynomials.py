@@ -16,10 +16,14 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 MAX_FACTORED_DEGREE = 8  # beyond it the spread of the factors costs digits
 TOLERANCE = 1e-9  # relative to the largest value on the interval
+# A monic product has no factor of its own: its largest value is what the interval makes of it. Beyond these it drowns in the noise,
+# or wraps the modulus, and the series, whose size is 1, is worth its level.
+LEAST_PEAK, MOST_PEAK = 1e-5, 1e3
+MOST_EXCESS = 4.0  # of a series on its interval over the largest result that calibration saw
 
 
 def prepare(
-    coefficients: Sequence[float], factor: float, interval: tuple[float, float]
+    coefficients: Sequence[float], factor: float, interval: tuple[float, float], peak: float
 ) -> tuple[dict[str, Any], float]:
     """Attributes of a `polynomial` op and the factor of its result.
 
@@ -27,6 +31,7 @@ def prepare(
         coefficients: power basis, in the model's variable x = factor * stored.
         factor: of the stored argument.
         interval: of the stored argument, where the result must be right.
+        peak: largest result that is expected; on the interval, which is wider, it may be far larger.
 
     Returns:
         attributes (see `he_backend.kernels.polynomial`), and f with p(x) = f * stored result.
@@ -44,11 +49,14 @@ def prepare(
         lead = float(c[highest])
         monic = Polynomial(c[: highest + 1] / lead)
         factors = monic_factors(monic)
-        if error_of(factors, monic, interval) < TOLERANCE:
+        peak = float(np.max(np.abs(monic(np.linspace(*interval, 257)))))
+        if LEAST_PEAK < peak < MOST_PEAK and error_of(factors, monic, interval) < TOLERANCE:
             return {"factors": factors}, lead
     lo, hi = interval
     series = np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)
     size = float(np.max(np.abs(series)))
+    if size > MOST_EXCESS * peak:  # else results would be stored so small that their next powers drown in noise
+        size = peak
     domain = [2.0 / (hi - lo), -(hi + lo) / (hi - lo)]
     return {"chebyshev": [float(c) for c in series / size], "domain": domain}, size
 

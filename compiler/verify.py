@@ -73,22 +73,23 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
         VerificationError: a tensor differs; the first one in order is named.
     """
     worst = 0.0
+
+    def compare(op: Op, value: np.ndarray) -> None:
+        nonlocal worst
+        if op.id not in lowered.tensors:
+            return
+        tensor, _ = lowered.tensors[op.id]
+        layout = circuit.arrays[op.layout]
+        flat = wanted[tensor].reshape(-1)
+        used = layout >= 0
+        gap = np.max(np.abs(value[used] * op.factor - flat[layout[used]])) / max(1e-30, np.max(np.abs(flat)))
+        if not gap < TOLERANCE:
+            raise VerificationError(
+                f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
+            )
+        worst = max(worst, float(gap))
+
     for x in samples:
         wanted = evaluate(graph, x[None])
-        values = simulate(circuit, {circuit.inputs[0].name: x}).values
-        for op in circuit.ops:
-            if op.id not in lowered.tensors:
-                continue
-            tensor, _ = lowered.tensors[op.id]
-            layout = circuit.arrays[op.layout]
-            flat = wanted[tensor].reshape(-1)
-            used = layout >= 0
-            gap = np.max(np.abs(values[op.id][used] * op.factor - flat[layout[used]])) / max(
-                1e-30, np.max(np.abs(flat))
-            )
-            if not gap < TOLERANCE:
-                raise VerificationError(
-                    f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
-                )
-            worst = max(worst, float(gap))
+        simulate(circuit, {circuit.inputs[0].name: x}, visit=compare)
     return worst

@@ -8,9 +8,12 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     mul          a, b
     add_plain    a          array                 a + array (float64 [m], each element repeated slots / m times)
     linear       x          weights, plan, bias   sum over (giant g, [(baby b, row r), ...]) of weights[r] * rotate(x, g + b);
-                                                  weights float32/64 [rows, m] as above; bias is an array name or None
+                                                  weights float32/64 [rows, m] as above; bias is an array name or None;
+                                                  basis (optional, for speed) "ordinary": no sums modulo P·Q
     rotate       a          k
-    rotate_sum   a          steps                 for k in steps: a = a + rotate(a, k)
+    rotate_sum   a          steps, runs, settled  for k in steps: a = a + rotate(a, k). Optional, for speed: runs says how many
+                                                  steps are taken at once and sums to their number; settled, that a pending
+                                                  rescale comes first: one limb less to rotate, its error is summed too
     polynomial   x          factors | (chebyshev, domain)   see `kernels.polynomial`
     refresh      a          kind                  "plain": back to at most `params.refresh_output`; slots within [-1, 1] that
                                                   repeat with `params.refresh_period`

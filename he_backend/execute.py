@@ -21,7 +21,7 @@ import numpy as np
 
 from .base import Array, HEError, LevelError, ManifestError, MissingKeyError
 from .circuit import Circuit
-from .trace import SCALE_TOLERANCE, Node, assign_scales, trace
+from .trace import SCALE_TOLERANCE, Node, assign_scales, cost_name, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
@@ -39,6 +39,8 @@ class Timing:
     ops         one row a circuit op: op, kind, source, level, seconds, primitives {name: seconds}
     primitives  seconds by primitive; "encode" is the part that was not done ahead
     counts      how often each ran; weighted_sum counts its terms
+    calls       one row an (op, primitive, level): op, primitive, level, count, seconds, fastest (processor seconds of one call;
+                a term of a sum is one). Names as in cost tables; the level is that of the first argument, of an encoding its own
     max_live_bytes   largest total of ciphertexts alive at once, computed from limbs
     peak_rss_bytes   the process's high-water mark so far
     """
@@ -48,6 +50,7 @@ class Timing:
     ops: tuple[dict[str, Any], ...]
     primitives: Mapping[str, float]
     counts: Mapping[str, int]
+    calls: tuple[dict[str, Any], ...]
     max_live_bytes: int
     peak_rss_bytes: int
     encoded_ahead: int
@@ -255,6 +258,10 @@ class Executor:
             ops=tuple(rows),
             primitives=dict(primitives),
             counts=dict(state.counts),
+            calls=tuple(
+                {"op": op, "primitive": name, "level": level, "count": count, "seconds": seconds, "fastest": fastest}
+                for (op, name, level), (count, seconds, fastest) in sorted(state.calls.items())
+            ),
             max_live_bytes=state.max_live,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             encoded_ahead=state.ahead,
@@ -292,6 +299,7 @@ class _State:
     values: dict[int, Any] = field(default_factory=dict)
     seconds: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
+    calls: dict[tuple[int, str, int], tuple[int, float, float]] = field(default_factory=dict)
     ahead: int = 0
     live: int = 0
     max_live: int = 0
@@ -364,17 +372,30 @@ class _State:
         return named
 
     def _timed(self, node: Node, args: list[Any]) -> Any:
-        encoding = [0.0]
-        start = time.perf_counter()
+        encoding = [0.0, 0.0]
+        start, busy = time.perf_counter(), time.thread_time()
         value = self._call(node, args, encoding)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - encoding[0]
+        busy = time.thread_time() - busy - encoding[1]
         with self.condition:
             if node.op != "input":
-                self.seconds[node.source, node.op] += seconds - encoding[0]
-                self.counts[node.op] += len(node.args) if node.op == "weighted_sum" else 1
+                units = len(node.args) if node.op == "weighted_sum" else 1
+                self.seconds[node.source, node.op] += seconds
+                self.counts[node.op] += units
+                level = self.executor.trace.nodes[node.args[0]].level
+                self._count(node, cost_name(node), level, units, seconds, busy)
             if encoding[0]:
                 self.seconds[node.source, "encode"] += encoding[0]
         return value
+
+    def _count(self, node: Node, name: str, level: int, units: int, seconds: float, busy: float) -> None:
+        """Add one call; `busy` is the processor time of its thread, which other programs do not lengthen."""
+        count, total, fastest = self.calls.get((node.source, name, level), (0, 0.0, float("inf")))
+        self.calls[node.source, name, level] = (
+            count + units,
+            total + seconds,
+            min(fastest, seconds / units, busy / units),
+        )
 
     def _plain(self, node: Node, row: Any, encoding: list[float]) -> Any:
         ready = self.executor._encoded.get(self.executor._key(node, row))
@@ -382,11 +403,14 @@ class _State:
             with self.condition:
                 self.ahead += 1
             return ready
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.thread_time()
         plain = self.executor._encode(node, row)
-        encoding[0] += time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.thread_time() - busy
+        encoding[0] += seconds
+        encoding[1] += busy
         with self.condition:
             self.counts["encode"] += 1
+            self._count(node, "encode_extended" if node.extended else "encode", node.level, 1, seconds, busy)
         return plain
 
     def _call(self, node: Node, args: list[Any], encoding: list[float]) -> Any:

@@ -66,11 +66,23 @@ def weighted_rotations(ops: SlotOps[C], x: C, groups: Sequence[tuple[int, Sequen
     return total
 
 
-def rotate_sum(ops: SlotOps[C], x: C, steps: Sequence[int]) -> C:
-    """x + rotate(x, k) for each k of steps in turn: with steps s, 2s, 4s, ... the sum over a cyclic axis of stride s."""
-    for k in steps:
-        x = ops.add(x, ops.rotate(x, k))
+def rotate_sum(ops: SlotOps[C], x: C, steps: Sequence[int], runs: Sequence[int] = ()) -> C:
+    """x + rotate(x, k) for each k of steps in turn: with steps s, 2s, 4s, ... the sum over a cyclic axis of stride s.
+
+    Args:
+        runs: how many steps are taken at once, from one decomposition: r steps are then 2^r - 1 rotations of one value, which is
+            cheaper than r rotations of r values where decompositions are dear. Empty: one by one.
+    """
+    at = 0
+    for run in runs or [1] * len(steps):
+        x = ops.doubled_sum(x, steps[at : at + run]) if run > 1 else ops.add(x, ops.rotate(x, steps[at]))
+        at += run
     return x
+
+
+def doubled_sum(ops: SlotOps[C], x: C, steps: Sequence[int]) -> C:
+    """The fallback of the fast path with the same name."""
+    return rotate_sum(ops, x, steps)
 
 
 def polynomial(ops: SlotOps[C], x: C, attrs: Mapping[str, Any]) -> C:
@@ -176,7 +188,7 @@ def apply(ops: SlotOps[C], op: Op, args: Sequence[C], arrays: Arrays) -> C:
         case "rotate":
             return ops.rotate(args[0], int(a["k"]))
         case "rotate_sum":
-            return rotate_sum(ops, args[0], a["steps"])
+            return rotate_sum(ops, args[0], a["steps"], a.get("runs", ()))
         case "polynomial":
             return polynomial(ops, args[0], a)
     raise UnsupportedOpError(f"no kernel for op kind {op.kind!r}")
@@ -208,6 +220,9 @@ class NumpySlots:
     def weighted_rotations(self, a: Array, groups: Any) -> Array:
         return weighted_rotations(self, a, groups)
 
+    def doubled_sum(self, a: Array, steps: Sequence[int]) -> Array:
+        return doubled_sum(self, a, steps)
+
 
 class Depth:
     """SlotOps on multiplicative depth: the value of an int is how many rescales lie behind it."""
@@ -230,6 +245,9 @@ class Depth:
 
     def weighted_rotations(self, a: int, groups: Any) -> int:
         return a + 1
+
+    def doubled_sum(self, a: int, steps: Sequence[int]) -> int:
+        return a
 
 
 def depth(op: Op, arrays: Arrays, slots: int) -> int:

@@ -8,7 +8,7 @@ adds, so that amplification along the circuit is followed on real values; from i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,15 @@ def output_tensors(circuit: Circuit, slots: Mapping[tuple[str, int], Array]) -> 
     return tensors
 
 
-def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
+def simulate(
+    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, visit: Callable[[Op, Array], None] | None = None
+) -> Simulation:
     """Run a circuit in float64.
 
     Args:
         tensors: input tensors by name, shapes as in circuit.inputs.
+        visit: is given every op and its value, which is then dropped after its last use: the result holds no values, and memory
+            what is alive at once (the values of a deep circuit at N = 2^16 are many GB).
 
     Raises:
         LevelError: an op uses more levels than the circuit gives it.
@@ -62,6 +66,7 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
     packed = input_slots(circuit, tensors)
     values: list[Array] = []
     out: dict[tuple[str, int], Array] = {}
+    last = {a: op.id for op in circuit.ops for a in op.args}
     for op in circuit.ops:
         args = [values[a] for a in op.args]
         for a in op.args:
@@ -69,11 +74,28 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
                 raise LevelError(f"{op} takes %{a} of level {circuit.ops[a].level}")
         if op.kind == "input":
             values.append(packed[op.attrs["name"], op.attrs["part"]])
-            continue
-        values.append(_run(op, args, circuit))
+        else:
+            values.append(_run(op, args, circuit))
         if op.kind == "output":
             out[op.attrs["name"], op.attrs["part"]] = values[-1]
-    return Simulation(outputs=output_tensors(circuit, out), values=values)
+        if visit is not None:
+            visit(op, values[-1])
+            for a in op.args:
+                if last[a] == op.id:
+                    values[a] = np.zeros(0)
+    return Simulation(outputs=output_tensors(circuit, out), values=[] if visit is not None else values)
+
+
+def peaks(circuit: Circuit, samples: Iterable[np.ndarray]) -> Array:
+    """Largest |slot| of every op over input tensors, [ops]."""
+    largest: Array = np.zeros(len(circuit.ops))
+
+    def visit(op: Op, value: Array) -> None:
+        largest[op.id] = max(largest[op.id], float(np.max(np.abs(value))))
+
+    for x in samples:
+        simulate(circuit, {circuit.inputs[0].name: x}, visit=visit)
+    return largest
 
 
 def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
@@ -92,6 +114,9 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
             return args[0] * args[1]
         case "add_plain":
             return args[0] + expand(arrays[a["array"]])
+        case "linear" if (matrix := _matrix(a, arrays[a["weights"]], slots)) is not None:
+            y = (matrix @ args[0].reshape(len(matrix), -1)).reshape(-1)
+            return y if a.get("bias") is None else y + expand(arrays[a["bias"]])
         case "linear":
             y = np.zeros(slots)
             for giant, terms in a["plan"]:
@@ -124,6 +149,20 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
     raise UnsupportedOpError(f"the simulator knows no op kind {op.kind!r}")
 
 
+def _matrix(attrs: Mapping[str, Any], weights: np.ndarray, slots: int) -> np.ndarray | None:
+    """A linear op whose m weights stand for slots / m slots each and rotate by multiples of as many, as a matrix [m, m]: the same sum,
+    faster where diagonals are many; None for others."""
+    m = weights.shape[-1]
+    terms = [(giant + baby, row) for giant, inner in attrs["plan"] for baby, row in inner]
+    if m == slots or len(terms) < 8 or any(k % (slots // m) for k, _ in terms):
+        return None
+    at = np.arange(m)
+    matrix = np.zeros((m, m))
+    for k, row in terms:
+        matrix[at, (at + k // (slots // m)) % m] += weights[row]
+    return matrix
+
+
 def coefficient_noise(op: str, params: Params, level: int) -> float:
     """Standard deviation of the error that a primitive adds to each coefficient, before division by the scale.
 
@@ -152,16 +191,21 @@ class KeySwitchBias:
     """The part of a key switch's error that is no rounding noise: an offset common to all coefficients.
 
     Times the secret (or a key's error) it lies in the few slots whose root of unity z is near 1, since 1 + X + ... + X^(N-1) is
-    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects whole units where
-    no pending rescale divides the offset away (`openfhe_rounding`). SEAL decomposes into digits in [0, q), half of q too
-    high on average, which a key's error multiplies.
+    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects it where no pending
+    rescale divides the offset away, but for half a unit of changing sign (`openfhe_rounding`). SEAL decomposes into digits in
+    [0, q), half of q too high on average, which a key's error multiplies.
     """
 
     def __init__(self, params: Params, rng: np.random.Generator) -> None:
         n = 1 << params.log_n
         self.params, self.rng = params, rng
         exponent = np.array([pow(5, j, 2 * n) for j in range(params.slots)])
-        self.ones = 2 / (1 - np.exp(1j * np.pi * exponent / n))
+        points = np.exp(1j * np.pi * exponent / n)
+        self.ones = 2 / (1 - points)
+        self.signs = other = np.ones(params.slots, dtype=complex)
+        for _ in range(params.log_n):
+            self.signs, other = self.signs + points * other, self.signs - points * other
+            points = points * points
         weight = 192 if params.secret == "sparse192" else 2 * n / 3
         self.secret = self._spread(math.sqrt(weight))
 
@@ -176,10 +220,9 @@ class KeySwitchBias:
         if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down", "conjugate"):
             return 0.0
         if params.backend == "openfhe":
-            half = params.special_limbs / 2
-            if degree == 1 and op != "relinearize":
-                half -= round(half + 0.25)  # what the correction leaves: half a unit where their number is odd
-            return -half * np.real((1 + self.secret) * self.ones) if half else 0.0
+            if degree == 1 and op != "relinearize":  # corrected
+                return np.real((1 + self.secret) * self.signs) / 2 if params.special_limbs % 2 else 0.0
+            return -params.special_limbs / 2 * np.real((1 + self.secret) * self.ones)
         ratio = 2.0 ** (params.first_bits - SPECIAL_PRIME_BITS)
         return ratio / 2 * np.real(self._spread(ERROR_STD * math.sqrt(2.0**params.log_n)) * self.ones)
 
@@ -201,6 +244,7 @@ def simulate_noise(
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
     bias = KeySwitchBias(params, rng)
     values: dict[int, Array] = {}
+    squares: tuple[tuple[int, ...], Array] = (), np.zeros(0)
     uses = np.zeros(len(t.nodes), dtype=int)
     for node in t.nodes:
         uses[list(set(node.args))] += 1
@@ -214,14 +258,16 @@ def simulate_noise(
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
         elif node.op == "weighted_sum":
-            y = _weighted_sum(args, node.plains, spread / math.sqrt(12) / scales.plain[node.id], rng)
+            if squares[0] != node.args:  # groups of one linear map weigh the same rotations
+                squares = node.args, np.sum([np.abs(a) ** 2 for a in args], axis=0)
+            y = _weighted_sum(args, node.plains, squares[1], spread / math.sqrt(12) / scales.plain[node.id], rng)
         else:
             y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
         if std and np.iscomplexobj(y):
-            y = y + 1j * rng.normal(0.0, std, y.shape)
-        values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
+            y = y + 1j * std * rng.standard_normal(y.shape, dtype=np.float32)
+        values[node.id] = y + std * rng.standard_normal(y.shape, dtype=np.float32) if std else y
         for a in set(node.args):
             uses[a] -= 1
             if not uses[a]:
@@ -234,17 +280,31 @@ def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator)
     if isinstance(plain, float):
         return round(plain * scale) / scale
     values: Array = plain.slots()  # type: ignore[attr-defined]
-    return values + rng.normal(0.0, spread / math.sqrt(12) / scale, values.shape)
+    return values + spread / math.sqrt(12) / scale * rng.standard_normal(values.shape, dtype=np.float32)
 
 
-def _weighted_sum(args: list[Array], plains: Sequence[Any], std: float, rng: np.random.Generator) -> Array:
-    """Sum of products. Independent errors of many encodings, each times its argument, are one error: their variances add up."""
-    total, variance = np.zeros_like(args[0]), np.zeros(args[0].shape)
+def _weighted_sum(
+    args: Sequence[Array], plains: Sequence[Any], squares: Array, std: float, rng: np.random.Generator
+) -> Array:
+    """A sum of products by plaintexts; the rounding errors of their encodings, independent, as the one normal error that they sum to.
+
+    Args:
+        squares: sum of the arguments' squares; std: of an encoding's error, in a slot.
+    """
+    total = std * np.sqrt(squares) * rng.standard_normal(squares.shape, dtype=np.float32)
+    if np.iscomplexobj(args[0]):
+        total = total.astype(np.complex128)
+    product = np.empty_like(total)
     for a, plain in zip(args, plains, strict=True):
-        total += a * (plain if isinstance(plain, float) else plain.slots())
-        variance += np.square(a)
-    noisy: Array = total + std * np.sqrt(variance) * rng.standard_normal(variance.shape)
-    return noisy
+        if isinstance(plain, float):
+            total += a * plain
+        elif plain.roll % (block := plain.size // plain.weights.shape[-1]):
+            total += a * plain.slots()
+        else:  # a weight for `block` slots each: no need to write them out
+            weights = np.roll(plain.weights[plain.row].astype(np.float64), plain.roll // block)
+            np.multiply(a.reshape(-1, block), weights[:, None], out=product.reshape(-1, block))
+            total += product
+    return total
 
 
 def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) -> Array:

@@ -55,6 +55,12 @@ class Norm(nn.Module):
             raise ValueError(f"norm {self.kind!r} is not polynomial; use 'affine', 'rms_poly' or 'layer_poly'")
         return 1 + depth_of_degree(self.inverse_sqrt.degree) + 2 * self.newton + 1
 
+    def _fused(self, x_BTD: Tensor) -> bool:
+        """Whether torch's one kernel may stand for the formula: exact LayerNorm, and nobody listens at the tap."""
+        assert self.tap is not None
+        exact = self.kind == "layer" and x_BTD.dtype == self.gamma.dtype
+        return exact and not self.tap._forward_hooks
+
     def inverse_root(self, s_BT1: Tensor) -> Tensor:
         """Return q(S), exact or polynomial."""
         if self.inverse_sqrt is None:
@@ -62,6 +68,8 @@ class Norm(nn.Module):
         return newton_inverse_sqrt(s_BT1, self.inverse_sqrt(s_BT1), self.newton)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.tap is not None and self._fused(x_BTD):
+            return F.layer_norm(x_BTD, x_BTD.shape[-1:], self.gamma, self.beta, self.eps)
         if self.tap is not None:
             if self.centre:
                 x_BTD = x_BTD - x_BTD.mean(-1, keepdim=True)

@@ -1,9 +1,10 @@
 """A vision transformer: images to the logits of their class, with any mixer, or with windows that shift (Swin-like).
 
 Shapes: images_BCHW, patches of P x P pixels in raster order, tokens x_BTD. ViT: Dosovitskiy et al., arXiv 2010.11929;
-windows: Liu et al., arXiv 2103.14030, at one resolution (no patch merging). For a model without any square root take
-norms "batch" with `mlp_norm` and `score_norm` (methods.md 2.2) and `fold.folded` after training. A hybrid such as
-`mixers=("hyena_nd", "hyena_nd", "power_softmax", "power_softmax")` has Hyena first (methods.md 9.1).
+windows: Liu et al., arXiv 2103.14030, here at one resolution (`swin.py` has stages that merge patches). For a model
+without any square root take norms "batch" with `mlp_norm` and `score_norm` (methods.md 2.2) and `fold.folded` after
+training. A hybrid such as `mixers=("hyena_nd", "hyena_nd", "power_softmax", "power_softmax")` has Hyena first
+(methods.md 9.1).
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ class VisionConfig(ClassifierConfig):
             raise ValueError(f"image {self.image} is not a multiple of the patch, {self.patch} pixels")
         if self.body.length != self.tokens:
             raise ValueError(f"length is {self.body.length}, an image has {self.tokens} tokens (grid {self.grid})")
-        if self.body.grid not in ((), self.grid):
-            raise ValueError(f"grid of the body is {self.body.grid}, that of the patches {self.grid}")
+        if self.body.grid not in ((), self.grid, (self.tokens,)):
+            raise ValueError(
+                f"grid of the body is {self.body.grid}, that of the patches {self.grid}; give that one, or "
+                f"{(self.tokens,)} to see them as one row"
+            )
         if self.window and self.pool == "first":
             raise ValueError("a class token lies in no window; use pool='mean' with windows")
 
@@ -64,19 +68,9 @@ class ViT(Classifier):
         self.token = nn.Parameter(torch.zeros(config.body.width)) if config.pool == "first" else None
         self.reset()
 
-    def patches(self, images_BCHW: Tensor) -> Tensor:
-        """Cut images into patches [B, T, C P P], in raster order."""
-        if tuple(images_BCHW.shape[1:]) != (self.channels, *self.size):
-            raise ValueError(
-                f"images are {tuple(images_BCHW.shape[1:])} (channels, height, width), the model reads "
-                f"{(self.channels, *self.size)}; resize them or change the config"
-            )
-        p = self.patch_size
-        return images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return x0_BTD: embedded patches, after the class token if there is one, plus positions."""
-        x_BTD = self.patch(self.patches(images_BCHW))
+        x_BTD = self.patch(patches(images_BCHW, self.channels, self.size, self.patch_size))
         if self.token is not None:
             x_BTD = torch.cat([self.token.expand(len(x_BTD), 1, -1), x_BTD], 1)
         return x_BTD + self.position
@@ -85,13 +79,27 @@ class ViT(Classifier):
         return self.classify(self.embed(images_BCHW))
 
 
-def layers(config: VisionConfig) -> list[Mixer]:
-    """Return the mixer of each block: attention in windows if there are any, every second one shifted."""
+def patches(images_BCHW: Tensor, channels: int, size: tuple[int, int], p: int) -> Tensor:
+    """Cut images into patches [B, T, C P P], in raster order.
+
+    Raises:
+        ValueError: the images have other channels or another size.
+    """
+    if tuple(images_BCHW.shape[1:]) != (channels, *size):
+        raise ValueError(
+            f"images are {tuple(images_BCHW.shape[1:])} (channels, height, width), the model reads "
+            f"{(channels, *size)}; resize them or change the config"
+        )
+    return images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def layers(config: VisionConfig, *, shifted: bool = True) -> list[Mixer]:
+    """Return the mixer of each block: attention in windows if there are any, every second one shifted if `shifted`."""
     found: list[Mixer] = []
     for i, name in enumerate(config.body.layer_mixers):
         kind = mixers.load(name)
         if config.window and issubclass(kind, Attention):
-            shift = config.window // 2 if i % 2 else 0
+            shift = config.window // 2 if shifted and i % 2 else 0
             found.append(Windowed(config.body, name, grid=config.grid, window=config.window, shift=shift))
         else:
             found.append(kind(config.body))

@@ -31,7 +31,18 @@ EVERYTHING = ("*",)
 COMMAND_LINE = ("polyformer.cli", "polyformer.commands", "polyformer.__main__")
 COMPILER_SEES = tuple(
     f"he_backend.{name}"
-    for name in ("base", "circuit", "container", "kernels", "params", "refresh", "security", "simulator", "trace")
+    for name in (
+        "base",
+        "circuit",
+        "container",
+        "kernels",
+        "params",
+        "primes",
+        "refresh",
+        "security",
+        "simulator",
+        "trace",
+    )
 )
 
 # The first rule one of whose patterns matches a file is the file's rule.
@@ -40,9 +51,18 @@ TABLE = (
         paths=("polyformer/cli.py", "polyformer/cli/**", "polyformer/commands/**", "polyformer/__main__.py"),
         may=EVERYTHING,
     ),
-    Rule(paths=("polyformer/export.py",), may=("polyformer", "torch", "numpy", "onnx"), never=COMMAND_LINE),
+    Rule(
+        paths=("polyformer/export.py", "polyformer/export_graph.py"),
+        may=("polyformer", "torch", "numpy", "onnx"),
+        never=COMMAND_LINE,
+    ),
     Rule(paths=("polyformer/mixers/mamba.py",), may=("polyformer", "torch", "numpy", "mamba_ssm"), never=COMMAND_LINE),
     Rule(paths=("polyformer/**",), may=("polyformer", "torch", "numpy"), never=COMMAND_LINE),
+    Rule(
+        paths=("training/harness.py",),
+        may=("training", "polyformer", "torch", "tokenizers", "lm_eval"),
+        never=COMMAND_LINE,
+    ),
     Rule(paths=("training/trackers.py",), may=("training", "torch", "wandb"), never=COMMAND_LINE),
     Rule(
         paths=("training/**",),
@@ -163,6 +183,7 @@ REFUSED = {
     "tenseal in OpenFHE's file": ("he_backend/openfhe_backend.py", "import tenseal"),
     "runtime sees the compiler": ("he_backend/circuit.py", "from compiler import ir"),
     "runtime sees torch": ("he_backend/server.py", "import torch"),
+    "lm_eval outside its file": ("training/loop.py", "import lm_eval"),
     "http client in the server": ("he_backend/server.py", "import httpx"),
     "a prefix that is no package": ("he_backend/base.py", "import numpy_financial"),
 }
@@ -177,6 +198,7 @@ ACCEPTED = {
     "onnx in the importer": ("compiler/onnx_import.py", "import onnx.helper"),
     "onnx in export": ("polyformer/export.py", "import onnx, torch"),
     "openfhe in its file": ("he_backend/openfhe_backend.py", "def open():\n    import openfhe"),
+    "lm_eval in its file": ("training/harness.py", "from lm_eval.api.model import LM"),
     "everything in the command line": ("polyformer/cli.py", "import torch, typer, he_backend.client, compiler"),
     "everything in a command": ("polyformer/commands/train.py", "import training.loop, rich"),
     "everything in benchmarks": ("benchmarks/ops.py", "import openfhe, compiler, polyformer.cli"),

@@ -9,14 +9,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.data import IGNORE, Sampler
+from training.data import IGNORE
 from training.recipe import Progress
+
+
+class Batches(Protocol):
+    """What the loop draws from: inputs and targets [B, T] (-100 is not scored), the whole state in one generator."""
+
+    generator: torch.Generator
+
+    def batch(self) -> tuple[Tensor, Tensor]: ...
+
 
 ExtraLoss = Callable[[], Tensor]  # called after the forward pass, e.g. the range losses on what a Collector holds
 
@@ -46,17 +56,18 @@ def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 def run_stage(
     model: nn.Module,
-    sampler: Sampler,
+    sampler: Batches,
     *,
     stage: str,
     schedule: Schedule,
     folder: Path,
     log: Path,
     extra: ExtraLoss | None = None,
+    until: Callable[[int], bool] | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Train `model` in place for one stage. If `folder/stage.safetensors` exists, go on from there; delete it at the
-    end.
+) -> int:
+    """Train `model` in place for one stage and return the steps done. If `folder/stage.safetensors` exists, go on from
+    there; delete it at the end. `until`, asked after every step with the number of steps done, may end the stage early.
 
     The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators.
     """
@@ -65,6 +76,7 @@ def run_stage(
     first = load_checkpoint(checkpoint, model, optimiser, sampler) if checkpoint.exists() else 0
     _trim_log(log, stage, first)
     model.train()
+    done = first
     with log.open("a", encoding="utf-8") as lines:
         for step in range(first, schedule.steps):
             for group in optimiser.param_groups:
@@ -78,16 +90,20 @@ def run_stage(
             if torch.isfinite(norm):
                 optimiser.step()
             done = step + 1
-            if done % 10 == 0 or done == schedule.steps:
+            last = done == schedule.steps or (until is not None and until(done))
+            if done % 10 == 0 or last:
                 figures = {"loss": float(task.detach()), "ranges": float(ranges.detach()), "gradient": float(norm)}
                 lines.write(json.dumps({"stage": stage, "step": done, **figures}) + "\n")
                 lines.flush()
                 if progress is not None:
                     progress(stage, done, schedule.steps, figures)
-            if done % schedule.checkpoint_every == 0 and done < schedule.steps:
+            if last:
+                break
+            if done % schedule.checkpoint_every == 0:
                 save_checkpoint(checkpoint, model, optimiser, sampler, done)
     model.eval()
     checkpoint.unlink(missing_ok=True)
+    return done
 
 
 def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
@@ -100,7 +116,7 @@ def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler, step: int
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Batches, step: int
 ) -> None:
     """Write everything that the next step depends on, atomically."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -113,7 +129,7 @@ def save_checkpoint(
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Sampler) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Batches) -> int:
     """Restore a checkpoint into its four owners and return the number of steps done."""
     tensors = load_file(path)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,13 @@ from polyformer.commands.console import Advance, Failure, bar, emit, must_exist,
 Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 ONNX_TOLERANCE = 1e-4
+
+
+class Conversion(str, Enum):
+    """The recipes of `convert`; `training.stages` holds their stages."""
+
+    powersoftmax = "powersoftmax"
+    pointwise = "pointwise"
 
 
 def register(app: typer.Typer) -> None:
@@ -34,10 +42,16 @@ def train(
         finish(train_model(out, text, quick, progress=advance), out, json)
 
 
-def convert(out: Out, json: Json = False) -> None:
-    """Turn the trained model into polynomials, in stages."""
+def convert(
+    out: Out,
+    recipe: Annotated[
+        Conversion, typer.Option(help="powersoftmax: one bounded division; pointwise: none, trained from scratch.")
+    ] = Conversion.powersoftmax,
+    json: Json = False,
+) -> None:
+    """Turn the trained model into polynomials, in stages; each stage is reported in stages.jsonl."""
     with bar("convert") as advance:
-        finish(convert_model(out, progress=advance), out, json)
+        finish(convert_model(out, recipe.value, progress=advance), out, json)
 
 
 def train_model(out: Path, text: Path | None, quick: bool, *, progress: Advance) -> dict[str, Any]:
@@ -48,12 +62,12 @@ def train_model(out: Path, text: Path | None, quick: bool, *, progress: Advance)
     return run(out, Recipe.quick() if quick else Recipe.demo(), text=text, progress=staged(progress))
 
 
-def convert_model(out: Path, *, progress: Advance) -> dict[str, Any]:
-    """Convert a trained folder; its metrics."""
+def convert_model(out: Path, recipe: str = "powersoftmax", *, progress: Advance) -> dict[str, Any]:
+    """Convert a trained folder by a recipe of stages; its metrics."""
     from training import convert as run
 
     must_exist(out / "config.json", f"polyformer train {out}")
-    return run(out, progress=staged(progress))
+    return run(out, recipe=recipe, progress=staged(progress))
 
 
 def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None]:
@@ -68,7 +82,7 @@ def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None
 
 def export(
     out: Out,
-    model: Annotated[str, typer.Option(help="Which model: polynomial, power or softmax.")] = "polynomial",
+    model: Annotated[str, typer.Option(help="Which model: polynomial, pointwise, power or softmax.")] = "polynomial",
     json: Json = False,
 ) -> None:
     """Write model.onnx, check it in onnxruntime, and write calibration.npz for the compiler."""

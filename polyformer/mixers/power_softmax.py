@@ -12,7 +12,8 @@ of one map, f_i a factor of row i:
 
 Dividing a row by a positive number changes nothing as long as eps is rescaled with it; eps left unscaled changes
 weights by up to 0.29. The division is a `Tap` and then one of: exact, `goldschmidt` steps on an interval, or a
-polynomial (the `reciprocal`). Row sums are S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies:
+polynomial (the `reciprocal`). `forward` runs in tiles (`power_sums.py`) but with LaS decay or a norm over scores. Row
+sums are S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies:
 a masked score is 0 and 0^p = 0, never -inf.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from polyformer.approx import depth_of_degree, goldschmidt_reciprocal
 from polyformer.layers import PolynomialLayer, Tap
 from polyformer.mixers.base import Attention
+from polyformer.power_sums import power_sums
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -105,8 +107,17 @@ class PowerSoftmax(Attention):
 
     def forward(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
-        u_BHTT, d_BHT1 = self.powers(q, k, visible_BT)
-        return self.o(self.merge((u_BHTT @ self.las.smooth(v)) * self.invert(d_BHT1)))
+        v = self.las.smooth(v)
+        if any(self.las.alphas) or self.score_norm is not None:  # the fused form cannot touch the scores themselves
+            u_BHTT, d_BHT1 = self.powers(q, k, visible_BT)
+            return self.o(self.merge((u_BHTT @ v) * self.invert(d_BHT1)))
+        if visible_BT is not None:  # a zero key has score 0, which is what hides it
+            k = k * visible_BT[:, None, :, None].to(k.dtype)
+        exact = self.reciprocal is None and not self.steps
+        f_T1 = None if self.form == "stable" else self.row_factor(x_BTD.shape[1])
+        y_BHTK, d_BHT1 = power_sums(q, k, v, f_T1, power=self.power, eps=self.eps, causal=self.causal, divide=exact)
+        d_BHT1 = self.tap(d_BHT1)
+        return self.o(self.merge(y_BHTK if exact else (y_BHTK * self.invert(d_BHT1)).to(v.dtype)))
 
     def matrix(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, _ = self.qkv(x_BTD)

@@ -1,5 +1,6 @@
 """Passes keep the meaning of a graph and do what they are for."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -110,11 +111,28 @@ def _evaluate(attrs: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=9).filter(lambda c: abs(c[-1]) > 0.1), st.floats(0.3, 3))
 def test_prepared_polynomials_are_the_polynomial(coefficients, factor):
-    attrs, scale = prepare(coefficients, factor, (-1.0, 1.0))
+    attrs, scale = prepare(coefficients, factor, (-1.0, 1.0), 1.0)
     x = np.linspace(-1, 1, 64)
     wanted = Polynomial(coefficients)(factor * x)
     got = scale * _evaluate(attrs, x)
     assert np.max(np.abs(got - wanted)) <= 1e-7 * max(1.0, np.max(np.abs(wanted)))
+
+
+SIZES = {
+    "squares of squares stay large": ([0.0] * 8 + [1.0], (-0.01, 0.01), 1e-16),
+    "far beyond 1": ([0.0] * 4 + [1.0], (-1e3, 1e3), 1e12),
+    "small where calibration looked": ([(-1.0) ** k * math.comb(16, k) for k in range(17)], (-0.4, 1.0), 1.0),
+}
+
+
+@pytest.mark.parametrize(("coefficients", "interval", "peak"), SIZES.values(), ids=SIZES)
+def test_stored_results_neither_drown_nor_overflow(coefficients, interval, peak):
+    attrs, scale = prepare(coefficients, 1.0, interval, peak)
+    x = np.linspace(*interval, 256)
+    x = x[np.abs(Polynomial(coefficients)(x)) <= peak]
+    stored = _evaluate(attrs, x)
+    assert 0.05 <= np.max(np.abs(stored)) <= 4.0
+    np.testing.assert_allclose(scale * stored, Polynomial(coefficients)(x), atol=1e-6 * peak)
 
 
 @pytest.mark.parametrize("roots", [[1, 2], [1, 2, 3], [0, 0], [1 + 1j, 1 - 1j, 2], [-1, 1, 2j, -2j]], ids=str)
@@ -133,8 +151,8 @@ def test_monic_factors(roots):
         (periodic(16, 64), periodic(64, 64), (16, 64)),
         (periodic(32, 64), periodic(8, 64), (32, 8)),
         (periodic(5, 64), periodic(3, 64), (5, 3)),
-        (periodic(8, 64), Heads(tokens=4, heads=2, channels=4, positions=64).feature, (8, 8)),
-        (Heads(tokens=4, heads=2, channels=4, positions=64).feature, periodic(8, 64), (8, 8)),
+        (periodic(8, 64), Heads(tokens=4, heads=2, channels=4, positions=64).feature(), (8, 8)),
+        (Heads(tokens=4, heads=2, channels=4, positions=64).feature(), periodic(8, 64), (8, 8)),
     ],
     ids=["square", "up", "down", "odd sizes", "to heads", "from heads"],
 )

@@ -12,7 +12,7 @@ from polyformer.encoder import ClassifierConfig, Encoder
 from polyformer.export import export_onnx
 from polyformer.fold import folded
 from polyformer.mixers.hyena import Hyena
-from polyformer.mixers.power_softmax import PowerSoftmax
+from polyformer.mixers.mamba import Mamba
 from polyformer.model import ModelConfig, Transformer
 
 BODY = ModelConfig(
@@ -87,15 +87,15 @@ def test_a_small_task_is_learned_that_compares_two_positions():
     assert right.double().mean() > 0.95  # chance: 0.5
 
 
-def test_a_hybrid_stack_has_the_mixers_it_names_and_no_file_yet(tmp_path):
-    config = replace(BODY, causal=True, mixers=("hyena", "power_softmax"))
+def test_a_hybrid_stack_has_the_mixers_it_names_and_a_mixer_without_onnx_form_is_named(tmp_path):
+    config = replace(BODY, causal=True, mixers=("hyena", "mamba"))
     model = Transformer(config)
-    assert [type(block.mixer) for block in model.blocks] == [Hyena, PowerSoftmax]
+    assert [type(block.mixer) for block in model.blocks] == [Hyena, Mamba]
     assert ModelConfig.from_json(config.to_json()) == config
     tokens = torch.randint(0, 6, (1, 8))
     changed = torch.cat([tokens[:, :4], (tokens[:, 4:] + 1) % 6], 1)
     torch.testing.assert_close(model(tokens)[:, :4], model(changed)[:, :4], rtol=1e-4, atol=1e-5)
-    with pytest.raises(TypeError, match=r"blocks\.0\.mixer is a Hyena"):
+    with pytest.raises(TypeError, match=r"blocks\.1\.mixer is a Mamba"):
         export_onnx(model, tmp_path / "model.onnx")
 
 

@@ -177,3 +177,21 @@ def test_log_mean_rows_is_the_mean_over_windows_and_heads():
 def test_bad_settings_are_refused(make):
     with pytest.raises(ValueError, match=r"known|multiple|sites"):
         make()
+
+
+def test_exact_layer_norm_is_the_same_with_and_without_a_listener_at_its_tap():
+    """Without one torch's own kernel runs; the formula is the other path, and both have the same gradients."""
+    torch.manual_seed(0)
+    norm, results = Norm(12, "layer", eps=1e-3).double(), []
+    torch.nn.init.normal_(norm.gamma)
+    torch.nn.init.normal_(norm.beta)
+    for listen in (False, True):
+        x = torch.randn(3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        seen: list[torch.Tensor] = []
+        if listen:
+            norm.tap.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        y = norm(x)
+        assert bool(seen) == listen
+        results.append((y, *torch.autograd.grad((y * y.detach().cos()).sum(), [x, norm.gamma, norm.beta])))
+    for fused, formula in zip(*results, strict=True):
+        torch.testing.assert_close(fused, formula, rtol=1e-10, atol=1e-12)

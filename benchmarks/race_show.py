@@ -1,0 +1,67 @@
+"""Table and figure of the operator race."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .blocks import COLOURS, MARKERS, Block, Table, axes, picture
+from .registry import Record
+
+WORDS = {"power": "PowerSoftmax", "exp": "exp + reciprocal", "square": "square strategy", "pointwise": "pointwise"}
+# Softmax operator of 6 layers, d = 512, on one A100, seconds: square strategy, Taylor + Goldschmidt, PowerSoftmax (methods.md 1.5).
+PAPER = {128: (7.42, 3.6, 2.7), 1024: (173.4, 83.9, 8.6)}
+
+
+def race(record: Record) -> Sequence[Block]:
+    """Seconds against the length of a row, and everything beside it; ratios to PowerSoftmax."""
+    rows = record["metrics"]["rows"]
+    own = {row["keys"]: row["evaluate_s"] for row in rows if row["way"] == "power"}
+    drawing, ax = axes()
+    for i, way in enumerate(WORDS):
+        mine = [row for row in rows if row["way"] == way]
+        ax.loglog(
+            [row["keys"] for row in mine],
+            [row["evaluate_s"] for row in mine],
+            color=COLOURS[i],
+            marker=MARKERS[i],
+            label=WORDS[way],
+        )
+    ax.set_xlabel("keys in a row")
+    ax.set_ylabel("seconds, encrypted")
+    ax.legend(fontsize=8)
+    scores = record["params"]["scores"]
+    table = Table(
+        caption=f"{scores:,} scores, largest weight error at most {record['params']['error']:g}; ratio: seconds over PowerSoftmax's",
+        columns=(
+            "way",
+            "keys",
+            "s",
+            "ratio",
+            "levels",
+            "log2 N",
+            "refreshes",
+            "error of the fit",
+            "error of the encryption",
+        ),
+        rows=[
+            (
+                WORDS[row["way"]],
+                row["keys"],
+                row["evaluate_s"],
+                row["evaluate_s"] / own[row["keys"]] if row["keys"] in own else None,
+                row["levels"],
+                row["log_n"],
+                row["refreshes"],
+                row["operator_error"],
+                row["encryption_error"],
+            )
+            for row in rows
+        ],
+    )
+    paper = Table(
+        caption="The paper's operator, one A100, HElayers over HEaaN: ratios over its PowerSoftmax (arXiv 2410.09457)",
+        columns=("keys", "square strategy", "Taylor degree 8 + Goldschmidt"),
+        rows=[(keys, square / power, taylor / power) for keys, (square, taylor, power) in PAPER.items()],
+    )
+    caption = f"{scores:,} encrypted scores to attention weights against the length of a row, log-log."
+    return [picture(drawing, caption), table, paper]

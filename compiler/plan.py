@@ -22,6 +22,7 @@ from .passes.bases import BASES, choose_bases
 from .passes.sums import LONGEST, group_sums
 from .scales import mismatch_error
 from .schedule import Forecast, forecast
+from .step_lower import LoweredStep
 
 GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5
@@ -253,6 +254,8 @@ def judge(
 def as_circuit(build: Lowered, params: Params) -> Circuit:
     """A lowered program with parameters: still without keys, bounds and predictions."""
     top = build.ops[0].level
+    kept = build.states if isinstance(build, LoweredStep) else ()
+    levels = {op.attrs["name"]: op.level for op in build.ops if op.kind == "input"}
     return Circuit(
         params=params,
         ops=build.ops,
@@ -262,6 +265,8 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
         outputs=build.outputs,
         keys={},
         relin_level=-1,
+        steps=build.steps if isinstance(build, LoweredStep) else 0,
+        states=tuple(replace(s, level=levels[s.name]) for s in kept),
     )
 
 

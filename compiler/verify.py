@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from he_backend.simulator import simulate
 from .ir import Graph, evaluate
 from .lower import Lowered
 
+Inputs = np.ndarray | Mapping[str, np.ndarray]  # of a graph: its one input, or all of them by name
+
 TOLERANCE = 1e-7  # relative to the largest element of the tensor: float64 against float64
 
 
@@ -21,7 +23,7 @@ class VerificationError(HEError):
     """A pass broke what it must keep; the message names the pass, the tensor and both figures."""
 
 
-def same_meaning(before: Graph, after: Graph, x: np.ndarray, y: np.ndarray, name: str) -> None:
+def same_meaning(before: Graph, after: Graph, x: Inputs, y: Inputs, name: str) -> None:
     """Outputs of two graphs on one input each (a pass may move the input behind the embedding).
 
     Raises:

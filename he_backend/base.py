@@ -97,8 +97,14 @@ class Vector(Protocol):
     def slots(self) -> Array: ...
 
 
+class StepVector(Protocol):
+    """One slot vector a step, of a circuit that is run step by step: which one is known when it runs."""
+
+    def at(self, step: int) -> Vector: ...
+
+
 # A plaintext operand: a number for all slots, or a slot vector made on demand.
-Plain = float | Vector
+Plain = float | Vector | StepVector
 
 
 class Evaluator(Protocol[C]):

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, HEError, LevelError, ManifestError, MissingKeyError
+from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, ScaleError
 from .circuit import Circuit
+from .kernels import StepRow
 from .trace import SCALE_TOLERANCE, Node, assign_scales, cost_name, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
+STATE_DRIFT = 1e-12  # relative, of a state's scale in one step
 ENCODED = ("mul_plain", "add_plain", "weighted_sum")
 
 
@@ -105,7 +107,24 @@ class Executor:
         tolerance = scale_tolerance(circuit)
         self.scales = assign_scales(self.trace, evaluator.moduli, evaluator.scale, tolerance=tolerance)
         self.output_scales = {part: self.scales.result[n] for part, n in self.trace.outputs.items()}
+        self._check_states()
         self._encoded: dict[Hashable, Any] = {}
+
+    def _check_states(self) -> None:
+        """What a step leaves must be what the next one takes."""
+        for (name, part), level in self.circuit.state_parts.items():
+            n, gone = self.trace.inputs.get((name, part)), self.trace.outputs.get((name, part))
+            found = [self.trace.nodes[i].level if i is not None else None for i in (n, gone)]
+            if found != [level, level]:
+                raise LevelError(
+                    f"state {name!r} comes in at level {found[0]} and goes out at level {found[1]}; it is declared at {level}"
+                )
+            gap = abs(self.output_scales[name, part] / self.evaluator.scale - 1.0)
+            if gap > STATE_DRIFT:
+                raise ScaleError(
+                    f"state {name!r} goes out at a scale that differs by {gap:.2g} from the one at which it comes in; "
+                    f"{STATE_DRIFT:.0e} is rounding: compile the circuit again"
+                )
 
     # ---- keys and plaintexts
 
@@ -148,6 +167,8 @@ class Executor:
         for node in self.trace.nodes:
             if node.op in ENCODED:
                 for row in node.plains:
+                    if isinstance(row, StepRow):
+                        continue
                     uses[self._key(node, row)] += 1
                     jobs[self._key(node, row)] = (node, row)
         limb_bytes = 8 << self.circuit.params.log_n
@@ -199,12 +220,18 @@ class Executor:
     # ---- running
 
     def run(
-        self, inputs: Mapping[Part, Any], *, progress: Progress | None = None, cancel: threading.Event | None = None
+        self,
+        inputs: Mapping[Part, Any],
+        *,
+        step: int = 0,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
     ) -> Run:
         """Evaluate the circuit.
 
         Args:
-            inputs: ciphertexts by (tensor name, part), each at the level of the circuit's signature.
+            inputs: ciphertexts by (tensor name, part), each at the level of the circuit's signature; states among them.
+            step: number of the step, for circuits with `steps`.
             progress: called from the workers with (primitives done, primitives in all, ONNX source of the last one).
             cancel: stops the run between two primitives.
 
@@ -215,7 +242,9 @@ class Executor:
         """
         self.check_keys()
         self._check_inputs(inputs)
-        state = _State(self, inputs, progress, cancel)
+        if not 0 <= step < max(1, self.circuit.steps):
+            raise ManifestError(f"step {step}: the circuit has steps 0 to {max(1, self.circuit.steps) - 1}")
+        state = _State(self, inputs, progress, cancel, step)
         start = time.perf_counter()
         workers = [threading.Thread(target=state.work, name=f"he-{i}") for i in range(self.threads)]
         for worker in workers:
@@ -295,6 +324,7 @@ class _State:
     inputs: Mapping[Part, Any]
     progress: Progress | None
     cancel: threading.Event | None
+    step: int = 0
     error: BaseException | None = None
     values: dict[int, Any] = field(default_factory=dict)
     seconds: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
@@ -398,6 +428,7 @@ class _State:
         )
 
     def _plain(self, node: Node, row: Any, encoding: list[float]) -> Any:
+        row = row.at(self.step) if isinstance(row, StepRow) else row
         ready = self.executor._encoded.get(self.executor._key(node, row))
         if ready is not None:
             with self.condition:

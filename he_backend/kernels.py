@@ -32,6 +32,18 @@ class Row:
         return np.roll(np.repeat(values, self.size // values.size), self.roll)
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """Row `step` of an array [T, m]: which one is known only when the circuit runs."""
+
+    array: str
+    size: int
+    weights: np.ndarray = field(repr=False, compare=False)
+
+    def at(self, step: int) -> Row:
+        return Row(self.array, step, 0, self.size, self.weights)
+
+
 def linear(ops: SlotOps[C], x: C, *, name: str, weights: np.ndarray, plan: Sequence[Any], bias: np.ndarray | None) -> C:
     """sum over (g, [(b, r), ...]) in plan of weights[r] * rotate(x, g + b), plus bias.
 
@@ -182,6 +194,10 @@ def apply(ops: SlotOps[C], op: Op, args: Sequence[C], arrays: Arrays) -> C:
             return ops.mul(args[0], args[1])
         case "add_plain":
             return ops.add(args[0], Row(a["array"], 0, 0, ops.slots, arrays[a["array"]].reshape(1, -1)))
+        case "mul_step":
+            return ops.mul(args[0], StepRow(a["array"], ops.slots, arrays[a["array"]]))
+        case "add_step":
+            return ops.add(args[0], StepRow(a["array"], ops.slots, arrays[a["array"]]))
         case "linear":
             bias = None if a.get("bias") is None else arrays[a["bias"]]
             return linear(ops, args[0], name=a["weights"], weights=arrays[a["weights"]], plan=a["plan"], bias=bias)
@@ -199,10 +215,11 @@ class NumpySlots:
 
     hoisting = False
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, step: int = 0) -> None:
+        self.slots, self.step = slots, step
 
     def _value(self, b: Any) -> Any:
+        b = b.at(self.step) if isinstance(b, StepRow) else b
         return b.slots() if hasattr(b, "slots") else b
 
     def add(self, a: Array, b: Any) -> Array:

@@ -17,6 +17,7 @@ import numpy as np
 from . import refresh
 from .base import Array, LevelError, RangeError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
+from .kernels import StepRow
 from .params import SPECIAL_PRIME_BITS, Params
 from .trace import Trace, assign_scales, trace
 
@@ -25,38 +26,49 @@ ERROR_STD = 3.19  # standard deviation of the error distribution in every librar
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """Outputs as tensors by name, and every op's slot vector [slots] by op id."""
+    """Outputs (states among them) as tensors by name, and every op's slot vector [slots] by op id."""
 
     outputs: dict[str, Array]
     values: list[Array]
 
 
 def input_slots(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> dict[tuple[str, int], Array]:
-    """Pack input tensors into slot vectors by (name, part)."""
+    """Pack input tensors, and states if there are any, into slot vectors by (name, part)."""
     packed = {}
-    for signature in circuit.inputs:
-        slots = pack(tensors[signature.name], signature, circuit.client_arrays[signature.layout])
+    for signature in (*circuit.inputs, *circuit.states):
+        slots = pack(tensors[signature.name], signature, layout_of(circuit, signature.layout))
         packed.update({(signature.name, part): row for part, row in enumerate(slots)})
     return packed
 
 
 def output_tensors(circuit: Circuit, slots: Mapping[tuple[str, int], Array]) -> dict[str, Array]:
-    """Unpack slot vectors by (name, part) into output tensors."""
+    """Unpack slot vectors by (name, part) into output tensors; states only where they are among `slots`."""
     tensors = {}
-    for signature in circuit.outputs:
-        layout = circuit.client_arrays[signature.layout]
+    kept = [s for s in circuit.states if (s.name, 0) in slots]
+    for signature in (*circuit.outputs, *kept):
+        layout = layout_of(circuit, signature.layout)
         rows = np.stack([slots[signature.name, part] for part in range(layout.shape[0])])
         tensors[signature.name] = unpack(rows, signature, layout)
     return tensors
 
 
+def layout_of(circuit: Circuit, name: str) -> np.ndarray:
+    """A layout by name: the client has those of inputs and outputs, the server alone those of states."""
+    return circuit.client_arrays[name] if name in circuit.client_arrays else circuit.arrays[name]
+
+
 def simulate(
-    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, visit: Callable[[Op, Array], None] | None = None
+    circuit: Circuit,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    step: int = 0,
+    visit: Callable[[Op, Array], None] | None = None,
 ) -> Simulation:
     """Run a circuit in float64.
 
     Args:
-        tensors: input tensors by name, shapes as in circuit.inputs.
+        tensors: input tensors by name, shapes as in circuit.inputs and circuit.states.
+        step: its number, for a circuit with steps.
         visit: is given every op and its value, which is then dropped after its last use: the result holds no values, and memory
             what is alive at once (the values of a deep circuit at N = 2^16 are many GB).
 
@@ -75,7 +87,7 @@ def simulate(
         if op.kind == "input":
             values.append(packed[op.attrs["name"], op.attrs["part"]])
         else:
-            values.append(_run(op, args, circuit))
+            values.append(_run(op, args, circuit, step))
         if op.kind == "output":
             out[op.attrs["name"], op.attrs["part"]] = values[-1]
         if visit is not None:
@@ -98,7 +110,7 @@ def peaks(circuit: Circuit, samples: Iterable[np.ndarray]) -> Array:
     return largest
 
 
-def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
+def _run(op: Op, args: list[Array], circuit: Circuit, step: int) -> Array:
     y: Array
     slots, arrays, a = circuit.params.slots, circuit.arrays, op.attrs
 
@@ -114,6 +126,10 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
             return args[0] * args[1]
         case "add_plain":
             return args[0] + expand(arrays[a["array"]])
+        case "mul_step":
+            return args[0] * expand(arrays[a["array"]][step])
+        case "add_step":
+            return args[0] + expand(arrays[a["array"]][step])
         case "linear" if (matrix := _matrix(a, arrays[a["weights"]], slots)) is not None:
             y = (matrix @ args[0].reshape(len(matrix), -1)).reshape(-1)
             return y if a.get("bias") is None else y + expand(arrays[a["bias"]])
@@ -228,7 +244,7 @@ class KeySwitchBias:
 
 
 def simulate_noise(
-    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, seed: int = 0, traced: Trace | None = None
+    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, step: int = 0, seed: int = 0, traced: Trace | None = None
 ) -> dict[str, Array]:
     """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's.
 
@@ -262,7 +278,9 @@ def simulate_noise(
                 squares = node.args, np.sum([np.abs(a) ** 2 for a in args], axis=0)
             y = _weighted_sum(args, node.plains, squares[1], spread / math.sqrt(12) / scales.plain[node.id], rng)
         else:
-            y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
+            y = _primitive(
+                node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains]
+            )
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
         if std and np.iscomplexobj(y):
@@ -275,8 +293,10 @@ def simulate_noise(
     return output_tensors(circuit, {key: values[node] for key, node in t.outputs.items()})
 
 
-def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
+def _plain(plain: object, step: int, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
     """A plaintext operand with the rounding error of its encoding."""
+    if isinstance(plain, StepRow):
+        plain = plain.at(step)
     if isinstance(plain, float):
         return round(plain * scale) / scale
     values: Array = plain.slots()  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from typing import Any
 from . import refresh
 from .base import CapabilityError, LevelError, ScaleError
 from .circuit import Circuit, Op
-from .kernels import Row, apply, doubled_sum
+from .kernels import Row, StepRow, apply, doubled_sum
 from .params import Params
 
 # Relative difference of two scales that may be added, whatever a circuit promises. Linear maps and factored polynomials
@@ -34,7 +34,7 @@ class Node:
     elements  2, or 3 while a relinearisation is pending
     extended  the result lives modulo P·Q
     k         rotation amount
-    plains    plaintext operands, numbers or `Row`s: one, or one an argument for weighted_sum
+    plains    plaintext operands, numbers, `Row`s or `StepRow`s: one, or one an argument for weighted_sum
     source    id of the circuit op that it works for
     """
 
@@ -46,7 +46,7 @@ class Node:
     elements: int = 2
     extended: bool = False
     k: int = 0
-    plains: tuple[float | Row, ...] = ()
+    plains: tuple[float | Row | StepRow, ...] = ()
     source: int = -1
 
 

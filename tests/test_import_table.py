@@ -52,7 +52,7 @@ TABLE = (
         may=EVERYTHING,
     ),
     Rule(
-        paths=("polyformer/export.py", "polyformer/export_graph.py"),
+        paths=("polyformer/export.py", "polyformer/export_graph.py", "polyformer/export_step.py"),
         may=("polyformer", "torch", "numpy", "onnx"),
         never=COMMAND_LINE,
     ),
@@ -74,7 +74,10 @@ TABLE = (
     Rule(paths=("he_backend/server.py",), may=("he_backend", "numpy", "fastapi", "pydantic", "starlette", "uvicorn")),
     Rule(paths=("he_backend/client.py",), may=("he_backend", "numpy", "httpx")),
     Rule(paths=("he_backend/**",), may=("he_backend", "numpy")),
-    Rule(paths=("compiler/onnx_import.py",), may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES)),
+    Rule(
+        paths=("compiler/onnx_import.py", "compiler/step_import.py"),
+        may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES),
+    ),
     Rule(paths=("compiler/**",), may=("compiler", "numpy", "scipy", *COMPILER_SEES)),
     Rule(paths=("benchmarks/**",), may=EVERYTHING),
 )

@@ -88,7 +88,7 @@ class CostTable:
         op = {"conjugate": "rotate", "refresh_function": "refresh"}.get(op, op)
         row = self.ms.get(op)
         if op == "refresh" and not row:
-            return (COMPLEX if params.refresh_complex else 1.0) * self._refresh(params)
+            return self._refresh(params)
         if not row:
             return 0.0
         at = min(row, key=lambda known: (abs(known - level), known))
@@ -111,7 +111,8 @@ class CostTable:
             return abs(math.log2(other.refresh_period / other.slots) - share), abs(other.log_n - params.log_n)
 
         other, seconds = min(self.refreshes, key=distance)
-        return seconds * refresh_work(params) / refresh_work(other)
+        slots = (COMPLEX if params.refresh_complex else 1.0) / (COMPLEX if other.refresh_complex else 1.0)
+        return seconds * slots * refresh_work(params) / refresh_work(other)
 
     def measured(self, params: Params) -> dict[tuple[str, int], float] | None:
         """Seconds by (primitive, level) where the table was measured under just these parameters; else None."""

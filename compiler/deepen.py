@@ -27,6 +27,7 @@ from .lower import Lowered
 from .placement_problem import Placement, RefreshTimes
 from .plan import BACKENDS, Candidate, Target, as_circuit, judge, predicted_error
 from .refreshes import Refreshing, period, place_refreshes
+from .step_lower import LoweredStep
 
 SCALE = 54  # bits; the error model of a refresh was fitted at this scale
 BUDGETS = ((3, 3), (2, 2))  # levels of the two transforms
@@ -106,6 +107,10 @@ def deepen(
     insecure = target.insecure_log_n is not None
     known = insecure or log_n in security.LIMITS["sparse192"]
     if "bootstrap" not in BACKENDS[target.backend] or not known or lowered.ops[0].level < min(USABLE):
+        return Deepened()
+    if isinstance(
+        lowered, LoweredStep
+    ):  # its state stays at one level: a step that needed a refresh would need one every time
         return Deepened()
     if not (found := list(chains(log_n, insecure))):
         return Deepened()

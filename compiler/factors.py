@@ -4,7 +4,7 @@ Stored slots of value v are multiplied by m_v > 0, and its `factor` divided by i
 
     input, output, linear   m free (client's packing, weights and bias); one tensor's ciphertexts have one m
     add, sub                m equal to both arguments'
-    add_plain, rotate, rotate_sum, refresh   m equal to the argument's
+    add_plain, rotate, rotate_sum, refresh, products and sums of a step   m equal to the argument's
     mul                     product of both arguments'
     polynomial              factors of degree n: m_x^n; Chebyshev: m_x free where the domain is scaled anyway, m of the result too
 
@@ -98,7 +98,7 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
             # A factor where there was none would be a product, and cost a level.
             if op.attrs["domain"][0] == 1.0:
                 equal({op.args[0]: 1.0})
-            if 1.0 in op.attrs["chebyshev"]:
+            if 1.0 in op.attrs["chebyshev"][1:]:
                 equal({v: 1.0})
         elif op.kind not in ("input", "linear"):
             tie(v, [(op.args[0], 1.0)])
@@ -137,7 +137,7 @@ def _scaled(op: Op, m: np.ndarray, build: Lowered, arrays: Arrays) -> Op:
             attrs["weights"] = scaled(attrs["weights"], own / float(m[op.args[0]]))
             if attrs.get("bias") is not None:
                 attrs["bias"] = scaled(attrs["bias"], own)
-        case "add_plain":
+        case "add_plain" | "add_step":
             attrs["array"] = scaled(attrs["array"], own)
         case "polynomial" if "factors" in attrs:
             x = float(m[op.args[0]])

@@ -1,7 +1,7 @@
 """Lowering by layouts alone: every plaintext-linear op as one sparse map, and what that makes possible for the other ops.
 
-The structured handlers of `lower.py` know tokens, features and heads. Where a tensor does not lie as they want it, the functions
-here take over: they know only that a layout is a map from slots to elements, so that they work for any shape and any number of
+The handlers of `features` and `attention` know tokens, features and heads. Where a tensor does not lie as they want it, the
+functions here take over: they know only that a layout is a map from slots to elements, so that they work for any shape and any number of
 ciphertexts.
 """
 

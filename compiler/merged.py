@@ -55,7 +55,7 @@ def seconds(heads: Heads, cost: PlanCost) -> float:
     steps = Steps.of(w)
     left, giants = steps.babies * w // steps.coarse, w // steps.babies
     right = n * w * (1 + PLAIN_PRODUCTS)
-    skew = cost(2 * heads.reach, 2 * int(heads.reach**0.5), 2 * int(heads.reach**0.5), 0)
+    skew = cost(2 * heads.reach, 2 * int(heads.reach**0.5), 2 * int(heads.reach**0.5), 0) / switch
     scores = heads.ranges * (left + right + skew) + 2 * n * giants + n
     values = n * left + heads.ranges * (right + 2 * giants + skew)
     return heads.groups * (scores + values) * switch

@@ -72,7 +72,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "compile_s": compile_s,
         "keygen_s": both.keygen_s,
-        "refreshes": sum(op.kind == "refresh" for op in circuit.ops),
+        "refreshes": circuit.refreshes,
         "weights": "the demo's recipe" if not settings.quick else "a tiny recipe",
         "parameters": circuit.params.name,
     }

@@ -52,7 +52,7 @@ def measure(name: str, path: Path, calibration: np.ndarray, *, target: Target, p
         "predicted_memory_gb": circuit.predicted["memory_gb"],
         "key_gb": circuit.predicted["key_bytes"] / 1e9,
         "keys": len(circuit.keys),
-        "refreshes": sum(op.kind == "refresh" for op in circuit.ops),
+        "refreshes": circuit.refreshes,
         "logqp": params.log_qp,
         "logqp_limit": None if params.insecure else security.limit(params),
         "parameters": params.name,

@@ -82,7 +82,7 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
         "bound_from": table.name,
         "logqp": circuit.params.log_qp,
         "logqp_limit": None if circuit.params.insecure else security.limit(circuit.params),
-        "refreshes": sum(op.kind == "refresh" for op in circuit.ops),
+        "refreshes": circuit.refreshes,
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "request_bytes": request,
         "reply_bytes": reply,

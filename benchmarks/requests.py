@@ -115,7 +115,7 @@ def measure(
         "bound_from": "fastest call at each level of these runs" + (" and of the cost table" if costs else ""),
         "logqp": params.log_qp,
         "logqp_limit": None if params.insecure else security.limit(params),
-        "refreshes": sum(op.kind == "refresh" for op in circuit.ops),
+        "refreshes": circuit.refreshes,
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "compile_s": compile_s,
         "keygen_s": keygen_s,

@@ -19,7 +19,7 @@ from he_backend import refresh, security
 from he_backend.base import HEError, LevelError, ParamsError
 from he_backend.circuit import Circuit
 from he_backend.params import SINE_LEVELS, Params
-from he_backend.simulator import simulate
+from he_backend.simulator import peaks
 
 from .cost import CostTable
 from .factors import fold_factors
@@ -192,16 +192,13 @@ def _row(params: Params, insecure: bool, why: str) -> Candidate:
 
 def refresh_failure(circuit: Circuit) -> float:
     """log2 of the chance that one of a request's refreshes fails, by a union bound; minus infinity without any."""
-    count = refresh.count(op.attrs.get("kind", "plain") for op in circuit.ops if op.kind == "refresh")
+    count = circuit.refreshes
     return refresh.failure_log2(circuit.params) + float(np.log2(count)) if count else float("-inf")
 
 
 def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> tuple[Lowered, set[int]]:
     """The program with constants folded, and its ops whose slots stay within [-1, 1] on samples, with margin."""
     circuit = as_circuit(lowered, params)
-    peaks: np.ndarray = np.zeros(len(circuit.ops))
-    for x in samples[:8]:
-        values = simulate(circuit, {circuit.inputs[0].name: x}).values
-        peaks = np.maximum(peaks, [np.max(np.abs(v)) for v in values])
-    folded, m = fold_factors(lowered, peaks, 1.0 / MARGIN)
-    return folded, {op.id for op in folded.ops if MARGIN * peaks[op.id] * m[op.id] <= 1.0 + 1e-6}
+    largest = peaks(circuit, samples[:8])
+    folded, m = fold_factors(lowered, largest, 1.0 / MARGIN)
+    return folded, {op.id for op in folded.ops if MARGIN * largest[op.id] * m[op.id] <= 1.0 + 1e-6}

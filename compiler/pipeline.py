@@ -228,7 +228,7 @@ def _failure(circuit: Circuit, error: float) -> float:
     slot = max(error / abs(signature.factor) for signature in circuit.outputs)
     noise = slot * 2.0**params.scale_bits / math.sqrt(params.slots)
     noise_bits = math.log2(max(noise, 2.0**security.FRESH_NOISE_BITS))
-    refreshes = refresh.count(op.attrs.get("kind", "plain") for op in circuit.ops if op.kind == "refresh")
+    refreshes = circuit.refreshes
     each = refresh.failure_log2(params) if refreshes else 0.0
     log2 = security.circuit_failure(params, bounds, noise_bits=noise_bits, refresh_log2=each, refreshes=refreshes)
     return max(-1000.0, log2)  # JSON has no infinity; 2^-1000 is never

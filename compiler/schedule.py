@@ -6,13 +6,13 @@ import heapq
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from he_backend.kernels import Row
+from he_backend.kernels import Row, StepRow
 from he_backend.params import Params
 from he_backend.trace import Node, Trace
 
 from .cost import CostTable, plaintext_bytes
 
-Plaintext = tuple[Row, int, bool]  # weights, level, whether modulo P·Q
+Plaintext = tuple[Row | StepRow, int, bool]  # weights, level, whether modulo P·Q
 
 
 @dataclass(frozen=True, kw_only=True)

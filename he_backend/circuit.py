@@ -197,6 +197,13 @@ class Circuit:
     def __str__(self) -> str:
         return "\n".join([self.params.name, *map(str, self.ops)])
 
+    @property
+    def refreshes(self) -> int:
+        """Refreshes that an evaluation makes: the two halves of a pair are one."""
+        kinds = [op.attrs.get("kind", "plain") for op in self.ops if op.kind == "refresh"]
+        pairs = kinds.count("pair")
+        return len(kinds) - pairs + -(-pairs // 2)
+
     def _parts(self) -> tuple[dict[str, Any], Arrays]:
         header: dict[str, Any] = {
             "format": "circuit",

@@ -12,7 +12,7 @@ works at the bottom; at N = 2^16, 23 levels and all slots that takes 8 % off wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -166,15 +166,6 @@ def error_std(params: Params) -> float:
     end; the factor beside is measured: mean |error| 2^-18.8 to 2^-19.0 at N = 2^12, scale 2^54, and 2^-15.9 at N = 2^16.
     """
     return 2.0 ** (params.log_n + correction_factor(params) + ERROR_BITS - params.scale_bits)
-
-
-def count(kinds: Iterable[str]) -> int:
-    """Refreshes of ops of these kinds: two halves of a pair are one."""
-    pairs, plain = 0, 0
-    for kind in kinds:
-        pairs += kind == "pair"
-        plain += kind != "pair"
-    return plain + -(-pairs // 2)
 
 
 def series(values: Array, fourier: Sequence[float]) -> Array:

@@ -38,7 +38,7 @@ class Size:
     threads: int = 2
 
     def __str__(self) -> str:
-        return f"{self.blocks} x {self.width}, {self.tokens} tokens, {self.threads} threads"
+        return f"{self.blocks} x {self.width}, {self.tokens} tokens, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def _within(settings: Settings, part: int, parts: int, label: str, done: int, to
 def point(size: Size, grid: Grid, repeats: int, progress: requests.Step) -> dict[str, Any]:
     """One size: figures predicted, and measured in a process of its own so that the peak of its memory is its own."""
     found: dict[str, Any] = asdict(size) | dict.fromkeys((*FIGURES, *(f"predicted_{f}" for f in FIGURES), "why"))
-    progress(0, 5, "predict")
+    progress(0, 4, "predict")
     try:
         found |= predicted(size, grid)
     except HEError as error:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from he_backend.base import HEError
-from he_backend.circuit import Circuit
+from he_backend.circuit import Circuit, Op
 from he_backend.kernels import depth
 from he_backend.simulator import simulate
 
 from .ir import Graph, evaluate
 from .lower import Lowered
+
+Inputs = np.ndarray | Mapping[str, np.ndarray]  # of a graph: its one input, or all of them by name
 
 TOLERANCE = 1e-7  # relative to the largest element of the tensor: float64 against float64
 
@@ -21,7 +23,7 @@ class VerificationError(HEError):
     """A pass broke what it must keep; the message names the pass, the tensor and both figures."""
 
 
-def same_meaning(before: Graph, after: Graph, x: np.ndarray, y: np.ndarray, name: str) -> None:
+def same_meaning(before: Graph, after: Graph, x: Inputs, y: Inputs, name: str) -> None:
     """Outputs of two graphs on one input each (a pass may move the input behind the embedding).
 
     Raises:
@@ -59,22 +61,23 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
         VerificationError: a tensor differs; the first one in order is named.
     """
     worst = 0.0
+
+    def compare(op: Op, value: np.ndarray) -> None:
+        nonlocal worst
+        if op.id not in lowered.tensors:
+            return
+        tensor, _ = lowered.tensors[op.id]
+        layout = circuit.arrays[op.layout]
+        flat = wanted[tensor].reshape(-1)
+        used = layout >= 0
+        gap = np.max(np.abs(value[used] * op.factor - flat[layout[used]])) / max(1e-30, np.max(np.abs(flat)))
+        if not gap < TOLERANCE:
+            raise VerificationError(
+                f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
+            )
+        worst = max(worst, float(gap))
+
     for x in samples:
         wanted = evaluate(graph, x[None])
-        values = simulate(circuit, {circuit.inputs[0].name: x}).values
-        for op in circuit.ops:
-            if op.id not in lowered.tensors:
-                continue
-            tensor, _ = lowered.tensors[op.id]
-            layout = circuit.arrays[op.layout]
-            flat = wanted[tensor].reshape(-1)
-            used = layout >= 0
-            gap = np.max(np.abs(values[op.id][used] * op.factor - flat[layout[used]])) / max(
-                1e-30, np.max(np.abs(flat))
-            )
-            if not gap < TOLERANCE:
-                raise VerificationError(
-                    f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
-                )
-            worst = max(worst, float(gap))
+        simulate(circuit, {circuit.inputs[0].name: x}, visit=compare)
     return worst

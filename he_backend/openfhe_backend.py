@@ -378,7 +378,7 @@ class Evaluator(_Party):
         return replace(a, handle=self._cc.KeySwitchExt(a.handle, True), extended=True)
 
     def mod_down(self, a: Ciphertext) -> Ciphertext:
-        return replace(a, handle=self._cc.KeySwitchDown(a.handle), extended=False)
+        return self._unbiased(replace(a, handle=self._cc.KeySwitchDown(a.handle), extended=False))
 
 
 class Client(_Party):

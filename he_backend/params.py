@@ -9,6 +9,7 @@ from typing import Any
 from .base import ParamsError
 
 SPECIAL_PRIME_BITS = 60  # size of each key-switching prime in OpenFHE's hybrid key switching
+FREE_BITS = 4  # by which the special primes' product exceeds the largest digit, at least
 MIN_LOG_N, MAX_LOG_N = 10, 17  # the smallest ring of a test, the largest with a known limit
 FIELD_TYPES: dict[str, type] = {
     "backend": str,
@@ -133,10 +134,15 @@ class Params:
 
     @property
     def special_limbs(self) -> int:
-        """Key-switching primes: their product covers the largest digit. SEAL has one digit a prime and one special prime."""
+        """Key-switching primes: their product covers the largest digit. SEAL has one digit a prime and one special prime.
+
+        OpenFHE 1.6.1 keeps four bits free, and primes of the size of the scale may lie above it (measured: digits of 56.00 and
+        114.0 bits take 1 and 2 primes, of 56.02 and 117.0 bits 2 and 3).
+        """
         if self.backend == "tenseal":
             return 1
-        return math.ceil((self.first_bits + (self.digit_limbs - 1) * self.scale_bits) / SPECIAL_PRIME_BITS)
+        bits = self.first_bits + (self.digit_limbs - 1) * self.scale_bits + (self.digit_limbs > 1)
+        return math.ceil((bits + FREE_BITS) / SPECIAL_PRIME_BITS)
 
     @property
     def log_qp(self) -> int:

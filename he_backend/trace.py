@@ -17,7 +17,7 @@ from typing import Any
 from . import refresh
 from .base import CapabilityError, LevelError, ScaleError
 from .circuit import Circuit, Op
-from .kernels import Row, apply
+from .kernels import Row, StepRow, apply, doubled_sum
 from .params import Params
 
 # Relative difference of two scales that may be added, whatever a circuit promises. Linear maps and factored polynomials
@@ -34,7 +34,7 @@ class Node:
     elements  2, or 3 while a relinearisation is pending
     extended  the result lives modulo P·Q
     k         rotation amount
-    plains    plaintext operands, numbers or `Row`s: one, or one an argument for weighted_sum
+    plains    plaintext operands, numbers, `Row`s or `StepRow`s: one, or one an argument for weighted_sum
     source    id of the circuit op that it works for
     """
 
@@ -46,7 +46,7 @@ class Node:
     elements: int = 2
     extended: bool = False
     k: int = 0
-    plains: tuple[float | Row, ...] = ()
+    plains: tuple[float | Row | StepRow, ...] = ()
     source: int = -1
 
 
@@ -73,6 +73,11 @@ class Trace:
         return total
 
 
+def cost_name(node: Node) -> str:
+    """The row of a cost table that a node belongs to: sums and products modulo P·Q have their own."""
+    return f"{node.op}_extended" if node.extended and node.op in ("add", "weighted_sum") else node.op
+
+
 @dataclass
 class Tracer:
     """SlotOps on node ids."""
@@ -80,6 +85,7 @@ class Tracer:
     slots: int
     double_hoisting: bool = True
     hoisting: bool = True
+    extended: bool = True  # whether the linear map at hand sums modulo P·Q, where the library can
     nodes: list[Node] = field(default_factory=list)
     source: int = -1
     _seen: dict[Any, int] = field(default_factory=dict)
@@ -171,13 +177,37 @@ class Tracer:
         k %= self.slots
         return self.emit("rotate", (a,), level=n.level, degree=n.degree, k=k) if k else a
 
+    def doubled_sum(self, a: int, steps: Sequence[int]) -> int:
+        """All sums of steps as rotations of one value: one decomposition, one mod-down (Bossuat et al., eprint 2020/1203,
+        section 4, without weights). Rotations that coincide are counted as often as they occur."""
+        if not self.double_hoisting:
+            return doubled_sum(self, a, steps)
+        n = self.nodes[a]
+        if n.elements == 3:
+            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree, source=n.source)
+        rotations = [0]
+        for k in steps:
+            rotations += [r + k for r in rotations]
+        digits = self.emit("hoist", (a,), level=n.level, degree=n.degree)
+        wide, narrow = -1, a
+        for k in (r % self.slots for r in rotations[1:]):
+            if not k:
+                narrow = self.add(narrow, a)
+                continue
+            term = self.emit("rotate_extended", (a, digits), level=n.level, degree=n.degree, extended=True, k=k)
+            if wide >= 0:
+                term = self.emit("add", (wide, term), level=n.level, degree=n.degree, extended=True)
+            wide = term
+        return narrow if wide < 0 else self.add(narrow, self.emit("mod_down", (wide,), level=n.level, degree=n.degree))
+
     def weighted_rotations(self, a: int, groups: Sequence[tuple[int, Sequence[tuple[int, Any]]]]) -> int:
         a = self.settle(a)
         level = self.nodes[a].level
         groups = [(g % self.slots, [(b % self.slots, p) for b, p in terms]) for g, terms in groups if terms]
         if {g for g, _ in groups} == {0} and {b for _, terms in groups for b, _ in terms} == {0}:
             return self.mul(a, groups[0][1][0][1])
-        return self._extended_sum(a, groups, level) if self.double_hoisting else self._hoisted_sum(a, groups, level)
+        wide = self.double_hoisting and self.extended
+        return self._extended_sum(a, groups, level) if wide else self._hoisted_sum(a, groups, level)
 
     def _extended_sum(self, a: int, groups: Any, level: int) -> int:
         """Baby steps and inner sums modulo P·Q; one mod-down a giant step and one at the end."""
@@ -254,9 +284,10 @@ def trace(
             values.append(t.at(t.emit("refresh", (a,), level=circuit.params.refresh_output), op.level))
             continue
         start = op.level + depth(op, circuit.arrays, slots)
-        # Sums and rotations keep a pending rescale; the rest would repeat it.
-        lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum")
+        # Sums and rotations keep a pending rescale, the rest would repeat it; unless the circuit wants it done first.
+        lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum") and not op.attrs.get("settled")
         args = [values[a] if lazy and t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
+        t.extended = op.attrs.get("basis") != "ordinary"
         values.append(apply(t, op, args, circuit.arrays))
         if t.net(values[-1]) != op.level:
             raise LevelError(f"op {op} comes out at level {t.net(values[-1])}")

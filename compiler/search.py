@@ -65,7 +65,7 @@ def search(
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
-        levels = lowered.ops[0].level
+        levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
         tried = choose(lowered, levels, log_n, target, table)
         for i, candidate in enumerate(tried):
             if candidate.trace is None:

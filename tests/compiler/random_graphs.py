@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from .models import Builder
 
-MAX_SIZE = 96  # elements of a tensor
 MAX_DEGREE = 8  # of the output in the input: three levels of products
 
 Draw = Callable[[Any], Any]
@@ -51,8 +50,8 @@ class Program:
 class Writer:
     """The pool and what the steps share: draws, weights, emitted nodes."""
 
-    def __init__(self, shape: Shape, seed: int, draw: Draw) -> None:
-        self.b, self.draw = Builder(shape, seed), draw
+    def __init__(self, shape: Shape, seed: int, draw: Draw, max_size: int) -> None:
+        self.b, self.draw, self.max_size = Builder(shape, seed), draw, max_size
         self.pool = [Value(name="x", shape=shape, degree=1)]
 
     def op(self, kind: str, x: Value, *others: Any, shape: Shape, degree: int | None = None, **attributes: Any) -> Value:
@@ -78,9 +77,9 @@ class Writer:
         return self.one_of(found[::-1]) if found else None
 
 
-def _broadcastable(a: Shape, b: Shape) -> bool:
+def _broadcastable(a: Shape, b: Shape, max_size: int) -> bool:
     try:
-        return math.prod(np.broadcast_shapes(a, b)) <= MAX_SIZE
+        return math.prod(np.broadcast_shapes(a, b)) <= max_size
     except ValueError:
         return False
 
@@ -108,7 +107,10 @@ def _two(kind: str) -> Callable[[Writer, Value], Value | None]:
     """An elementwise op of two tensors of the pool, broadcast against each other."""
 
     def step(w: Writer, x: Value) -> Value | None:
-        y = w.other(lambda v: _broadcastable(x.shape, v.shape) and (kind != "Mul" or x.degree + v.degree <= MAX_DEGREE))
+        def fits(v: Value) -> bool:
+            return kind != "Mul" or x.degree + v.degree <= MAX_DEGREE
+
+        y = w.other(lambda v: fits(v) and _broadcastable(x.shape, v.shape, w.max_size))
         if y is None:
             return None
         degree = x.degree + y.degree if kind == "Mul" else max(x.degree, y.degree)
@@ -319,17 +321,22 @@ STEPS: dict[str, Callable[[Writer, Value], Value | None]] = {
 
 
 @st.composite
-def programs(draw: Draw, *, max_steps: int = 6) -> Program:
-    """A program of one to `max_steps` ops; steps that do not fit the tensor that they drew are left out."""
+def programs(draw: Draw, *, max_steps: int = 6, max_size: int = 96) -> Program:
+    """A program of one to `max_steps` ops; steps that do not fit the tensor that they drew are left out.
+
+    Args:
+        max_size: elements of any tensor; the input has half as many at most.
+    """
     rank = draw(st.integers(2, 4))
-    shape = (1, *(draw(st.integers(1, 4 if rank == 4 else 8)) for _ in range(rank - 1)))
-    w = Writer(shape, draw(st.integers(0, 2**16)), draw)
+    side = int((max_size / 2) ** (1 / (rank - 1)))
+    shape = (1, *(draw(st.integers(1, side)) for _ in range(rank - 1)))
+    w = Writer(shape, draw(st.integers(0, 2**16)), draw, max_size)
     ops = []
     for name in draw(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=max_steps)):
         # Mostly the newest tensor, so that programs get deep; sometimes an older one, so that they branch and join.
         x = w.pool[-1] if draw(st.integers(0, 3)) else w.one_of(w.pool)
         made = STEPS[name](w, x)
-        if made is not None and math.prod(made.shape) <= MAX_SIZE:
+        if made is not None and math.prod(made.shape) <= max_size:
             w.pool.append(made)
             ops.append(name)
     if not ops:

@@ -303,5 +303,7 @@ class _Parsing:
             )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)) and not isinstance(error, WireError):
+        if isinstance(error, (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)) and not isinstance(
+            error, WireError
+        ):
             raise WireError(f"malformed {self.expected}: {error!r}") from error

@@ -54,7 +54,9 @@ class Writer:
         self.b, self.draw, self.max_size = Builder(shape, seed), draw, max_size
         self.pool = [Value(name="x", shape=shape, degree=1)]
 
-    def op(self, kind: str, x: Value, *others: Any, shape: Shape, degree: int | None = None, **attributes: Any) -> Value:
+    def op(
+        self, kind: str, x: Value, *others: Any, shape: Shape, degree: int | None = None, **attributes: Any
+    ) -> Value:
         name = self.b.op(kind, x.name, *others, name=f"{kind.lower()}{len(self.b.nodes)}", **attributes)
         return Value(name=name, shape=shape, degree=degree or x.degree)
 
@@ -130,8 +132,8 @@ def _square(w: Writer, x: Value) -> Value | None:
 def _pow(w: Writer, x: Value) -> Value | None:
     if x.degree > MAX_DEGREE:
         return None
-    n = w.integer(1, MAX_DEGREE // x.degree)
-    return w.op("Pow", x, np.array(float(n)), shape=x.shape, degree=n * x.degree) if n <= 4 else None
+    n = w.integer(1, min(5, MAX_DEGREE // x.degree))
+    return w.op("Pow", x, np.array(float(n)), shape=x.shape, degree=n * x.degree)
 
 
 def _polynomial(w: Writer, x: Value) -> Value | None:

@@ -113,9 +113,7 @@ class Writer:
         """A dense map with bias between feature maps [P], one a ciphertext."""
         return [self._tile(x, sources, part, target, name) for part, target in enumerate(targets)]
 
-    def _tile(
-        self, x: Sequence[int], sources: Sequence[np.ndarray], part: int, target: np.ndarray, name: str
-    ) -> int:
+    def _tile(self, x: Sequence[int], sources: Sequence[np.ndarray], part: int, target: np.ndarray, name: str) -> int:
         t, columns = self.tokens, held(target)
         bias = self.array(f"{name}.{part}.bias", np.ones(1))
         partial: dict[tuple[int, ...], int] = {}
@@ -232,9 +230,7 @@ def write(
     )
 
 
-def leveled(
-    ops: Sequence[Op], arrays: Mapping[str, np.ndarray], params: Params, bottom: int = 0
-) -> tuple[Op, ...]:
+def leveled(ops: Sequence[Op], arrays: Mapping[str, np.ndarray], params: Params, bottom: int = 0) -> tuple[Op, ...]:
     """The lowest levels, as `compiler.passes.levels`, but a refresh starts anew.
 
     Raises:

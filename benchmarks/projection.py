@@ -97,9 +97,7 @@ def refreshes(block: Shape, table: CostTable) -> tuple[Params, tuple[str, ...]]:
         if (params.refresh_encode, params.refresh_decode) != BUDGET:
             continue
         group, count = block.groups(params.slots)[0], block.ciphertexts(params.slots)
-        small = replace(
-            block, blocks=1, width=group.heads * group.channels, heads=group.heads, hidden=group.positions
-        )
+        small = replace(block, blocks=1, width=group.heads * group.channels, heads=group.heads, hidden=group.positions)
         price = table.seconds("refresh", params, params.refresh_input)
         for size in range(len(large.SITES)):
             for others in itertools.combinations(large.SITES[:-1], size):
@@ -111,10 +109,14 @@ def refreshes(block: Shape, table: CostTable) -> tuple[Params, tuple[str, ...]]:
                     circuit = large.write(small, params, table, refreshed=sites)
                 except LevelError:
                     continue
-                if circuit.ops[0].level <= params.refresh_output:  # the input is the refreshed stream of the block before
+                if (
+                    circuit.ops[0].level <= params.refresh_output
+                ):  # the input is the refreshed stream of the block before
                     best = seconds, params, sites
     if best is None:
-        raise LevelError("no choice of refreshed values leaves a block enough levels; add one to benchmarks.large.SITES")
+        raise LevelError(
+            "no choice of refreshed values leaves a block enough levels; add one to benchmarks.large.SITES"
+        )
     return best[1], best[2]
 
 
@@ -173,7 +175,9 @@ def primitives(traced: Trace, params: Params, table: CostTable) -> tuple[dict[st
 
 def key_bytes(traced: Trace, params: Params) -> int:
     """All keys of the server."""
-    total = sum(params.key_bytes(level) for level in traced.keys.values()) + params.key_bytes(max(traced.relin_level, 0))
+    total = sum(params.key_bytes(level) for level in traced.keys.values()) + params.key_bytes(
+        max(traced.relin_level, 0)
+    )
     if any(n.op == "refresh" for n in traced.nodes):
         total += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
     return total
@@ -232,7 +236,9 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
                 "measured_peak_gb": measured["peak_gb"],
                 "projected_peak_over_measured": found["projected_peak_gb"] / measured["peak_gb"],
                 # Encodings are left out: those kept ready are counted on one side only.
-                "projected_counts": {k: v for k, v in found["projected_counts"].items() if k in counts and k != "encode"},
+                "projected_counts": {
+                    k: v for k, v in found["projected_counts"].items() if k in counts and k != "encode"
+                },
                 "measured_counts": {k: v for k, v in counts.items() if k != "encode"},
             }
         )

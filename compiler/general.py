@@ -100,8 +100,12 @@ def emit_map(
                 bias=inside,
             )
             total = op if total < 0 else low.emit("add", (total, op), node.source, factor=factor)
-        if total < 0:
-            raise UnsupportedOpError(f"{node}: a whole ciphertext of the result is constant")
+        if total < 0:  # nothing of x lies in this ciphertext, as where padding fills it: 0 x holds its bias
+            weights, only = low.array(f"{name}.{part}.nothing", np.zeros((1, low.slots))), [[0, [[0, 0]]]]
+            total = low.emit(
+                "linear", (x.ops[0],), node.source, factor=factor, weights=weights, plan=only, bias=constant
+            )
+            inside = constant
         if found.folds:
             total = low.emit("rotate_sum", (total,), node.source, factor=factor, steps=list(found.folds))
         if constant is not None and inside is None:

@@ -125,6 +125,7 @@ def compile_onnx(
     verified = verify.against_graph(found.circuit, found.lowered, graph, samples[:2])
     chosen = found.plan.chosen
     circuit = _finish(with_bounds(found.circuit, samples[:8]), chosen, found.error, embedding, graph, path)
+    verify.finished(circuit, graph, samples[:1])
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
     assert chosen.forecast is not None
     return Compiled(

@@ -84,7 +84,7 @@ def search(
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
-        levels = lowered.ops[0].level
+        levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
         found = _one_ring(lowered, log_n, samples, target, table, report, rows)
         if best is not None and (found is None or found.seconds >= best.seconds):
             break
@@ -107,7 +107,7 @@ def _one_ring(
     rows: list[Candidate],
 ) -> Found | None:
     """The fastest of one ring within memory and error; every candidate is added to `rows`."""
-    tried = choose(lowered, lowered.ops[0].level, log_n, target, table)
+    tried = choose(lowered, max(1, lowered.ops[0].level), log_n, target, table)
     for i, candidate in enumerate(tried):
         if candidate.trace is None:
             continue

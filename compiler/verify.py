@@ -1,4 +1,6 @@
-"""Verification after lowering: the circuit in the simulator against the graph, tensor by tensor, and levels from nothing."""
+"""Verification after lowering: the circuit in the simulator against the graph, tensor by tensor; levels, keys and magnitudes from
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,13 @@ import numpy as np
 
 from he_backend.base import HEError
 from he_backend.circuit import Circuit, Op
-from he_backend.kernels import depth
+from he_backend.circuit_check import faults, key_faults, level_faults
 from he_backend.simulator import simulate
+from he_backend.trace import trace
 
 from .ir import Graph, evaluate
 from .lower import Lowered
+from .plan import BACKENDS
 
 Inputs = np.ndarray | Mapping[str, np.ndarray]  # of a graph: its one input, or all of them by name
 
@@ -41,31 +45,10 @@ def levels(circuit: Circuit) -> None:
     """Recompute that every operand has the levels that its reader uses.
 
     Raises:
-        VerificationError: an op has fewer levels than it needs.
+        VerificationError: an op has fewer levels than it needs, or more than the chain.
     """
-    for op in circuit.ops:
-        need = op.level + depth(op, circuit.arrays, circuit.params.slots)
-        if op.kind == "refresh":
-            need = circuit.params.refresh_input + (op.attrs.get("kind") == "functional")
-            if op.level > circuit.params.refresh_output:
-                raise VerificationError(f"{op}: a refresh reaches level {circuit.params.refresh_output}")
-            _repeats(op, circuit)
-        for a in op.args:
-            have = circuit.ops[a].level
-            if op.kind != "linear" and circuit.ops[a].attrs.get("kind") == "pair":
-                have = min(have, circuit.params.refresh_output - 1)  # half of a pair is at twice the scale
-            if have < need:
-                raise VerificationError(f"{op} needs its operand at level {need}; %{a} has {have}")
-
-
-def _repeats(op: Op, circuit: Circuit) -> None:
-    """A refresh of a period spoils whatever does not repeat with it."""
-    period, layout = circuit.params.refresh_period, circuit.arrays.get(op.layout)
-    if period == circuit.params.slots:
-        return
-    rows = None if layout is None else layout.reshape(-1, period)
-    if rows is None or (rows < 0).any() or (rows != rows[0]).any():
-        raise VerificationError(f"{op}: its slots do not repeat with the refresh's period {period}")
+    for fault in level_faults(circuit):
+        raise VerificationError(fault)
 
 
 def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Sequence[np.ndarray]) -> float:
@@ -95,3 +78,32 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
         wanted = evaluate(graph, x[None])
         simulate(circuit, {circuit.inputs[0].name: x}, visit=compare)
     return worst
+
+
+def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> None:
+    """Check the circuit that is about to be written: its form, its levels, its keys, its output and the bound of every op.
+
+    Args:
+        graph: its meaning; samples: inputs without the leading axis, those that the bounds were taken over.
+
+    Raises:
+        VerificationError: the first rule that is broken, with both figures.
+    """
+    for fault in faults(circuit):
+        raise VerificationError(fault)
+    for fault in key_faults(circuit, trace(circuit, capabilities=BACKENDS[circuit.params.backend])):
+        raise VerificationError(fault)
+
+    def within(op: Op, value: np.ndarray) -> None:
+        if (peak := float(np.max(np.abs(value)))) > op.bound:
+            raise VerificationError(f"{op}: a slot reaches {peak:.6g}, above its bound {op.bound:.6g}")
+
+    for x in samples:
+        found = simulate(circuit, {circuit.inputs[0].name: x}, visit=within)
+        wanted = evaluate(graph, x[None])[graph.output][0]
+        got = found.outputs[circuit.outputs[0].name]
+        gap = float(np.max(np.abs(got - wanted)) / max(1e-30, float(np.max(np.abs(wanted)))))
+        if not gap < TOLERANCE:
+            raise VerificationError(
+                f"output {circuit.outputs[0].name!r} differs from the graph by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
+            )

@@ -50,7 +50,7 @@ from .base import WireError
 from .container import Arrays
 from .params import Params
 
-VERSION = 1
+VERSION = 2
 KINDS = (
     "input",
     "add",
@@ -220,9 +220,10 @@ class Circuit:
             "embedding": self.embedding,
             "client_arrays": sorted(self.client_arrays),
         }
-        if self.steps:  # other circuits keep the bytes, and so the hash, that they had before there were steps
+        if self.steps:
             header |= {"steps": self.steps, "states": [asdict(s) for s in self.states]}
-        return header, {**self.arrays, **self.client_arrays}
+        arrays = {**self.arrays, **self.client_arrays}
+        return {**header, "content_sha256": container.fingerprint(header, arrays)}, arrays
 
     @property
     def sha256(self) -> str:
@@ -234,10 +235,23 @@ class Circuit:
 
     @classmethod
     def load(cls, path: Path) -> Circuit:
+        """Read a circuit and check it: bytes against its own hash, ops against `circuit_check`.
+
+        Raises:
+            WireError: the file is not what was written, or breaks a rule; the message names the first one.
+        """
+        from .circuit_check import faults
+
         header, arrays, _ = container.read(path)
         with _Parsing(header, "circuit"):
+            stated = header.pop("content_sha256")
+            if stated != (found := container.fingerprint(header, arrays)):
+                raise WireError(
+                    f"{path}: content hashes to {found[:16]}.., the file says {str(stated)[:16]}..: it was changed or damaged "
+                    "after it was written; compile again"
+                )
             client = set(header["client_arrays"])
-            return cls(
+            circuit = cls(
                 params=Params.from_json(header["params"]),
                 ops=tuple(_op(i, row) for i, row in enumerate(header["ops"])),
                 arrays={name: a for name, a in arrays.items() if name not in client},
@@ -253,6 +267,9 @@ class Circuit:
                 steps=int(header.get("steps", 0)),
                 states=tuple(_signature(s) for s in header.get("states", ())),
             )
+            for fault in faults(circuit):
+                raise WireError(f"{path}: {fault}")
+        return circuit
 
     def spec(self) -> ClientSpec:
         """What the client gets: everything public, no weight but the embedding."""
@@ -336,5 +353,7 @@ class _Parsing:
             )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (KeyError, TypeError, ValueError, AttributeError)) and not isinstance(error, WireError):
+        if isinstance(error, (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)) and not isinstance(
+            error, WireError
+        ):
             raise WireError(f"malformed {self.expected}: {error!r}") from error

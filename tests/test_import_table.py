@@ -34,6 +34,7 @@ COMPILER_SEES = tuple(
     for name in (
         "base",
         "circuit",
+        "circuit_check",
         "container",
         "kernels",
         "params",

@@ -14,13 +14,24 @@ from .reading import Call, Handler, Reading
 from .refuse import refusal
 
 
+def _expanded(g: Reading, call: Call, a: str, shape: tuple[int, ...]) -> str:
+    """A tensor repeated along the axes that it is broadcast over."""
+    index = np.broadcast_to(np.arange(math.prod(g.shapes[a])).reshape(g.shapes[a]), shape)
+    matrix = maps.selection(index, math.prod(g.shapes[a]))
+    return g.emit(call, "sparse", (a,), shape, attrs={"matrix": matrix}, name=f"{call.outputs[0]}.{a}.expanded")
+
+
+def _alike(g: Reading, call: Call, a: str, b: str) -> tuple[tuple[str, str], tuple[int, ...]]:
+    """Operands of which at most one is still to be broadcast, and the shape of the result."""
+    shape = np.broadcast_shapes(g.shapes[a], g.shapes[b])
+    return (a if shape in (g.shapes[a], g.shapes[b]) else _expanded(g, call, a, shape), b), shape
+
+
 def _with_constant(g: Reading, call: Call, op: str, a: str, const: Array, name: str | None = None) -> None:
     """x + c or x . c, x repeated first where the constant is the larger one."""
     shape = np.broadcast_shapes(g.shapes[a], const.shape)
     if math.prod(shape) > math.prod(g.shapes[a]):
-        index = np.broadcast_to(np.arange(math.prod(g.shapes[a])).reshape(g.shapes[a]), shape)
-        matrix = maps.selection(index, math.prod(g.shapes[a]))
-        a = g.emit(call, "sparse", (a,), shape, attrs={"matrix": matrix}, name=f"{call.outputs[0]}.expanded")
+        a = _expanded(g, call, a, shape)
     g.emit(call, op, (a,), shape, const=const, name=name)
 
 
@@ -32,7 +43,7 @@ def _elementwise(op: str) -> Handler:
         if b in g.constants:
             _with_constant(g, call, f"{op}_const", a, g.constants[b].astype(np.float64))
         else:
-            g.emit(call, op, (a, b), np.broadcast_shapes(g.shapes[a], g.shapes[b]))
+            g.emit(call, op, *_alike(g, call, a, b))
 
     return handle
 
@@ -47,7 +58,7 @@ def _sub(g: Reading, call: Call) -> None:
     if a in g.constants:
         _with_constant(g, call, "add_const", negative, g.constants[a].astype(np.float64))
     else:
-        g.emit(call, "add", (a, negative), np.broadcast_shapes(g.shapes[a], g.shapes[b]))
+        g.emit(call, "add", *_alike(g, call, a, negative))
 
 
 def _neg(g: Reading, call: Call) -> None:
@@ -68,7 +79,7 @@ def _div(g: Reading, call: Call) -> None:
     if a in g.constants:
         _with_constant(g, call, "mul_const", inverse, g.constants[a].astype(np.float64))
     else:
-        g.emit(call, "mul", (a, inverse), np.broadcast_shapes(g.shapes[a], g.shapes[b]))
+        g.emit(call, "mul", *_alike(g, call, a, inverse))
 
 
 def _pow(g: Reading, call: Call) -> None:
@@ -91,8 +102,7 @@ def _sum(g: Reading, call: Call) -> None:
     total, *others = [n for n in call.inputs if n not in g.constants]
     for i, other in enumerate(others):
         last = i + 1 == len(others) and not constants
-        shape = np.broadcast_shapes(g.shapes[total], g.shapes[other])
-        total = g.emit(call, "add", (total, other), shape, name=None if last else f"{call.outputs[0]}.{i}")
+        total = g.emit(call, "add", *_alike(g, call, total, other), name=None if last else f"{call.outputs[0]}.{i}")
     if constants:
         _with_constant(g, call, "add_const", total, np.asarray(sum(constants)))
     elif not others:

@@ -33,7 +33,9 @@ def _geometry(call: Call, size: Shape, kernel: Shape) -> tuple[Shape, Shape, Sha
         if room < 0:
             raise call.fail(f"has a window of {reach[i]} on {n + begins[i] + ends[i]} elements of axis {i + 2}")
         steps = -(-room // strides[i]) if call.attrs.get("ceil_mode") else room // strides[i]
-        if steps * strides[i] >= n + begins[i]:  # a window that starts in the padding behind does not count
+        # Rounded up, a window that starts in the padding behind does not count. Rounded down it does: a kernel of 1 in a
+        # padded, strided convolution reads nothing there but the bias.
+        if call.attrs.get("ceil_mode") and steps * strides[i] >= n + begins[i]:
             steps -= 1
         out.append(steps + 1)
     return strides, dilations, tuple(begins), tuple(ends), tuple(out)

@@ -6,10 +6,12 @@ evaluated in the form that costs fewest levels. A fusion that would cost more le
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 from numpy.polynomial import Polynomial
+from scipy import sparse
 
 from ..ir import Graph, Node
 from .rewrite import View, rewrite
@@ -41,7 +43,12 @@ def levels(p: Polynomial) -> int:
 
 
 def _node(node: Node, x: str, p: Polynomial, interval: object = None) -> Node:
-    attrs = {"coefficients": p.trim(0.0).coef, "interval": interval}
+    p = p.trim(0.0)
+    if p.degree() == 0:  # x^2 - x^2: no polynomial is left to evaluate, only its constant
+        size = math.prod(node.shape)
+        nothing, bias = sparse.csr_matrix((size, size)), np.full(size, p.coef[0]) if p.coef[0] else None
+        return replace(node, op="sparse", inputs=(x,), const=None, bias=bias, attrs={"matrix": nothing})
+    attrs = {"coefficients": p.coef, "interval": interval}
     return replace(node, op="polynomial", inputs=(x,), const=None, bias=None, attrs=attrs)
 
 

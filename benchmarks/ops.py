@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from he_backend import keys
+from he_backend import keys, refresh
 from he_backend.params import Params
 
 COSTS = Path(__file__).parent / "costs"
@@ -67,19 +67,53 @@ def measure(
     evaluator.close()
     missing = [level for level in range(params.levels + 1) if level not in wanted]
     return {
+        **_machine(params),
+        "threads": [1, 2],
+        "repeats": repeats,
+        "interpolated": missing,
+        "ms": _filled(one, params.levels),
+        "ms_2_threads": _filled(two, params.levels),
+    }
+
+
+def measure_refresh(
+    params: Params, *, repeats: int, progress: Callable[[int, int, str], None], allow_insecure: bool = False
+) -> dict[str, Any]:
+    """Time a refresh of every slot count at hand: `params` says which period repeats.
+
+    Returns:
+        A record as `measure` does, whose only row is the refresh, at the level that it wants.
+    """
+    module = keys.backend(params.backend)
+    client = module.Client(params, allow_insecure=allow_insecure)
+    evaluator = module.Evaluator(params, key_id=client.key_id, allow_insecure=allow_insecure)
+    wanted = list(refresh.keys(params))
+    for i, (kind, k, level) in enumerate(wanted):
+        evaluator.load_key(kind, k, level, client.make_key(kind, k, level))
+        progress(i + 1, len(wanted) + 1, f"{kind} key")
+    evaluator.prepare_refresh()
+    at = params.refresh_input
+    values = np.tile(
+        np.random.default_rng(0).uniform(-1, 1, params.refresh_period), params.slots // params.refresh_period
+    )
+    a = evaluator.import_ciphertext(client.export_ciphertext(client.encrypt(values, level=at)), level=at)
+    ms = _time(lambda: evaluator.refresh(a), repeats)
+    evaluator.close()
+    progress(len(wanted) + 1, len(wanted) + 1, "refresh")
+    return {**_machine(params), "threads": [1], "repeats": repeats, "ms": {"refresh": {str(at): round(ms, 1)}}}
+
+
+def _machine(params: Params) -> dict[str, Any]:
+    """What every table says of where it comes from."""
+    return {
         "machine": platform.node(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), **_versions("numpy", params.backend)},
         "params": params.to_json(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "threads": [1, 2],
         "clock": "thread CPU time, median",
-        "repeats": repeats,
         "load": os.getloadavg()[0],
-        "interpolated": missing,
-        "ms": _filled(one, params.levels),
-        "ms_2_threads": _filled(two, params.levels),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from . import charts
 from .charts import Row, figure
 from .style import STYLE
+from .two_tables import two_tables
 
 Report = Mapping[str, Any]
 MOST_BARS = 48
@@ -38,6 +39,7 @@ def render(report: Report) -> str:
         phases(report),
         operators(report),
         primitives(report),
+        bound(report),
         levels(report),
         layers(report),
         promises(report),
@@ -193,6 +195,18 @@ def primitives(r: Report) -> str:
         if p["seconds"] > 0
     ]
     return section("By primitive", charts.stacked_bars(rows, label_width=150, width=840)) if rows else ""
+
+
+def bound(r: Report) -> str:
+    """How near the run came to what its primitives take at their fastest, by node and by primitive."""
+    if not (found := r.get("tables")):
+        return ""
+    return section(
+        "Against the bound",
+        "<p>The bound adds up all primitives, each at the cost of the fastest call of its kind at its level, spread evenly over the "
+        "threads; efficiency is bound over measured.</p>"
+        + "".join(table.html() for table in two_tables(found, found["threads"])),
+    )
 
 
 def levels(r: Report) -> str:

@@ -31,7 +31,7 @@ class Certificate:
 
 def certify(graph: Graph) -> Certificate:
     """Degree of a graph whose ops are all polynomial."""
-    degree = {graph.input: 1}
+    degree = dict.fromkeys(graph.inputs, 1)
     for node in graph.nodes:
         d = [degree[name] for name in node.inputs]
         match node.op:

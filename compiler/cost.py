@@ -16,13 +16,11 @@ from pathlib import Path
 
 from he_backend.base import HEError
 from he_backend.params import Params
-from he_backend.trace import Node, Trace
+from he_backend.trace import Node, Trace, cost_name
 
 REFERENCE = "intel-r-xeon-r-processor-openfhe-128-bit-N65536-L30-s40-d5.json"
-# Thread-seconds of a refresh of all slots at N = 2^16 and 23 levels, where a table has no row of its own. An estimate: with two OpenMP
-# threads one call took 26.9 s on a busy machine (benchmarks/NOTES.md); an idle AMD EPYC is known to take 12 to 14 s.
-REFRESH_SECONDS = 27.0
-REFRESH_WORK = 2.0**16 * 16 * 24**2
+# A refresh of complex slots over one of real slots, processor time (openfhe 1.6.1, N = 2^13, 23 levels, three periods: 1.38 to 1.42).
+COMPLEX = 1.4
 COSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "costs"
 
 
@@ -42,6 +40,7 @@ def work(op: str, params: Params, level: int) -> float:
         "encode": n + 4,
         "encode_extended": n + k + 4,
         "weighted_sum_extended": n + k,
+        "add_extended": n + k,
         "extend": n + k,
     }.get(op, n)
     return units * params.log_n * 2.0**params.log_n
@@ -52,6 +51,7 @@ class CostTable:
     """Milliseconds by primitive and level, for one thread of one machine.
 
     name     of the file that it came from
+    refreshes  (parameters, thread-seconds of one call) of refreshes, which have tables of their own
     threads  factor by which two threads at once slow one thread down is in `contention`
     """
 
@@ -60,6 +60,7 @@ class CostTable:
     params: Params
     ms: Mapping[str, Mapping[int, float]]
     contention: float = 1.0
+    refreshes: tuple[tuple[Params, float], ...] = ()
 
     @classmethod
     def load(cls, path: Path | None = None) -> CostTable:
@@ -77,33 +78,76 @@ class CostTable:
                 params=Params.from_json(data["params"]),
                 ms={op: {int(level): float(v) for level, v in row.items()} for op, row in data["ms"].items()},
                 contention=float(data.get("contention", 1.0)),
+                refreshes=measured_refreshes(data["cpu"]),
             )
         except (OSError, ValueError, KeyError, AttributeError, HEError) as error:
             raise HEError(f"{path} is no cost table ({error!r}); measure one with: polyformer bench ops") from error
 
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
+        op = {"conjugate": "rotate", "refresh_function": "refresh"}.get(op, op)
         row = self.ms.get(op)
         if op == "refresh" and not row:
-            return REFRESH_SECONDS * 2.0**params.log_n * params.log_n * (params.levels + 1) ** 2 / REFRESH_WORK
+            return self._refresh(params)
         if not row:
             return 0.0
         at = min(row, key=lambda known: (abs(known - level), known))
         return row[at] * work(op, params, level) / work(op, self.params, at) / 1000.0
 
+    def _refresh(self, params: Params) -> float:
+        """From the measured refresh of the most similar parameters, by the ratio of work: the period first, then the ring.
+
+        Raises:
+            HEError: none was ever measured.
+        """
+        if not self.refreshes:
+            raise HEError(
+                f"no cost of a refresh is known in {COSTS}; measure one with: polyformer bench run ops-refresh"
+            )
+        share = math.log2(params.refresh_period / params.slots)
+
+        def distance(known: tuple[Params, float]) -> tuple[float, int]:
+            other = known[0]
+            return abs(math.log2(other.refresh_period / other.slots) - share), abs(other.log_n - params.log_n)
+
+        other, seconds = min(self.refreshes, key=distance)
+        slots = (COMPLEX if params.refresh_complex else 1.0) / (COMPLEX if other.refresh_complex else 1.0)
+        return seconds * slots * refresh_work(params) / refresh_work(other)
+
+    def measured(self, params: Params) -> dict[tuple[str, int], float] | None:
+        """Seconds by (primitive, level) where the table was measured under just these parameters; else None."""
+        if self.params != params:
+            return None
+        return {(op, level): ms / 1000.0 for op, row in self.ms.items() for level, ms in row.items()}
+
     def node(self, node: Node, trace: Trace, params: Params) -> float:
         """Seconds of one node without its encodings; weighted_sum counts its terms."""
         level = trace.nodes[node.args[0]].level if node.args else node.level
         if node.op == "weighted_sum":
-            return len(node.args) * self.seconds(
-                "weighted_sum_extended" if node.extended else "mul_plain", params, level
-            )
-        return 0.0 if node.op == "input" else self.seconds(node.op, params, level)
+            name = cost_name(node) if cost_name(node) in self.ms else "mul_plain"
+            return len(node.args) * self.seconds(name, params, level)
+        return 0.0 if node.op == "input" else self.seconds(cost_name(node), params, level)
 
     def encodings(self, node: Node, params: Params) -> float:
         """Seconds to encode the node's plaintexts, if none is cached."""
         vectors = sum(not isinstance(p, float) for p in node.plains)
         return vectors * self.seconds("encode_extended" if node.extended else "encode", params, node.level)
+
+
+def refresh_work(params: Params) -> float:
+    """Limb operations of a refresh but for a constant: key switches of about all limbs."""
+    return 2.0**params.log_n * params.log_n * (params.levels + 1) ** 2
+
+
+def measured_refreshes(cpu: str) -> tuple[tuple[Params, float], ...]:
+    """(parameters, seconds) of every table of a refresh: those of this processor, of any where there are none."""
+    found: list[tuple[bool, Params, float]] = []
+    for path in sorted(COSTS.glob("*.json")):
+        data = json.loads(path.read_text())
+        for ms in data["ms"].get("refresh", {}).values():
+            found.append((data["cpu"] == cpu, Params.from_json(data["params"]), float(ms) / 1000.0))
+    mine = any(same for same, _, _ in found)
+    return tuple((params, seconds) for same, params, seconds in found if same or not mine)
 
 
 def default_table() -> Path:
@@ -115,7 +159,7 @@ def default_table() -> Path:
     mine = []
     for path in sorted(COSTS.glob("*.json")):
         record = json.loads(path.read_text())
-        if not record["params"]["insecure"] and f": {record['cpu']}\n" in here:
+        if "rotate" in record["ms"] and not record["params"]["insecure"] and f": {record['cpu']}\n" in here:
             mine.append((record["created"], path))
     return max(mine)[1] if mine else COSTS / REFERENCE
 

@@ -1,12 +1,16 @@
 """Refreshing candidates of the search: what to try when no leveled chain is long enough.
 
-Only plain refreshes of all slots are tried, because those are what the backend runs. A refresh wants slots within [-1, 1]: values
-that left that interval in simulation, with margin, are no sites.
+A refresh wants slots within [-1, 1]: constants are folded so that all values lie there (`factors`); those that still leave that
+interval in simulation, with margin, are no sites. Every chain is placed for real slots and, where two values can share a refresh,
+for complex ones too; and for the period of the values most often refreshed, whose matrices and keys are smaller. The fastest
+placements are then traced and costed as a whole.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,20 +19,23 @@ from he_backend import refresh, security
 from he_backend.base import HEError, LevelError, ParamsError
 from he_backend.circuit import Circuit
 from he_backend.params import SINE_LEVELS, Params
-from he_backend.simulator import simulate
+from he_backend.simulator import peaks
 
 from .cost import CostTable
+from .factors import fold_factors
 from .lower import Lowered
-from .placement_problem import RefreshTimes
+from .placement_problem import Placement, RefreshTimes
 from .plan import BACKENDS, Candidate, Target, as_circuit, judge, predicted_error
-from .refreshes import Refreshing, place_refreshes
+from .refreshes import Refreshing, period, place_refreshes
+from .step_lower import LoweredStep
 
 SCALE = 54  # bits; the error model of a refresh was fitted at this scale
 BUDGETS = ((3, 3), (2, 2))  # levels of the two transforms
 DIGITS = (4, 6, 9)
 USABLE = range(4, 14)  # levels between two refreshes that are tried
 MARGIN = 1.25  # over the largest slot seen on samples
-SECONDS = 30.0  # of one placement
+SECONDS = 20.0  # of one placement
+COSTED = 4  # placements, fastest first, that are costed as a whole: a trace of four blocks takes seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,21 @@ class Deepened:
     circuit: Circuit | None = None
     lowered: Lowered | None = None
     error: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placed:
+    """One placement under some parameters."""
+
+    params: Params
+    program: Lowered
+    placement: Placement
+
+    @property
+    def note(self) -> str:
+        kinds = [site.kind for site in self.placement.sites]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        return f"{len(kinds)} refreshes ({counts}), {self.placement.method}, gap {self.placement.gap:.1%}"
 
 
 def chains(log_n: int, insecure: bool) -> Iterator[Params]:
@@ -86,62 +108,97 @@ def deepen(
     known = insecure or log_n in security.LIMITS["sparse192"]
     if "bootstrap" not in BACKENDS[target.backend] or not known or lowered.ops[0].level < min(USABLE):
         return Deepened()
+    if isinstance(
+        lowered, LoweredStep
+    ):  # its state stays at one level: a step that needed a refresh would need one every time
+        return Deepened()
+    if not (found := list(chains(log_n, insecure))):
+        return Deepened()
+    folded, allowed = _bounded(lowered, found[0], samples)
     rows: list[Candidate] = []
-    programs: dict[Params, Lowered] = {}
-    allowed: set[int] | None = None
-    for params in chains(log_n, insecure):
-        if allowed is None:
-            allowed = _bounded(lowered, params, samples)
-        report(f"refreshes, budget {params.refresh_encode}+{params.refresh_decode}, {params.digits} digits", 0, 1)
-        seconds = table.seconds("refresh", params, params.refresh_input)
-        refreshing = Refreshing(
-            level=params.refresh_output, start=params.refresh_input, times=RefreshTimes(plain=seconds)
-        )
+    placed: list[_Placed] = []
+    for i, real in enumerate(found):
+        report(f"refreshes, {real.name}", i, len(found))
         try:
-            # A ciphertext that comes in at the top would make every op above the refresh's level dear: it starts where refreshes end.
-            program, placement = place_refreshes(
-                lowered, params, table, refreshing, top=params.refresh_output, allowed=allowed, seconds=SECONDS
-            )
-            row = judge(program, params, target, table)
+            placed.append(_place(folded, real, table, allowed))
         except (LevelError, ParamsError) as error:
-            limit = None if insecure else security.limit(params)
-            rows.append(Candidate(params=params, log_qp=params.log_qp, limit=limit, why=str(error).split(";")[0]))
+            rows.append(_row(real, insecure, str(error).split(";")[0]))
             continue
-        if row is None:
+        others = [replace(real, refresh_complex=True)]
+        if short := _period(placed[-1]):
+            others += [replace(p, refresh_slots=short) for p in (real, others[0])]
+        for params in others:
+            with suppress(LevelError, ParamsError):  # what all real slots can do is the row to show
+                placed.append(_place(folded, params, table, allowed))
+    # Without pairs, complex slots are nothing but slower.
+    placed = [p for p in placed if not p.params.refresh_complex or any(s.kind == "pair" for s in p.placement.sites)]
+    placed.sort(key=lambda p: (p.placement.seconds, refresh.matrix_bytes(p.params)))
+    judged: list[tuple[Candidate, _Placed]] = []
+    for one in placed:
+        if sum(row.forecast is not None for row, _ in judged) == COSTED:
+            rows.append(_row(one.params, insecure, f"{one.placement.seconds:.0f} thread-seconds, {one.note}"))
             continue
-        note = f"{len(placement.sites)} refreshes, {placement.method}, gap {placement.gap:.1%}"
-        row = replace(row, why=f"{row.why}, {note}" if row.why else note)
-        programs[row.params] = program
-        rows.append(row)
-    for i, row in sorted(enumerate(rows), key=lambda pair: (pair[1].forecast is None, pair[1].evaluate_s)):
+        report(f"costs, {one.params.name}", len(judged), COSTED)
+        if (row := judge(one.program, one.params, target, table)) is not None:
+            judged.append((replace(row, why=f"{row.why}, {one.note}" if row.why else one.note), one))
+    judged.sort(key=lambda pair: (pair[0].forecast is None, pair[0].evaluate_s))
+    rows += [row for row, _ in judged]
+    for row, one in judged:
         if row.trace is None:
             continue
-        program = programs[row.params]
-        circuit = as_circuit(program, row.params)
+        circuit = as_circuit(one.program, row.params)
         report("noise", 0, 1)
         try:
             promised = predicted_error(circuit, row.trace, samples[:3])
             security.check_failure(refresh_failure(circuit))
         except HEError as error:
-            rows[i] = replace(row, why=str(error), trace=None)
+            rows[rows.index(row)] = replace(row, why=str(error), trace=None)
             continue
         if promised <= target.max_error:
-            return Deepened(rows=rows, candidate=row, circuit=circuit, lowered=program, error=promised)
-        rows[i] = replace(row, why=f"predicted error {promised:.2g} above {target.max_error:.2g}", trace=None)
+            return Deepened(rows=rows, candidate=row, circuit=circuit, lowered=one.program, error=promised)
+        why = f"predicted error {promised:.2g} above {target.max_error:.2g}, {one.note}"
+        rows[rows.index(row)] = replace(row, why=why, trace=None)
     return Deepened(rows=rows)
+
+
+def _period(placed: _Placed) -> int:
+    """The period with which most refreshed values repeat, of those that repeat; 0 if none does."""
+    program = placed.program
+    refreshed = [program.ops[op.args[0]].layout for op in program.ops if op.kind == "refresh"]
+    periods = Counter(period(program.arrays[layout]) for layout in refreshed if layout)
+    usual = max((p for p in periods if 0 < p < placed.params.slots), key=lambda p: (periods[p], -p), default=0)
+    return max(8, usual) if usual else 0
+
+
+def _place(folded: Lowered, params: Params, table: CostTable, allowed: set[int]) -> _Placed:
+    if params.refresh_slots:
+        layouts = {op.id: op.layout for op in folded.ops if op.id in allowed and op.layout}
+        periods = {name: period(folded.arrays[name]) for name in set(layouts.values())}
+        allowed = {v for v, name in layouts.items() if 0 < periods[name] <= params.refresh_slots}
+    seconds = table.seconds("refresh", params, params.refresh_input)
+    times = RefreshTimes(plain=seconds, pair=seconds if params.refresh_complex else None)
+    refreshing = Refreshing(level=params.refresh_output, start=params.refresh_input, times=times)
+    # A ciphertext that comes in at the top would make every op above the refresh's level dear: it starts where refreshes end.
+    program, placement = place_refreshes(
+        folded, params, table, refreshing, top=params.refresh_output, allowed=allowed, seconds=SECONDS
+    )
+    return _Placed(params=params, program=program, placement=placement)
+
+
+def _row(params: Params, insecure: bool, why: str) -> Candidate:
+    limit = None if insecure else security.limit(params)
+    return Candidate(params=params, log_qp=params.log_qp, limit=limit, why=why)
 
 
 def refresh_failure(circuit: Circuit) -> float:
     """log2 of the chance that one of a request's refreshes fails, by a union bound; minus infinity without any."""
-    count = sum(op.kind == "refresh" for op in circuit.ops)
+    count = circuit.refreshes
     return refresh.failure_log2(circuit.params) + float(np.log2(count)) if count else float("-inf")
 
 
-def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> set[int]:
-    """Ops whose slots stay within [-1, 1] on samples, with margin."""
+def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> tuple[Lowered, set[int]]:
+    """The program with constants folded, and its ops whose slots stay within [-1, 1] on samples, with margin."""
     circuit = as_circuit(lowered, params)
-    peaks: np.ndarray = np.zeros(len(circuit.ops))
-    for x in samples[:8]:
-        values = simulate(circuit, {circuit.inputs[0].name: x}).values
-        peaks = np.maximum(peaks, [np.max(np.abs(v)) for v in values])
-    return {op.id for op, peak in zip(circuit.ops, peaks, strict=True) if MARGIN * peak <= 1.0}
+    largest = peaks(circuit, samples[:8])
+    folded, m = fold_factors(lowered, largest, 1.0 / MARGIN)
+    return folded, {op.id for op in folded.ops if MARGIN * largest[op.id] * m[op.id] <= 1.0 + 1e-6}

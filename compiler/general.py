@@ -1,12 +1,13 @@
 """Lowering by layouts alone: every plaintext-linear op as one sparse map, and what that makes possible for the other ops.
 
-The structured handlers of `lower.py` know tokens, features and heads. Where a tensor does not lie as they want it, the functions
-here take over: they know only that a layout is a map from slots to elements, so that they work for any shape and any number of
+The handlers of `features` and `attention` know tokens, features and heads. Where a tensor does not lie as they want it, the
+functions here take over: they know only that a layout is a map from slots to elements, so that they work for any shape and any number of
 ciphertexts.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +17,12 @@ from he_backend.base import UnsupportedOpError
 
 from .ir import Node
 from .layout import power_of_two
+from .placed import Placed
+from .pooling import emit_pool, find_pool
 from .sparse import Place, SparseMap, kron_linear, picking, places, plan_sparse
 
 if TYPE_CHECKING:
-    from .lower import Lowering, Placed
+    from .lower import Lowering
 
 MOST_CIPHERTEXTS = 64  # of the products of one general matrix product
 
@@ -45,9 +48,21 @@ def matrix_of(node: Node, shape: tuple[int, ...]) -> sp.csr_matrix:
 
 def lower_map(low: Lowering, node: Node, x: Placed, matrix: sp.csr_matrix, bias: np.ndarray | None) -> Placed:
     """y = M x + bias, in the layout that costs least."""
-    repeated = low.repeats(node.name)
-    found = plan_sparse(matrix, x.layout, places(matrix.shape[0], x.layout, matrix, repeated=repeated), low.cost)
+    outputs, repeated = matrix.shape[0], low.repeats(node.name)
+    if not repeated and len(x.ops) == 1 and (pool := find_pool(matrix, x.layout[0])) is not None:
+        return emit_pool(low, node, x, pool, bias)
+    candidates = places(outputs, x.layout, matrix, repeated=repeated)
+    if not repeated and outputs <= low.tokens:
+        candidates = chain([_one_token(outputs, low.tokens, low.positions)], candidates)
+    found = plan_sparse(matrix, x.layout, candidates, low.cost)
     return emit_map(low, node, node.name, x, found, bias, low.wanted(node.name))
+
+
+def _one_token(outputs: int, tokens: int, positions: int) -> Place:
+    """Output o in the slot of token o at every position: what a head on one token wants, as sums over features are sums over positions."""
+    row = np.where(np.arange(tokens) < outputs, np.arange(tokens), -1)
+    folds = tuple(tokens << k for k in range(positions.bit_length() - 1))
+    return Place(slots=np.tile(row, positions)[None], folds=folds, period=tokens)
 
 
 def move(low: Lowering, node: Node, x: Placed, index: np.ndarray, layout: np.ndarray, size: int) -> Placed:
@@ -65,8 +80,6 @@ def emit_map(
     low: Lowering, node: Node, name: str, x: Placed, found: SparseMap, bias: np.ndarray | None, factor: float
 ) -> Placed:
     """The ops of a planned map."""
-    from .lower import Placed
-
     ops = []
     for part, terms in enumerate(found.targets):
         total = -1
@@ -133,8 +146,6 @@ def lower_matmul(low: Lowering, node: Node, a: Placed, b: Placed) -> Placed:
         op = low.emit("mul", pair, node.source, factor=factor)
         ops.append(low.emit("rotate_sum", (op,), node.source, factor=factor, steps=steps) if steps else op)
     final = np.where((channel == 0) & (row < int(np.prod(node.shape))), row, -1).reshape(parts, low.slots)
-    from .lower import Placed
-
     placed = Placed(ops=tuple(ops), layout=final, factor=factor, clean=False)
     if (mask := node.attrs.get("mask")) is not None:
         flat = np.broadcast_to(mask, node.shape).reshape(-1)

@@ -14,6 +14,7 @@
     reshape       a        (shape of the node)
     sparse        a        `matrix` scipy.sparse.csr_matrix [size out, size in], bias [size out] or None: any plaintext-linear
                            op (conv, pool, slice, concat, ...) on the flattened tensor, its leading axis of length 1 included
+    mul_step      a, step  const [T, ...]: a * const[step], broadcast; add_step likewise
     function      a        `call` in NumPy, `kind`: not a polynomial, only between the importer and the pass `approximate`
 
 A graph is a value: passes return new ones. `evaluate` is the meaning that every pass must keep.
@@ -28,6 +29,8 @@ from typing import Any
 import numpy as np
 
 from he_backend.base import Array, UnsupportedOpError
+
+STEP = "step"  # the input that holds the number of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +51,29 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A tensor that is kept from step to step: it comes in as `before`, and goes out as the node `after`."""
+
+    before: str
+    after: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
-    """Nodes in order of use; `input` is the one tensor that comes from outside, `output` the one that leaves."""
+    """Nodes in order of use; `input` is the one tensor that comes from outside, `output` the one that leaves.
+
+    A graph with `steps` T > 0 is one step of a sequence of at most T: the scalar input STEP is its number, and `kept` are the
+    tensors that it hands on to the next one.
+    """
 
     input: str
     input_shape: tuple[int, ...]
     output: str
     nodes: tuple[Node, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    steps: int = 0
+    kept: tuple[Kept, ...] = ()
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -67,12 +85,23 @@ class Graph:
     def by_name(self) -> dict[str, Node]:
         return {n.name: n for n in self.nodes}
 
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """All that comes from outside, with its shape."""
+        step: dict[str, tuple[int, ...]] = {STEP: ()} if self.steps else {}
+        return {self.input: self.input_shape, **step, **{k.before: k.shape for k in self.kept}}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.output, *(k.after for k in self.kept))
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.input_shape if name == self.input else self.by_name[name].shape
+        inputs = self.inputs
+        return inputs[name] if name in inputs else self.by_name[name].shape
 
     def users(self) -> dict[str, list[Node]]:
         """Tensor name -> the nodes that read it."""
-        users: dict[str, list[Node]] = {self.input: [], **{n.name: [] for n in self.nodes}}
+        users: dict[str, list[Node]] = {name: [] for name in (*self.inputs, *self.by_name)}
         for node in self.nodes:
             for name in dict.fromkeys(node.inputs):
                 users[name].append(node)
@@ -80,16 +109,21 @@ class Graph:
 
     def without_dead(self) -> Graph:
         """The same graph without nodes that the output does not need."""
-        alive = {self.output}
+        alive = set(self.outputs)
         for node in reversed(self.nodes):
             if node.name in alive:
                 alive.update(node.inputs)
         return replace(self, nodes=tuple(n for n in self.nodes if n.name in alive))
 
 
-def evaluate(graph: Graph, x: np.ndarray) -> dict[str, Array]:
-    """Every tensor of the graph for one input, float64 (token ids stay integers)."""
-    values: dict[str, Any] = {graph.input: x.astype(np.float64) if x.dtype.kind == "f" else x}
+def evaluate(graph: Graph, x: np.ndarray | Mapping[str, np.ndarray]) -> dict[str, Array]:
+    """Every tensor of the graph for one input, float64 (token ids stay integers).
+
+    Args:
+        x: the input; all inputs by name for a graph with steps.
+    """
+    given = x if isinstance(x, Mapping) else {graph.input: x}
+    values: dict[str, Any] = {n: v.astype(np.float64) if v.dtype.kind == "f" else v for n, v in given.items()}
     for node in graph.nodes:
         try:
             kernel = OPS[node.op]
@@ -129,5 +163,7 @@ OPS: dict[str, Callable[..., Array]] = {
     "transpose": lambda n, a: np.transpose(a, n.attrs["perm"]),
     "reshape": lambda n, a: a.reshape(n.shape),
     "sparse": _sparse,
+    "mul_step": lambda n, a, step: a * n.const[int(step)],
+    "add_step": lambda n, a, step: a + n.const[int(step)],
     "function": lambda n, a: n.attrs["call"](a),
 }

@@ -5,9 +5,9 @@ are P = slots / T positions. A *feature map* says which feature each position ho
 
     periodic   position p holds feature p mod F': all features, then all again. Sums over features, and folds over the copies,
                are cyclic: every slot gets the full sum and nothing has to be masked.
-    heads      [channel i][spare copy][shift copy b][head h]: the channels of a head lie outermost, so that the sum of a score
-               over them is cyclic too, without mask and without spreading the result (two rotations trees and a level saved);
-               copy b holds the key shifted by b tokens, which does T / B products of queries and keys instead of T.
+    heads      [channel i][spare copy][shift copy b][head h]: the channels of a head lie outermost, so that sums over them and
+               rotations by them are cyclic too, without mask and without spreading the result; copy b holds the key shifted
+               by b tokens, which does T / B products of queries and keys instead of T.
 
 A tensor that is wider than a ciphertext is cut by features into tiles, one ciphertext each. Tensors that are no [T, F] at all have
 layouts without positions: any map from (ciphertext, slot) to element, see `sparse`.
@@ -61,15 +61,21 @@ def local(feature: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """The geometry of attention in one ciphertext.
+    """The geometry of attention.
 
-    tokens T, heads H, channels dk of a head, positions P; `shifts` B copies hold shifted keys, T / B ciphertexts hold all scores.
+    tokens T, heads H, channels dk of a head, positions P of a ciphertext. A ciphertext holds whole heads, as many as fit; of a head
+    that is wider than a ciphertext it holds a range of channels. Queries, keys and values are one ciphertext for each of
+    `groups` x `ranges`, the ranges of a group side by side; scores are `scores` ciphertexts for each group.
+
+    merged tells how scores lie. Else a ciphertext holds the scores of `shifts` token shifts, equal in all channels; merged, the
+    channel counts shifts too, so that there are as many scores as slots and dk times fewer ciphertexts.
     """
 
     tokens: int
     heads: int
     channels: int
     positions: int
+    merged: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "heads", "channels"):
@@ -77,23 +83,47 @@ class Heads:
                 raise UnsupportedOpError(
                     f"attention with {n} {name}: the layout wants a power of two; pad to {power_of_two(n)}"
                 )
-        if self.heads * self.channels > self.positions:
+        if self.merged and self.width > self.tokens:
             raise UnsupportedOpError(
-                f"{self.heads} heads of {self.channels} channels need {self.heads * self.channels} positions of {self.tokens} "
-                f"tokens; a ciphertext has {self.positions}. Take a larger ring, fewer tokens or a narrower model"
+                f"merged scores of {self.width} channels count as many shifts; {self.tokens} tokens have fewer"
             )
 
     @property
+    def group(self) -> int:
+        """Heads of a ciphertext."""
+        return min(self.heads, max(1, self.positions // self.channels))
+
+    @property
+    def width(self) -> int:
+        """Channels of a head in one ciphertext."""
+        return min(self.channels, self.positions)
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.group
+
+    @property
+    def ranges(self) -> int:
+        return self.channels // self.width
+
+    @property
     def copies(self) -> int:
-        return self.positions // (self.heads * self.channels)
+        return self.positions // (self.group * self.width)
 
     @property
     def shifts(self) -> int:
-        return min(self.copies, self.tokens)
+        """Copies B that hold shifted keys."""
+        return min(self.copies, self.tokens // self.width if self.merged else self.tokens)
 
     @property
-    def ciphertexts(self) -> int:
-        return self.tokens // self.shifts
+    def reach(self) -> int:
+        """Token shifts in one ciphertext of scores."""
+        return self.shifts * self.width if self.merged else self.shifts
+
+    @property
+    def scores(self) -> int:
+        """Ciphertexts of the scores of one group."""
+        return self.tokens // self.reach
 
     @property
     def slots(self) -> int:
@@ -101,46 +131,60 @@ class Heads:
 
     @property
     def head(self) -> np.ndarray:
-        """[P] head of each position."""
-        return np.arange(self.positions) % self.heads
+        """[P] head of each position, counted within its group."""
+        return np.arange(self.positions) % self.group
 
     @property
     def copy(self) -> np.ndarray:
         """[P] shift copy b of each position."""
-        return np.arange(self.positions) // self.heads % self.shifts
+        return np.arange(self.positions) // self.group % self.shifts
 
     @property
     def channel(self) -> np.ndarray:
-        """[P] channel of each position."""
-        return np.arange(self.positions) // (self.heads * self.copies)
+        """[P] channel of each position, counted within its range."""
+        return np.arange(self.positions) // (self.group * self.copies)
+
+    def feature(self, part: int = 0) -> np.ndarray:
+        """[P] feature h * dk + i of each position: the feature map of ciphertext `part` of queries, keys and values."""
+        group, piece = divmod(part, self.ranges)
+        return (group * self.group + self.head) * self.channels + piece * self.width + self.channel
 
     @property
-    def feature(self) -> np.ndarray:
-        """[P] feature h * dk + i of each position: the feature map of queries, keys and values."""
-        return self.head * self.channels + self.channel
+    def features(self) -> list[np.ndarray]:
+        """The feature maps of all ciphertexts of queries, keys and values."""
+        return [self.feature(part) for part in range(self.groups * self.ranges)]
+
+    @property
+    def channel_stride(self) -> int:
+        """Rotation by one channel."""
+        return self.group * self.copies * self.tokens
 
     @property
     def channel_steps(self) -> list[int]:
         """Rotations of a cyclic sum over the channels."""
-        stride = self.heads * self.copies * self.tokens
-        return [stride << k for k in range((self.channels - 1).bit_length())]
+        return [self.channel_stride << k for k in range((self.width - 1).bit_length())]
 
     @property
     def copy_steps(self) -> list[int]:
         """Rotations of a sum over the shift copies; complete in copy 0, and everywhere for what is equal in all channels."""
-        stride = self.heads * self.tokens
+        stride = self.group * self.tokens
         return [stride << k for k in range((self.shifts - 1).bit_length())]
 
-    def score_layout(self, part: int) -> np.ndarray:
-        """[slots] flat index into scores [H, T, T]: ciphertext `part` holds key t - (b + B part), modulo T."""
-        head, token, shift = self.per_slot(part)
-        return (head * self.tokens + token) * self.tokens + (token - shift) % self.tokens
+    @property
+    def layout(self) -> np.ndarray:
+        """[groups * scores, slots] flat index into scores [H, T, T] of each ciphertext of scores."""
+        rows = []
+        for group in range(self.groups):
+            for part in range(self.scores):
+                head, token, shift = self.per_slot(group, part)
+                rows.append((head * self.tokens + token) * self.tokens + (token - shift) % self.tokens)
+        return np.stack(rows)
 
-    def per_slot(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Head, token and token shift of each slot, each [slots]."""
+    def per_slot(self, group: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Head, query and token shift of each slot of a ciphertext of scores, each [slots]; the key is query - shift, modulo T."""
         token = np.tile(np.arange(self.tokens), self.positions)
-        shift = np.repeat(self.copy, self.tokens) + self.shifts * part
-        return np.repeat(self.head, self.tokens), token, shift
+        shift = self.copy + (self.shifts * self.channel if self.merged else 0) + self.reach * part
+        return np.repeat(group * self.group + self.head, self.tokens), token, np.repeat(shift, self.tokens)
 
 
 def from_features(feature: np.ndarray, tokens: int, features: int) -> np.ndarray:

@@ -7,8 +7,10 @@ of its result, and chooses it so that what follows lies within [-1, 1].
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,60 +18,35 @@ from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Op, Signature
 from he_backend.container import Arrays
 
-from .attention import lower_scores, lower_values
-from .general import lower_map, lower_matmul, matrix_of, move
-from .ir import Graph, Node
-from .layout import (
-    Heads,
-    broadcast_index,
-    constant_slots,
-    feature_tiles,
-    from_features,
-    held,
-    local,
-    periodic,
-    power_of_two,
-    to_features,
+from .attention import choose, heads_of, lower_product
+from .elementwise import (
+    lower_add,
+    lower_add_const,
+    lower_mul,
+    lower_mul_const,
+    lower_polynomial,
+    lower_reshape,
+    lower_transpose,
 )
-from .matvec import PlanCost, plan_matvec
-from .polynomials import prepare
+from .features import lower_linear, lower_reduce_sum, lower_sparse
+from .general import matrix_of
+from .ir import Graph, Node
+from .layout import Heads, feature_tiles, from_features
+from .matvec import PlanCost
+from .placed import Lowered as Lowered
+from .placed import Placed as Placed
 from .sparse import input_layouts, places, plan_sparse
 
 Range = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placed:
-    """Where a tensor is: one op id a ciphertext, layout [ciphertexts, slots], factor; `clean` if unused slots hold 0.
-
-    heads is set for tensors in attention's layout; `scores` tells those of [1, H, T, T] from queries, keys and values.
-    """
-
-    ops: tuple[int, ...]
-    layout: np.ndarray
-    factor: float
-    clean: bool = True
-    heads: Heads | None = None
-    scores: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lowered:
-    """A circuit without levels and parameters yet."""
-
-    ops: tuple[Op, ...]
-    arrays: Arrays
-    client_arrays: Arrays
-    inputs: tuple[Signature, ...]
-    outputs: tuple[Signature, ...]
-    tensors: Mapping[int, tuple[str, int]]  # op id -> (graph tensor, ciphertext) that it holds
-
-
 class Lowering:
     """One run of the pass; `emit` and `array` are what the handlers share."""
 
-    def __init__(self, graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost) -> None:
-        self.graph, self.ranges, self.slots, self.cost = graph, ranges, slots, cost
+    def __init__(
+        self, graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost, merge: bool | None = None
+    ) -> None:
+        self.graph, self.ranges, self.slots, self.cost, self.merge = graph, ranges, slots, cost, merge
         self.users = graph.users()
         self.nodes = graph.by_name
         if len(graph.input_shape) < 2 or graph.input_shape[0] != 1:
@@ -86,6 +63,7 @@ class Lowering:
         self.client_arrays: Arrays = {}
         self.placed: dict[str, Placed] = {}
         self.tensors: dict[int, tuple[str, int]] = {}
+        self.memo: dict[Any, Any] = {}  # of handlers: what equal shapes share
         self.streams = self._streams()
 
     # Shared by handlers
@@ -95,13 +73,32 @@ class Lowering:
         self.ops.append(op)
         return op.id
 
+    def rotated(self, op: int, k: int) -> int:
+        """A rotation, made once."""
+        k %= self.slots
+        if k and (op, k) not in self.memo:
+            known = self.ops[op]
+            self.memo[op, k] = self.emit("rotate", (op,), known.source, factor=known.factor, k=k)
+        return self.memo[op, k] if k else op
+
     def array(self, name: str, values: np.ndarray) -> str:
-        """Store a constant array [.., slots], shortened where it repeats within each position."""
-        grid = values.reshape(*values.shape[:-1], -1, self.tokens)
-        if values.shape[-1] == self.slots and np.array_equal(grid, np.broadcast_to(grid[..., :1], grid.shape)):
-            values = grid[..., 0]
-        self.arrays[name] = np.ascontiguousarray(values)
-        return name
+        """Store a constant array [.., slots], shortened where it repeats within each position and where float32 is exact.
+
+        Returns:
+            its name, or that of an equal array that is stored already.
+        """
+        if values.shape[-1] == self.slots:
+            grid = values.reshape(*values.shape[:-1], -1, self.tokens)
+            if np.array_equal(grid, np.broadcast_to(grid[..., :1], grid.shape)):
+                values = grid[..., 0]
+        if np.array_equal(values, short := values.astype(np.float32)):
+            values = short
+        values = np.ascontiguousarray(values)
+        key = (values.shape, values.dtype.str, hashlib.blake2b(values.tobytes()).digest())
+        if key not in self.memo:
+            self.memo[key] = name
+            self.arrays[name] = values
+        return self.memo[key]
 
     def bound(self, name: str) -> float:
         """Largest |element| seen in calibration, with its margin; never 0."""
@@ -153,6 +150,13 @@ class Lowering:
                 others = [i for i in user.inputs if i != name and i in self.placed]
                 if others:
                     return self.wanted(user.name) / self.placed[others[0]].factor
+            if user.op == "matmul":
+                # Keys take what their product with the queries should be divided by: its weights are 0 and 1 then.
+                queries = [
+                    p for i in user.inputs if i != name and (p := self.placed.get(i)) and p.heads and not p.scores
+                ]
+                if queries:
+                    return self.wanted(user.name) / queries[0].factor
             if user.op == "polynomial" and name in self.nodes and self.nodes[name].op == "matmul":
                 # Scores: the sum of their powers, the denominator, is what should be near 1.
                 power = len(user.attrs["coefficients"]) - 1
@@ -173,8 +177,8 @@ class Lowering:
         """The head geometry if a tensor [1, T, D] is split into heads for a product of two tensors."""
         for user in self.users[name]:
             if user.op == "reshape" and len(user.shape) == 4:
-                _, tokens, heads, channels = user.shape
-                return Heads(tokens=tokens, heads=heads, channels=channels, positions=self.positions)
+                heads = heads_of(user.shape, self.positions)
+                return None if heads is None else choose(heads, self.cost, self.merge)
             if user.op in ("add_const", "mul") and user.shape == self.graph.shape(name):
                 return self.goes_to_heads(user.name)
         return None
@@ -257,242 +261,35 @@ class Lowering:
         )
 
 
-def _linear(low: Lowering, node: Node) -> Placed:
-    assert node.const is not None
-    x = low.placed[node.inputs[0]]
-    features_in, features_out = node.const.shape
-    shape = low.graph.shape(node.inputs[0])
-    sources = [to_features(part, low.tokens, features_in) for part in x.layout]
-    if low.tokens == 1 or shape != (1, low.tokens, features_in) or any(f is None for f in sources):
-        rows = int(np.prod(shape[:-1]))
-        bias = None if node.bias is None else np.tile(np.broadcast_to(node.bias, (features_out,)), rows)
-        return lower_map(low, node, x, matrix_of(node, shape), bias)
-    heads = low.goes_to_heads(node.name)
-    targets = [heads.feature] if heads is not None else feature_tiles(features_out, low.positions)
-    factor = low.wanted(node.name)
-    ops = []
-    for part, target in enumerate(targets):
-        constant = None
-        if node.bias is not None:
-            values = np.where(target >= 0, np.broadcast_to(node.bias, (features_out,))[np.maximum(target, 0)], 0.0)
-            constant = low.array(f"{node.name}.{part}.bias", values / factor)
-        ops.append(_tile(low, node, x, [f for f in sources if f is not None], part, target, constant, factor))
-    layout = np.stack([from_features(target, low.tokens, features_out) for target in targets])
-    return Placed(ops=tuple(ops), layout=layout, factor=factor, heads=heads)
-
-
-def _tile(
-    low: Lowering,
-    node: Node,
-    x: Placed,
-    sources: list[np.ndarray],
-    part: int,
-    target: np.ndarray,
-    bias: str | None,
-    factor: float,
-) -> int:
-    """One ciphertext of a linear map's result: a matrix-vector product of every source ciphertext, those with equal folds summed first."""
-    assert node.const is not None
-    t = low.tokens
-    columns = held(target)
-    partial: dict[tuple[int, ...], int] = {}
-    for i, source in enumerate(sources):
-        rows = held(source)
-        matrix = node.const[rows][:, columns] * (x.factor / factor)
-        plan = plan_matvec(local(source, rows), local(target, columns), matrix, low.cost)
-        alone = len(sources) == 1 and not plan.folds
-        op = low.emit(
-            "linear",
-            (x.ops[i],),
-            node.source,
-            factor=factor,
-            weights=low.array(f"{node.name}.{part}.{i}.weights", plan.weights),
-            plan=[[g * t, [[b * t, row] for b, row in terms]] for g, terms in plan.plan],
-            bias=bias if alone else None,
-        )
-        if alone:
-            return op
-        known = partial.get(plan.folds)
-        partial[plan.folds] = op if known is None else low.emit("add", (known, op), node.source, factor=factor)
-    total = -1
-    for folds, op in partial.items():
-        if folds:
-            op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=[f * t for f in folds])
-        total = op if total < 0 else low.emit("add", (total, op), node.source, factor=factor)
-    return total if bias is None else low.emit("add_plain", (total,), node.source, factor=factor, array=bias)
-
-
-def _sparse(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
-    return lower_map(low, node, x, node.attrs["matrix"], node.bias)
-
-
-def _scaled(low: Lowering, x: Placed, factor: float, source: str) -> Placed:
-    """The same tensor under another factor: a product by a number, one level."""
-    name = low.array(f"scale.{len(low.ops)}", np.full((1, low.positions), x.factor / factor))
-    ops = tuple(
-        low.emit("linear", (op,), source, factor=factor, weights=name, plan=[[0, [[0, 0]]]], bias=None) for op in x.ops
-    )
-    return replace(x, ops=ops, factor=factor)
-
-
-def _add(low: Lowering, node: Node) -> Placed:
-    a, b = (low.placed[name] for name in node.inputs)
-    if low.graph.shape(node.inputs[0]) != node.shape:
-        a, b = b, a
-    index = broadcast_index(_smaller(low, node), node.shape)
-    if low.graph.shape(node.inputs[0]) != low.graph.shape(node.inputs[1]) or not np.array_equal(a.layout, b.layout):
-        b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
-    if not np.isclose(a.factor, b.factor, rtol=1e-9):
-        b = _scaled(low, b, a.factor, node.source)
-    ops = tuple(low.emit("add", pair, node.source, factor=a.factor) for pair in zip(a.ops, b.ops, strict=True))
-    return replace(a, ops=ops, clean=a.clean and b.clean)
-
-
-def _smaller(low: Lowering, node: Node) -> tuple[int, ...]:
-    """Shape of the operand that is broadcast; of the second one where both have the node's shape.
-
-    Raises:
-        UnsupportedOpError: both are broadcast.
-    """
-    a, b = (low.graph.shape(name) for name in node.inputs)
-    if node.shape not in (a, b):
-        raise UnsupportedOpError(f"{node}: both operands, {a} and {b}, would have to be broadcast; expand one of them")
-    return b if a == node.shape else a
-
-
-def _add_const(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
-    assert node.const is not None
-    values = constant_slots(node.const, node.shape, x.layout) / x.factor
-    ops = tuple(
-        low.emit("add_plain", (op,), node.source, factor=x.factor, array=low.array(f"{node.name}.{part}", values[part]))
-        for part, op in enumerate(x.ops)
-    )
-    return replace(x, ops=ops)
-
-
-def _mul_const(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
-    assert node.const is not None
-    if node.const.size == 1:
-        c = float(node.const.reshape(-1)[0])
-        if c == 0.0:
-            raise UnsupportedOpError(f"{node}: a product by zero; remove the branch")
-        return replace(x, factor=x.factor * c)
-    factor = low.wanted(node.name)
-    values = constant_slots(node.const, node.shape, x.layout) * (x.factor / factor)
-    ops = tuple(
-        low.emit(
-            "linear",
-            (op,),
-            node.source,
-            factor=factor,
-            weights=low.array(f"{node.name}.{part}", values[part][None]),
-            plan=[[0, [[0, 0]]]],
-            bias=None,
-        )
-        for part, op in enumerate(x.ops)
-    )
-    return replace(x, ops=ops, factor=factor, clean=True)
-
-
-def _mul(low: Lowering, node: Node) -> Placed:
-    a, b = (low.placed[name] for name in node.inputs)
-    if low.graph.shape(node.inputs[0]) != node.shape:
-        a, b = b, a
-    index = broadcast_index(_smaller(low, node), node.shape)
-    wanted = np.where(a.layout >= 0, index[np.maximum(a.layout, 0)], b.layout[0] if len(b.layout) == 1 else -1)
-    if not np.array_equal(wanted, np.broadcast_to(b.layout, wanted.shape) if len(b.layout) in (1, len(wanted)) else 0):
-        b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
-    pairs = zip(a.ops, b.ops * (len(a.ops) // len(b.ops)), strict=True)
-    factor = a.factor * b.factor
-    ops = tuple(low.emit("mul", pair, node.source, factor=factor) for pair in pairs)
-    return replace(a, ops=ops, factor=factor, clean=a.clean or b.clean)
-
-
-def _polynomial(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
-    lo, hi = low.ranges[node.inputs[0]]
-    interval = tuple(sorted((lo / x.factor, hi / x.factor)))
-    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), low.bound(node.name))
-    ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
-    at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])
-    return replace(x, ops=ops, factor=factor, clean=x.clean and abs(at_zero) < 1e-12)
-
-
-def _reduce_sum(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
-    shape = low.graph.shape(node.inputs[0])
-    rows = broadcast_index(node.shape, shape)
-    total = x.ops[0]
-    if x.heads is not None and x.scores:
-        for op in x.ops[1:]:
-            total = low.emit("add", (total, op), node.source, factor=x.factor)
-        steps = x.heads.copy_steps
-    else:
-        whole = len(x.ops) == 1 and shape in ((1, low.tokens, shape[-1]), (1, shape[-1]))
-        feature = to_features(x.layout[0], low.tokens, shape[-1]) if whole else None
-        if feature is None or power_of_two(shape[-1]) > low.positions:
-            return lower_map(low, node, x, matrix_of(node, shape), None)
-        padded = (feature < 0).any() and not x.clean
-        if padded or not np.array_equal(feature, periodic(shape[-1], low.positions)):
-            return lower_map(low, node, x, matrix_of(node, shape), None)
-        period = 1 << (shape[-1] - 1).bit_length()
-        steps = [low.tokens << k for k in range(period.bit_length() - 1)]
-    if steps:
-        total = low.emit("rotate_sum", (total,), node.source, factor=x.factor, steps=steps)
-    # The sum is complete in every slot of its row; unused slots of a periodic layout hold it too.
-    layout = np.where(x.layout[0] >= 0, rows[np.maximum(x.layout[0], 0)], np.tile(np.arange(low.tokens), low.positions))
-    return Placed(ops=(total,), layout=layout[None], factor=x.factor, clean=False, heads=x.heads)
-
-
-def _transpose(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
-    shape = low.graph.shape(node.inputs[0])
-    moved = np.arange(int(np.prod(shape))).reshape(shape).transpose(node.attrs["perm"]).reshape(-1)
-    inverse = np.empty_like(moved)
-    inverse[moved] = np.arange(moved.size)
-    return replace(x, layout=np.where(x.layout >= 0, inverse[np.maximum(x.layout, 0)], -1))
-
-
-def _reshape(low: Lowering, node: Node) -> Placed:
-    return low.placed[node.inputs[0]]
-
-
-def _matmul(low: Lowering, node: Node) -> Placed:
-    a, b = (low.placed[name] for name in node.inputs)
-    if a.heads is None or a.heads != b.heads:
-        return lower_matmul(low, node, a, b)
-    return (lower_values if a.scores else lower_scores)(low, node, a, b, a.heads)
-
-
 ELEMENTWISE = ("add", "add_const", "mul", "mul_const", "polynomial", "reshape")
 
 HANDLERS: dict[str, Callable[[Lowering, Node], Placed]] = {
-    "linear": _linear,
-    "sparse": _sparse,
-    "add": _add,
-    "add_const": _add_const,
-    "mul": _mul,
-    "mul_const": _mul_const,
-    "polynomial": _polynomial,
-    "reduce_sum": _reduce_sum,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "matmul": _matmul,
+    "linear": lower_linear,
+    "sparse": lower_sparse,
+    "add": lower_add,
+    "add_const": lower_add_const,
+    "mul": lower_mul,
+    "mul_const": lower_mul_const,
+    "polynomial": lower_polynomial,
+    "reduce_sum": lower_reduce_sum,
+    "transpose": lower_transpose,
+    "reshape": lower_reshape,
+    "matmul": lower_product,
 }
 
 
-def lower(graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost) -> Lowered:
+def lower(
+    graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost, *, merge: bool | None = None
+) -> Lowered:
     """Lower a folded graph.
 
     Args:
         ranges: smallest and largest element of every tensor in calibration, with margin.
         slots: of a ciphertext.
         cost: predicted seconds of a linear map's plan.
+        merge: whether scores of attention are merged; None for what costs less.
 
     Raises:
         UnsupportedOpError: a node, a shape or a layout that this compiler does not lower; the message says which.
     """
-    return Lowering(graph, ranges, slots, cost).run()
+    return Lowering(graph, ranges, slots, cost, merge).run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -39,12 +39,19 @@ PlanCost = Callable[[int, int, int, int], float]
 
 
 def cover(source: np.ndarray, folds: int, period: int, features: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """`_cover`, computed once for the tiles of a wide tensor, whose maps are the same."""
+    return _cover(source.astype(np.int64).tobytes(), folds, period, features)
+
+
+@lru_cache(maxsize=64)
+def _cover(held: bytes, folds: int, period: int, features: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Rotations that, with `folds` copies `period` apart, meet every feature once at every position.
 
     Returns:
         rotations [R], and owner [R, P] bool: whether rotation r at position p is the one that serves its feature for the
         fold class of p; None when no set of rotations covers all.
     """
+    source = np.frombuffer(held, dtype=np.int64)
     positions = source.size
     arange = np.arange(positions)
     offsets = period * np.arange(folds)

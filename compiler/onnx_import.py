@@ -7,6 +7,7 @@ sum c_k T_k(u) with u = a x + b. Other local functions are inlined. The handlers
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Importer:
     """Reads one ONNX graph node by node into a `Reading`."""
 
     def __init__(self, model: onnx.ModelProto, *, approximate: bool = False) -> None:
-        self.model = _inlined(model)
+        self.model = inlined(model)
         self.functions = {(f.domain, f.name) for f in self.model.functions}
         constants = {t.name: numpy_helper.to_array(t) for t in self.model.graph.initializer}
         inputs = [v for v in self.model.graph.input if v.name not in constants]
@@ -61,21 +62,8 @@ class Importer:
 
     def run(self) -> Graph:
         g = self.reading
-        for i, proto in enumerate(self.model.graph.node):
-            call = Call(
-                op=proto.op_type,
-                inputs=tuple(g.same.get(name, name) for name in proto.input),
-                outputs=tuple(proto.output),
-                attrs={a.name: _plain(a) for a in proto.attribute},
-                source=proto.name or f"{proto.op_type}_{i}",
-                proto=proto,
-            )
-            if not any(g.encrypted(name) for name in call.inputs):
-                self._fold(call)
-            elif call.op in ("Shape", "Size") and proto.domain in DOMAINS:
-                self._shape(call)
-            else:
-                self._handler(call)(g, call)
+        for call in self._calls():
+            self._read(call)
         output = self.model.graph.output[0].name
         if g.same.get(output, output) not in g.shapes:
             raise UnsupportedOpError(f"output {output!r} does not depend on the input {g.input!r}: nothing to compile")
@@ -86,6 +74,27 @@ class Importer:
             nodes=tuple(g.nodes),
             metadata={p.key: p.value for p in self.model.metadata_props},
         )
+
+    def _calls(self) -> Iterator[Call]:
+        """The nodes as plain data, in order."""
+        for i, proto in enumerate(self.model.graph.node):
+            yield Call(
+                op=proto.op_type,
+                inputs=tuple(self.reading.same.get(name, name) for name in proto.input),
+                outputs=tuple(proto.output),
+                attrs={a.name: _plain(a) for a in proto.attribute},
+                source=proto.name or f"{proto.op_type}_{i}",
+                proto=proto,
+            )
+
+    def _read(self, call: Call) -> None:
+        """One node into the graph, or into the constants."""
+        if not any(self.reading.encrypted(name) for name in call.inputs):
+            self._fold(call)
+        elif call.op in ("Shape", "Size") and call.proto.domain in DOMAINS:
+            self._shape(call)
+        else:
+            self._handler(call)(self.reading, call)
 
     def _handler(self, call: Call) -> Handler:
         domain = call.proto.domain
@@ -145,7 +154,7 @@ def _plain(attribute: onnx.AttributeProto) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with every local function but the polynomials written out."""
     others = [(f.domain, f.name) for f in model.functions if not f.name.startswith("Polynomial_")]
     return inliner.inline_selected_functions(model, others) if others else model
@@ -161,6 +170,11 @@ def import_onnx(path: Path, *, approximate: bool = False) -> Graph:
     Raises:
         UnsupportedOpError: it is not an ONNX file, or a node is not a polynomial; the message names it and what to use instead.
     """
+    return Importer(load(path), approximate=approximate).run()
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """An ONNX file that the checker accepts; UnsupportedOpError otherwise."""
     try:
         model = onnx.load(str(path))
         onnx.checker.check_model(model)
@@ -168,4 +182,4 @@ def import_onnx(path: Path, *, approximate: bool = False) -> Graph:
         raise
     except Exception as error:  # protobuf and the checker raise types of their own
         raise UnsupportedOpError(f"{path} is not an ONNX file that the checker accepts: {error}") from error
-    return Importer(model, approximate=approximate).run()
+    return model

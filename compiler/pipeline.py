@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from he_backend import refresh, security
+from he_backend.base import ParamsError
 from he_backend.circuit import Circuit
 
-from . import verify
+from . import step, verify
 from .calibrate import calibrate
 from .certificate import Certificate, certify
 from .cost import CostTable
-from .ir import Graph
+from .ir import STEP, Graph
 from .passes.approximate import Report
 from .passes.approximate import approximate as fit_functions
 from .passes.center import center
@@ -40,6 +41,7 @@ SAMPLES = 48  # windows that ranges are calibrated on
 class Compiled:
     """A circuit and how it came about; `graph` is its meaning in float64 on the embedded input.
 
+    embedding turns token ids into the input, where the model starts with ids.
     approximations says which functions of the model were replaced by polynomials, if that was asked for.
     """
 
@@ -49,18 +51,19 @@ class Compiled:
     op_seconds: dict[int, float]
     graph: Graph = field(repr=False)
     verified: float
+    embedding: Embedding | None = None
     approximations: Report | None = None
 
 
 def import_graph(path: Path, *, approximate: bool = False) -> Graph:
     """Read an ONNX file; the import of onnx happens here, so that everything else works without it."""
-    from .onnx_import import import_onnx
+    from .step_import import import_any
 
-    return import_onnx(path, approximate=approximate)
+    return import_any(path, approximate=approximate)
 
 
-def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]:
-    """All passes on the graph, each checked on one sample [1, ...] of the graph's input."""
+def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tuple[Graph, Embedding | None]:
+    """All passes on the graph, each checked on one sample [1, ...] of the graph's input, or on all inputs of a step."""
     passes = (
         ("center", center),
         ("fuse", fuse),
@@ -74,7 +77,10 @@ def simplify(graph: Graph, sample: np.ndarray) -> tuple[Graph, Embedding | None]
         verify.same_meaning(graph, after, sample, sample, name)
         graph = after
     split, embedding = split_client(graph)
-    if embedding is not None:
+    if embedding is not None and isinstance(sample, Mapping):
+        x = embedding.table[sample[graph.input]] + embedding.positions[int(sample[STEP])]
+        verify.same_meaning(graph, split, sample, {**sample, split.input: x}, "split_client")
+    elif embedding is not None and not isinstance(sample, Mapping):
         verify.same_meaning(graph, split, sample, embedding(sample[0])[None], "split_client")
     return split, embedding
 
@@ -93,6 +99,8 @@ def compile_onnx(
         calibration: sample inputs; token ids [n, T] for a model with an embedding, else [n, T, D].
         approximate: fit elementwise functions that are no polynomials on their calibrated ranges, instead of refusing them.
 
+    A file that `polyformer export --step` wrote becomes a circuit of one decoding step, see `step`.
+
     Raises:
         UnsupportedOpError: an op or a layout that cannot be compiled.
         ParamsError: no parameters hold the circuit at 128 bits within the memory.
@@ -106,6 +114,8 @@ def compile_onnx(
     if approximate:
         graph, fitted = fit_functions(graph, [row[None] for row in calibration[:SAMPLES]])
     certificate = certify(graph)
+    if graph.steps:
+        return _compile_step(path, graph, certificate, calibration, target, table, report)
     graph, embedding = simplify(graph, calibration[:1])
     samples = [embedding(row) if embedding is not None else row for row in calibration[:SAMPLES]]
     ranges = calibrate(graph, [x[None] for x in samples], progress=lambda i: report("calibrate", i, len(samples)))
@@ -125,7 +135,48 @@ def compile_onnx(
         op_seconds=chosen.forecast.by_op,
         graph=graph,
         verified=verified,
+        embedding=embedding,
         approximations=fitted,
+    )
+
+
+def _compile_step(
+    path: Path,
+    graph: Graph,
+    certificate: Certificate,
+    tokens: np.ndarray,
+    target: Target,
+    table: CostTable,
+    report: Progress,
+) -> Compiled:
+    """The same for one decoding step; `tokens` [n, T] are whole sequences.
+
+    Raises:
+        ParamsError: the sequences are shorter than the model's window.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < graph.steps:
+        raise ParamsError(f"calibration of shape {tokens.shape}; a step is calibrated on token ids [n, {graph.steps}]")
+    report("import", 0, 1)
+    sequences = step.Sequences(graph=graph, tokens=tokens, embedding=None)
+    graph, embedding = simplify(graph, list(sequences.steps(0))[-1][0])
+    sequences = step.Sequences(graph=graph, tokens=tokens, embedding=embedding)
+    ranges = step.calibrate_steps(sequences, report=report)
+    found = step.search_step(sequences, ranges, target, table, report)
+    report("verify", 0, 1)
+    verify.levels(found.circuit)
+    verified = step.against_graph(found.circuit, step.require(found), sequences)
+    chosen = found.plan.chosen
+    circuit = _finish(step.with_bounds(found.circuit, sequences), chosen, found.error, embedding, graph, path)
+    verify.sound(circuit)
+    security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
+    assert chosen.forecast is not None
+    return Compiled(
+        circuit=circuit,
+        certificate=certificate,
+        plan=found.plan,
+        op_seconds=chosen.forecast.by_op,
+        graph=graph,
+        verified=verified,
     )
 
 
@@ -148,6 +199,7 @@ def _finish(
         "key_bytes": candidate.key_gb * 1e9,
         "input_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.inputs)),
         "reply_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.outputs)),
+        **({"state_bytes": float(circuit.state_bytes)} if circuit.steps else {}),
         "error": error,
         "failure_log2": _failure(circuit, error),
     }
@@ -178,7 +230,7 @@ def _failure(circuit: Circuit, error: float) -> float:
     slot = max(error / abs(signature.factor) for signature in circuit.outputs)
     noise = slot * 2.0**params.scale_bits / math.sqrt(params.slots)
     noise_bits = math.log2(max(noise, 2.0**security.FRESH_NOISE_BITS))
-    refreshes = sum(op.kind == "refresh" for op in circuit.ops)
+    refreshes = circuit.refreshes
     each = refresh.failure_log2(params) if refreshes else 0.0
     log2 = security.circuit_failure(params, bounds, noise_bits=noise_bits, refresh_log2=each, refreshes=refreshes)
     return max(-1000.0, log2)  # JSON has no infinity; 2^-1000 is never

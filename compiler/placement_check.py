@@ -49,7 +49,8 @@ def check(problem: Problem, placement: Placement) -> None:
         need = problem.functional_from if step.id in replaced else level + step.depth
         for a in step.args:
             copy = (step.id, a) in placement.refreshed
-            has = problem.refresh_level if copy else levels[a]
+            loss = 0 if step.absorbs else problem.copy_loss
+            has = problem.refresh_level - loss if copy else levels[a]
             if has < need:
                 name = "the refreshed copy" if copy else "the original"
                 raise VerificationError(

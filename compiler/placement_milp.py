@@ -7,7 +7,8 @@ Unknowns, for value v:
     p[u, w]  the odd ciphertexts of u and w share a refresh
 
     x[v, k+1] <= x[v, k]
-    x[v, k]   <= x[u, k+d] + [k+d <= R] rho[u] + [k+d <= F] phi[u]     for each argument u of v, depth d; x[u, > top] = 0
+    x[v, k]   <= x[u, k+d] + [k+d <= R_v] rho[u] + [k+d <= F] phi[u]     for each argument u of v, depth d; x[u, > top] = 0;
+                                                                       R_v: level of a copy for v
     1 - phi[v] <= the same right side at k = 0
     rho[v]    <= x[v, refresh_from] + [refresh_from <= F] phi[v];      phi[v] <= the right side for u at functional_from
     p[u, w]   <= rho[u], rho[w]; at most one pair a value
@@ -100,10 +101,10 @@ class Program:
             terms.append((self.phi[v], 1.0))
         return terms
 
-    def _has(self, v: int, level: int) -> Terms | None:
-        """The same of the original or of its copy."""
+    def _has(self, v: int, level: int, reader: int) -> Terms | None:
+        """The same of the original or of its copy, for a reader."""
         terms = self._own(v, level)
-        if terms is not None and v in self.rho and level <= self.problem.refresh_level:
+        if terms is not None and v in self.rho and level <= self.problem.copy_level(reader):
             terms.append((self.rho[v], 1.0))
         return terms
 
@@ -118,11 +119,11 @@ class Program:
             self._row([(high, 1.0), (low, -1.0)], 0.0)
         for a in sorted(set(step.args)):
             for k, unknown in enumerate(x, start=1):
-                self._implies([(unknown, 1.0)], self._has(a, k + step.depth))
+                self._implies([(unknown, 1.0)], self._has(a, k + step.depth, v))
             runs = [(self.phi[v], -1.0)] if v in self.phi else []
-            self._implies(runs, self._has(a, step.depth), -1.0)
+            self._implies(runs, self._has(a, step.depth, v), -1.0)
             if v in self.phi:
-                self._implies([(self.phi[v], 1.0)], self._has(a, self.problem.functional_from))
+                self._implies([(self.phi[v], 1.0)], self._has(a, self.problem.functional_from, v))
         if v in self.phi and x:
             self._row([(x[0], 1.0), (self.phi[v], 1.0)], 1.0)
         if v in self.rho:

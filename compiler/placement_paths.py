@@ -146,7 +146,7 @@ class _Search:
             cost = cost + np.array(step.seconds)[level] + held * (level + 1)
             need = level + step.depth
         low, high = states.low[rows], states.high[rows]
-        served = need <= problem.refresh_level
+        served = need <= problem.copy_level(v)
         for a in set(step.args):
             c = self.names.index(a)
             low[:, c] = np.maximum(low[:, c], np.where(served, need, 0))

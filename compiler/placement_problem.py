@@ -3,7 +3,8 @@
 The rules, for a value v made by step v with depth d and result level l:
 
     read     a reader with result level r and depth d takes v at level r + d: the original if l >= r + d, or the refreshed copy
-             if that was made and R >= r + d; a higher level drops to a lower one for nothing
+             if that was made and R >= r + d; a higher level drops to a lower one for nothing. Where copies come at another
+             scale (halves of a pair), a reader that does not absorb it loses `copy_loss` levels of the copy
     refresh  one refresh of v serves all its readers; it runs right after the step (a pair: after the later of the two), needs
              l >= `refresh_from` and gives R
     replace  a step with `function` f may be evaluated inside a refresh of its argument: it then needs its argument at
@@ -34,6 +35,7 @@ class Step:
     depth        levels that it consumes
     seconds      by level of the result, from 0
     ciphertexts  of the value: each is refreshed by itself, or two at once in a pair
+    absorbs      whether it multiplies its arguments by constants first, and so takes a copy of any scale
     slots        if the value repeats with this period, sparse refreshes of at least so many slots will do; 0 if it does not repeat
     function     name of a functional refresh that can replace the step, or empty
     """
@@ -44,6 +46,7 @@ class Step:
     seconds: tuple[float, ...]
     ciphertexts: int = 1
     may_refresh: bool = True
+    absorbs: bool = False
     slots: int = 0
     function: str = ""
 
@@ -71,6 +74,7 @@ class Problem:
     top               highest level of a fresh ciphertext
     refresh_level     level R after a refresh
     refresh_from      lowest level at which a refresh may start
+    copy_loss         levels of a refreshed copy that a reader spends which does not absorb its scale
     functional_level  level after a functional refresh; functional_from where it may start
     max_bytes         cap on the bytes of values alive at once, None for no cap; limb_bytes of one limb of one ciphertext
     """
@@ -79,6 +83,7 @@ class Problem:
     top: int
     refresh_level: int
     refresh_from: int = 0
+    copy_loss: int = 0
     functional_level: int = 0
     functional_from: int = 0
     times: RefreshTimes
@@ -124,6 +129,10 @@ class Problem:
     def monotone(self) -> bool:
         """Whether no step gets cheaper with a higher level."""
         return all(a <= b for s in self.steps for a, b in itertools.pairwise(s.seconds))
+
+    def copy_level(self, reader: int) -> int:
+        """The level that a refreshed copy has for this reader."""
+        return self.refresh_level - (0 if self.steps[reader].absorbs else self.copy_loss)
 
     def refreshable(self, v: int) -> bool:
         return self.steps[v].may_refresh and bool(self.readers[v])
@@ -239,13 +248,15 @@ def reach(problem: Problem) -> Reach:
     run: list[int] = []
     given: list[int] = []
     read: list[int] = []
+    copied: list[bool] = []
     for step in problem.steps:
-        have = min((read[a] for a in step.args), default=problem.top)
+        copies = [problem.copy_level(step.id) if copied[a] else -1 for a in step.args]
+        have = min((max(given[a], c) for a, c in zip(step.args, copies, strict=True)), default=problem.top)
         run.append(have - step.depth)
         replaced = bool(step.function) and have >= problem.functional_from
         given.append(max(run[-1], problem.functional_level if replaced else -1))
-        copied = problem.refreshable(step.id) and given[-1] >= problem.refresh_from
-        read.append(max(given[-1], problem.refresh_level if copied else -1))
+        copied.append(problem.refreshable(step.id) and given[-1] >= problem.refresh_from)
+        read.append(max(given[-1], problem.refresh_level if copied[-1] else -1))
     return Reach(run=tuple(run), given=tuple(given), read=tuple(read))
 
 
@@ -266,7 +277,7 @@ def least_levels(problem: Problem, refreshed: Collection[int], functional: Colle
             return None
         levels[v] = level
         for a in step.args:
-            side = low if need <= problem.refresh_level else high
+            side = low if need <= problem.copy_level(v) else high
             side[a] = max(side[a], need)
     return levels
 

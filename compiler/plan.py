@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from he_backend import security
+from he_backend import refresh, security
 from he_backend.base import CapabilityError, ParamsError
-from he_backend.circuit import Circuit
+from he_backend.circuit import Circuit, Op
 from he_backend.params import Params
-from he_backend.simulator import simulate, simulate_noise
+from he_backend.simulator import peaks, simulate, simulate_noise
 from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
 from .lower import Lowered
+from .passes.bases import BASES, choose_bases
+from .passes.sums import LONGEST, group_sums
 from .scales import mismatch_error
 from .schedule import Forecast, forecast
+from .step_lower import LoweredStep
 
 GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5
 SCALES = (40, 45, 50)
-SMALL_RING_SCALES = (30, 35)  # besides, up to N = 2^14, where bits of the modulus are scarce
+# (scale, integer bits of an output), besides, up to N = 2^14, where bits of the modulus are scarce: of 24 and 26 bits two primes are
+# a digit with one special prime, of 35 bits three with two.
+SMALL_RING_SCALES = ((24, FIRST_BITS), (26, 3), (30, FIRST_BITS), (35, FIRST_BITS))
 BACKENDS = {
     "openfhe": frozenset({"hoisting", "double_hoisting", "bootstrap"}),
     "tenseal": frozenset(),
 }
 LARGEST_RING = {"openfhe": 16, "tenseal": 15}
 PROCESS_BYTES = 2.5 * GB  # client and server without keys and ciphertexts: libraries, context, circuit, heap slack
+ALIKE = 0.03  # relative difference of predicted seconds that decides nothing
 ERROR_MARGIN = 4.0  # promised error over the largest one of a few simulated runs
 
 
@@ -66,16 +73,32 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Style:
+    """How the same circuit is carried out: most steps of a sum taken at once, and the basis of linear maps (`passes/bases.py`)."""
+
+    longest: int = LONGEST
+    basis: str = "extended"
+
+
+STYLES = tuple(Style(longest=longest, basis=basis) for basis in BASES for longest in (LONGEST, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One choice of parameters with its predicted figures; `why` says what rules it out, empty if nothing does."""
+    """One choice of parameters with its predicted figures; `why` says what rules it out, empty if nothing does.
+
+    style is how its circuit is carried out; None: as it was lowered.
+    """
 
     params: Params
     log_qp: int
     limit: int | None
     evaluate_s: float = 0.0
+    work_s: float = 0.0
     memory_gb: float = 0.0
     key_gb: float = 0.0
     why: str = ""
+    style: Style | None = None
     forecast: Forecast | None = field(default=None, repr=False)
     trace: Trace | None = field(default=None, repr=False)
 
@@ -83,7 +106,7 @@ class Candidate:
         size = f"{self.params.name}: logQP {self.log_qp} of {self.limit or 'no limit'}"
         if self.forecast is None:
             return f"{size}, {self.why}"
-        figures = f"{self.evaluate_s:.0f} s, {self.memory_gb:.1f} GB ({self.key_gb:.1f} GB keys)"
+        figures = f"{self.evaluate_s:.3g} s, {self.memory_gb:.1f} GB ({self.key_gb:.1f} GB keys)"
         return f"{size}, {figures}{', ' + self.why if self.why else ''}"
 
 
@@ -103,7 +126,8 @@ class Plan:
 def candidates(backend: str, log_n: int, levels: int, insecure: bool) -> list[Params]:
     """Parameters of one ring that could hold a circuit, one for each scale and digit count that differ in special primes."""
     found: list[Params] = []
-    for scale in (*SMALL_RING_SCALES, *SCALES) if log_n <= 14 else SCALES:
+    scales = [(scale, FIRST_BITS) for scale in SCALES]
+    for scale, integer in (*SMALL_RING_SCALES, *scales) if log_n <= 14 else scales:
         seen: set[int] = set()
         for digits in range(levels + 1 if backend == "tenseal" else 1, levels + 2):
             params = Params(
@@ -111,7 +135,7 @@ def candidates(backend: str, log_n: int, levels: int, insecure: bool) -> list[Pa
                 log_n=log_n,
                 levels=levels,
                 scale_bits=scale,
-                first_bits=min(60, scale + FIRST_BITS) if backend == "openfhe" else 60,
+                first_bits=min(60, scale + integer) if backend == "openfhe" else 60,
                 digits=digits,
                 insecure=insecure,
             )
@@ -130,13 +154,59 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
     """
     secure = target.insecure_log_n is None
     rows = []
-    reference: Trace | None = None
+    traces: dict[object, Trace] = {}
+    double = "double_hoisting" in BACKENDS[target.backend]
     for params in candidates(target.backend, log_n, levels, not secure):
-        row = judge(build, params, target, table, reference)
-        if row is not None:
-            rows.append(row)
-            reference = reference or row.trace
-    return sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s))
+        tried: set[object] = set()
+        best: Candidate | None = None
+        for style in STYLES if double else (None,):
+            styled = with_style(build, params, table, style)
+            key = tuple((tuple(op.attrs.get("runs", ())), op.attrs.get("basis")) for op in styled.ops)
+            if key in tried:
+                continue
+            tried.add(key)
+            row = judge(styled, params, target, table, traces.get(key))
+            if row is None:
+                break
+            if row.trace is not None:
+                traces[key] = row.trace
+            if best is None or _rank(row) < _rank(best):
+                best = replace(row, style=style)
+            if row.trace is None and row.forecast is None and not row.memory_gb:
+                break  # no style makes it secure
+        if best is not None:
+            rows.append(best)
+    return sorted(rows, key=_rank)
+
+
+def _rank(c: Candidate) -> tuple[bool, int, int]:
+    """Fastest first; of those that differ by no more than the costs are known, the most precise."""
+    return c.forecast is None, round(math.log(c.evaluate_s) / ALIKE) if c.evaluate_s else 0, -c.params.scale_bits
+
+
+def larger_ring_may_win(found: Candidate, target: Target, table: CostTable) -> bool:
+    """Whether the next ring can be faster: it holds twice the slots, so that it needs no less than half of the primitives."""
+    assert found.trace is not None and found.forecast is not None
+    log_n = found.params.log_n + 1
+    if found.params.refreshes:
+        return True  # a leveled chain may fit there
+    for params in candidates(target.backend, log_n, found.params.levels, False):
+        if params.log_qp > security.limit(params) or params.special_limbs > 12:
+            continue
+        same = forecast(
+            found.trace, params, table, threads=target.threads, plaintext_budget=int(found.forecast.kept * 2)
+        )
+        if same.work / 2 < found.work_s:
+            return True
+    return False
+
+
+def with_style(build: Lowered, params: Params, table: CostTable, style: Style | None) -> Lowered:
+    """A lowered program that says how it is carried out under some parameters."""
+    if style is None:
+        return build
+    ops = group_sums(build.ops, params, table, style.longest)
+    return replace(build, ops=choose_bases(ops, params, table, style.basis))
 
 
 def judge(
@@ -146,7 +216,7 @@ def judge(
 
     Args:
         build: the lowered circuit with levels assigned.
-        reference: its trace, if it is known: the same for all parameters of one ring.
+        reference: its trace, if it is known: the same for all parameters of one ring that cut sums alike.
     """
     secure = target.insecure_log_n is None
     limit = security.limit(params) if secure else None
@@ -156,7 +226,11 @@ def judge(
         return None
     t = reference or trace(as_circuit(build, params), capabilities=BACKENDS[target.backend])
     keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
-    rest = target.max_memory_gb * GB - keys - 1.15 * live_bytes(t, params) - PROCESS_BYTES
+    rest = target.max_memory_gb * GB - 1.15 * live_bytes(t, params) - PROCESS_BYTES
+    if any(node.op.startswith("refresh") for node in t.nodes):
+        keys += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
+        rest -= refresh.matrix_bytes(params) + refresh.working_bytes(params)
+    rest -= keys
     if rest < 0:
         memory = (target.max_memory_gb * GB - rest) / GB
         why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"
@@ -168,6 +242,7 @@ def judge(
         log_qp=params.log_qp,
         limit=limit,
         evaluate_s=f.evaluate,
+        work_s=f.work,
         memory_gb=(target.max_memory_gb * GB - rest + f.kept) / GB,
         key_gb=keys / GB,
         forecast=f,
@@ -179,6 +254,8 @@ def judge(
 def as_circuit(build: Lowered, params: Params) -> Circuit:
     """A lowered program with parameters: still without keys, bounds and predictions."""
     top = build.ops[0].level
+    kept = build.states if isinstance(build, LoweredStep) else ()
+    levels = {op.attrs["name"]: op.level for op in build.ops if op.kind == "input"}
     return Circuit(
         params=params,
         ops=build.ops,
@@ -188,18 +265,33 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
         outputs=build.outputs,
         keys={},
         relin_level=-1,
+        steps=build.steps if isinstance(build, LoweredStep) else 0,
+        states=tuple(replace(s, level=levels[s.name]) for s in kept),
     )
 
 
 def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> Circuit:
     """Largest stored slot of every op over samples, times a margin."""
-    name = circuit.inputs[0].name
-    peaks: np.ndarray = np.zeros(len(circuit.ops))
-    for x in samples:
-        peaks = np.maximum(peaks, [np.max(np.abs(v)) for v in simulate(circuit, {name: x}).values])
+    largest = peaks(circuit, samples)
     return replace(
-        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, peaks, strict=True))
+        circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, largest, strict=True))
     )
+
+
+def output_room(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> float:
+    """Largest stored slot of the outputs over samples, times a margin, over what the first modulus holds: above 1 it wraps."""
+    params = circuit.params
+    top = max(
+        float(np.max(np.abs(value)))
+        for x in samples
+        for op, value in zip(circuit.ops, simulate(circuit, {circuit.inputs[0].name: x}).values, strict=True)
+        if op.kind == "output"
+    )
+    return margin * top / 2.0 ** (params.first_bits - params.scale_bits - 1)
+
+
+def _forget(op: Op, value: np.ndarray) -> None:
+    """Keep no value of a simulation but its outputs."""
 
 
 def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
@@ -209,7 +301,7 @@ def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -
     name, out = circuit.inputs[0].name, circuit.outputs[0].name
     worst = 0.0
     for seed, x in enumerate(samples):
-        clear = simulate(circuit, {name: x}).outputs[out]
+        clear = simulate(circuit, {name: x}, visit=_forget).outputs[out]
         noisy = simulate_noise(circuit, {name: x}, seed=seed, traced=t)[out]
         worst = max(worst, float(np.max(np.abs(clear - noisy))))
     return ERROR_MARGIN * worst + mismatch_error(circuit, t)

@@ -10,7 +10,8 @@ little cheaper than the predicted seconds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,10 @@ from .lower import Lowered
 from .passes.levels import SHARED_BABIES
 from .placement import place
 from .placement_check import check
+from .placement_groups import Groups, group, reordered
 from .placement_problem import Placement, Problem, RefreshTimes, Site, Step, peak_bytes, site_seconds
+
+Counts = list[tuple[str, int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,16 @@ class Refreshing:
     level  of a refreshed ciphertext
     start  lowest level at which a refresh may run (StC-first keeps the levels of its slots-to-coefficients step)
     times  seconds by kind
+    loss   levels that readers of a copy spend which do not absorb its scale; only halves of pairs have another one
     """
 
     level: int
     start: int
     times: RefreshTimes
+
+    @property
+    def loss(self) -> int:
+        return 0 if self.times.pair is None else 1
 
 
 def place_refreshes(
@@ -58,6 +67,9 @@ def place_refreshes(
 ) -> tuple[Lowered, Placement]:
     """The same program with refresh ops and the level of every op.
 
+    Like values are treated alike, which makes the search a small one (`placement_groups`), unless there is a cap on memory: that
+    may want them treated differently. With pairs, like values are brought together, so that the first waits for its partner.
+
     Args:
         params: whose ring and key switching the ops are priced for.
         top: highest level of an input; None for all that the parameters have.
@@ -66,13 +78,22 @@ def place_refreshes(
         method, seconds: of the search, see `placement.place`.
 
     Returns:
-        The program, and the placement that it follows; its step v is op v of `build`.
+        The program, and the placement that it follows; its step v is op v of `build` (with pairs: in another order).
 
     Raises:
         LevelError, ParamsError: see `placement.place`; also where the parameters have fewer levels than an input or a refresh is to have.
     """
     problem = as_problem(build, params, table, refreshing, top=top, max_bytes=max_bytes, allowed=allowed)
-    placement = _together(build, problem, place(problem, method=method, seconds=seconds))
+    if max_bytes is None:
+        groups = grouped(build, problem)
+        if refreshing.times.pair is not None:
+            build = in_order(build, groups.order)
+            problem = reordered(problem, groups.order)
+            groups = grouped(build, problem)
+        placement = groups.expand(place(groups.small, method=method, seconds=seconds))
+    else:
+        placement = place(problem, method=method, seconds=seconds)
+    placement = _together(build, problem, placement)
     return rewrite(build, placement, refreshing), placement
 
 
@@ -93,12 +114,14 @@ def as_problem(
             f"inputs of level {top} and refreshes to level {refreshing.level} need as many levels; {params.name} has {params.levels}"
         )
     pending = _pending(build)
+    known: dict[Hashable, tuple[float, ...]] = {}
     steps = tuple(
         Step(
             id=op.id,
             args=op.args,
             depth=depth(op, build.arrays, params.slots),
-            seconds=_one_higher(op_seconds(op, build, params, table), op, pending),
+            seconds=_one_higher(op_seconds(op, build, params, table, known), op, pending),
+            absorbs=op.kind == "linear",
             may_refresh=op.kind not in ("input", "output") and (allowed is None or op.id in allowed),
             slots=period(build.arrays[op.layout]) if op.layout else 0,
         )
@@ -109,19 +132,63 @@ def as_problem(
         top=top,
         refresh_level=refreshing.level,
         refresh_from=refreshing.start,
+        copy_loss=refreshing.loss,
         times=refreshing.times,
         max_bytes=max_bytes,
         limb_bytes=params.ciphertext_bytes(0),
     )
 
 
-def op_seconds(op: Op, build: Lowered, params: Params, table: CostTable) -> tuple[float, ...]:
+def grouped(build: Lowered, problem: Problem) -> Groups:
+    """A program's problem with like ops as one step; see `placement_groups`."""
+    return group(problem, [f"sum {op.source}" if op.kind == "add" else f"{op.kind} {op.source}" for op in build.ops])
+
+
+def in_order(build: Lowered, order: Sequence[int]) -> Lowered:
+    """The program with its ops in another order, renumbered."""
+    place_of = {v: i for i, v in enumerate(order)}
+    ops = tuple(
+        replace(build.ops[v], id=i, args=tuple(place_of[a] for a in build.ops[v].args)) for i, v in enumerate(order)
+    )
+    return replace(build, ops=ops, tensors={place_of[v]: held for v, held in build.tensors.items()})
+
+
+def op_seconds(
+    op: Op, build: Lowered, params: Params, table: CostTable, known: dict[Hashable, tuple[float, ...]] | None = None
+) -> tuple[float, ...]:
     """Seconds of one op by the level of its result, one thread, plaintexts encoded ahead; never falling with the level.
 
-    The op is traced alone, once: at another level it has the same primitives, each so many levels higher.
+    Args:
+        known: prices under the same parameters, by what they depend on; it grows.
     """
     if op.kind in ("input", "output"):
         return (0.0,) * (params.levels + 1)
+    known = {} if known is None else known
+    key = _shape(op)
+    if key not in known:
+        counts = _counts(op, build, params)
+        row = [
+            sum(times * table.seconds(name, params, at + level) for name, at, times in counts)
+            for level in range(params.levels + 1)
+        ]
+        # More limbs are more work: where a measured table says otherwise, it is its noise.
+        known[key] = tuple(float(t) * table.contention for t in np.maximum.accumulate(row))
+    return known[key]
+
+
+def _shape(op: Op) -> Hashable:
+    """All that the primitives of an op depend on; which array a constant is does not matter."""
+    attrs = {k: v for k, v in op.attrs.items() if k not in ("weights", "array")}
+    if attrs.get("bias") is not None:
+        attrs["bias"] = "some"
+    return op.kind, len(set(op.args)), json.dumps(attrs, sort_keys=True)
+
+
+def _counts(op: Op, build: Lowered, params: Params) -> Counts:
+    """Primitives of an op: (name, level of its argument above that of the op's result, how often).
+
+    The op is traced alone, once: at another level it has the same primitives, each so many levels higher.
+    """
     names = {a: i for i, a in enumerate(dict.fromkeys(op.args))}
     start = depth(op, build.arrays, params.slots)
     inputs = [Op(id=i, kind="input", args=(), attrs={"name": "x", "part": i}, level=start) for i in names.values()]
@@ -142,17 +209,11 @@ def op_seconds(op: Op, build: Lowered, params: Params, table: CostTable) -> tupl
     )
     traced = trace(alone)
     sums = "weighted_sum_extended" if any(m.op == "weighted_sum" and m.extended for m in traced.nodes) else "mul_plain"
-    counts = [
+    return [
         (sums if name == "weighted_sum" else name, at, times)
         for (name, at), times in traced.counts().items()
         if name != "input"
     ]
-    row = [
-        sum(times * table.seconds(name, params, at + level) for name, at, times in counts)
-        for level in range(params.levels + 1)
-    ]
-    # More limbs are more work: where a measured table says otherwise, it is its noise.
-    return tuple(float(t) * table.contention for t in np.maximum.accumulate(row))
 
 
 def _pending(build: Lowered) -> set[int]:
@@ -195,9 +256,9 @@ def _together(build: Lowered, problem: Problem, placement: Placement) -> Placeme
             maps.setdefault((op.args[0], (op.id, op.args[0]) in placement.refreshed), []).append(op.id)
     for groups in ([inputs, *maps.values()], [inputs]):
         levels = list(placement.levels)
-        for group in groups:
-            for v in group:
-                levels[v] = max(levels[w] for w in group)
+        for together in groups:
+            for v in together:
+                levels[v] = max(levels[w] for w in together)
         copied = {a for _, a in placement.refreshed}
         seconds = sum(s.seconds[level] for s, level in zip(problem.steps, levels, strict=True))
         raised = replace(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from he_backend.kernels import Row, StepRow
 from he_backend.params import Params
-from he_backend.trace import Trace
+from he_backend.trace import Node, Trace
 
 from .cost import CostTable, plaintext_bytes
+
+Plaintext = tuple[Row | StepRow, int, bool]  # weights, level, whether modulo P·Q
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +37,24 @@ def forecast(trace: Trace, params: Params, table: CostTable, *, threads: int, pl
     """Predict one evaluation.
 
     Args:
-        plaintext_budget: bytes for plaintexts encoded ahead; those that save most seconds a byte are kept.
+        plaintext_budget: bytes for plaintexts encoded ahead; those that save most seconds a byte are kept, as the executor does.
     """
-    encode = {n.id: table.encodings(n, params) for n in trace.nodes if n.plains}
-    sizes = {
-        n.id: plaintext_bytes(n, params) * sum(not isinstance(p, float) for p in n.plains)
-        for n in trace.nodes
-        if n.plains
-    }
-    kept_seconds = kept_bytes = 0.0
-    for node in sorted((i for i in encode if sizes[i]), key=lambda i: -encode[i] / sizes[i]):
-        if kept_bytes + sizes[node] <= plaintext_budget:
-            kept_bytes += sizes[node]
-            kept_seconds += encode[node]
-            encode[node] = 0.0
+    uses: Counter[Plaintext] = Counter()
+    cost: dict[Plaintext, tuple[float, int]] = {}  # seconds to encode, bytes to keep
+    for n in trace.nodes:
+        if n.plains:
+            each = table.seconds("encode_extended" if n.extended else "encode", params, n.level)
+            for plain in _plaintexts(n):
+                uses[plain] += 1
+                cost[plain] = each, plaintext_bytes(n, params)
+    kept: set[Plaintext] = set()
+    kept_bytes, prepare = 0, 0.0
+    for plain in sorted(cost, key=lambda p: -uses[p] * cost[p][0] / cost[p][1]):
+        if kept_bytes + cost[plain][1] <= plaintext_budget:
+            kept.add(plain)
+            kept_bytes += cost[plain][1]
+            prepare += cost[plain][0]
+    encode = {n.id: sum(cost[p][0] for p in _plaintexts(n) if p not in kept) for n in trace.nodes if n.plains}
     seconds = [(table.node(n, trace, params) + encode.get(n.id, 0.0)) * table.contention for n in trace.nodes]
     by_op: dict[int, float] = defaultdict(float)
     for n in trace.nodes:
@@ -56,10 +63,15 @@ def forecast(trace: Trace, params: Params, table: CostTable, *, threads: int, pl
         evaluate=_makespan(trace, seconds, threads),
         work=sum(seconds),
         encode=sum(encode.values()) * table.contention,
-        prepare=kept_seconds * table.contention,
-        kept=int(kept_bytes),
+        prepare=prepare * table.contention,
+        kept=kept_bytes,
         by_op=dict(by_op),
     )
+
+
+def _plaintexts(node: Node) -> list[Plaintext]:
+    """What a node multiplies by or adds, numbers apart; equal ones are encoded once where they are kept."""
+    return [(plain, node.level, node.extended) for plain in node.plains if not isinstance(plain, float)]
 
 
 def _makespan(trace: Trace, seconds: list[float], threads: int) -> float:

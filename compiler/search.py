@@ -1,4 +1,8 @@
-"""Search the rings, smallest first: lower for each, assign levels, cost all parameters, keep the first that holds its promises."""
+"""Search the rings, smallest first: lower for each, assign levels, cost all parameters; the fastest that holds its promises.
+
+A larger ring makes every limb dearer, but allows fewer digits and needs fewer ciphertexts. The search ends at the first ring that is
+slower than the one before, or where the next one cannot be faster.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,20 @@ from .ir import Graph
 from .lower import Lowered, lower
 from .matvec import PlanCost
 from .passes.levels import assign_levels
-from .plan import LARGEST_RING, Candidate, Plan, Target, as_circuit, choose, predicted_error, refuse
+from .plan import (
+    Candidate,
+    Plan,
+    Target,
+    as_circuit,
+    choose,
+    larger_ring_may_win,
+    output_room,
+    predicted_error,
+    refuse,
+    with_style,
+)
+from .rings import possible_rings
 
-SMALLEST_RING = 13  # below it 128 bits leave no two levels
 ERROR_SAMPLES = 3  # calibration samples that noise is simulated on
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -33,6 +48,10 @@ class Found:
     lowered: Lowered
     error: float
     plan: Plan
+
+    @property
+    def seconds(self) -> float:
+        return self.plan.chosen.evaluate_s
 
 
 def search(
@@ -52,11 +71,11 @@ def search(
         UnsupportedOpError: no ring has a layout for the graph.
         ParamsError: no parameters hold the circuit at 128 bits, within memory and error.
     """
-    insecure = target.insecure_log_n
-    rings = [insecure] if insecure is not None else range(SMALLEST_RING, LARGEST_RING[target.backend] + 1)
+    rings = possible_rings(graph, target)
     rows: list[Candidate] = []
     levels = 0
     misfit: UnsupportedOpError | None = None
+    best: Found | None = None
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
         try:
@@ -65,29 +84,54 @@ def search(
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
-        levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
-        tried = choose(lowered, levels, log_n, target, table)
-        for i, candidate in enumerate(tried):
-            if candidate.trace is None:
-                continue
-            report("noise", 0, 1)
-            circuit = as_circuit(lowered, candidate.params)
-            promised = predicted_error(circuit, candidate.trace, samples[:ERROR_SAMPLES])
-            if promised <= target.max_error:
-                others = [c for c in rows + tried if c is not candidate]
-                others.sort(key=lambda c: (c.forecast is None, c.evaluate_s))
-                plan = Plan(chosen=candidate, others=tuple(others), costs=table.name)
-                return Found(circuit=circuit, lowered=lowered, error=promised, plan=plan)
-            tried[i] = replace(candidate, why=f"predicted error {promised:.2g} above {target.max_error:.2g}")
-        rows += tried
-        rows += (found := deepen(lowered, log_n, samples, target, table, report)).rows
-        if found.circuit is not None:
-            others = sorted(rows, key=lambda c: (c.forecast is None, c.evaluate_s))
-            others = [c for c in others if c is not found.candidate]
-            assert found.candidate is not None and found.lowered is not None
-            plan = Plan(chosen=found.candidate, others=tuple(others), costs=table.name)
-            return Found(circuit=found.circuit, lowered=found.lowered, error=found.error, plan=plan)
-    raise misfit if misfit is not None and not rows else refuse(rows, levels, target)
+        levels = lowered.ops[0].level
+        found = _one_ring(lowered, log_n, samples, target, table, report, rows)
+        if best is not None and (found is None or found.seconds >= best.seconds):
+            break
+        best = found
+        if best is not None and (log_n == max(rings) or not larger_ring_may_win(best.plan.chosen, target, table)):
+            break
+    if best is None:
+        raise misfit if misfit is not None and not rows else refuse(rows, levels, target)
+    others = sorted((c for c in rows if c is not best.plan.chosen), key=lambda c: (c.forecast is None, c.evaluate_s))
+    return replace(best, plan=replace(best.plan, others=tuple(others)))
+
+
+def _one_ring(
+    lowered: Lowered,
+    log_n: int,
+    samples: Sequence[np.ndarray],
+    target: Target,
+    table: CostTable,
+    report: Progress,
+    rows: list[Candidate],
+) -> Found | None:
+    """The fastest of one ring within memory and error; every candidate is added to `rows`."""
+    levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
+    tried = choose(lowered, levels, log_n, target, table)
+    for i, candidate in enumerate(tried):
+        if candidate.trace is None:
+            continue
+        report("noise", 0, 1)
+        grouped = with_style(lowered, candidate.params, table, candidate.style)
+        circuit = as_circuit(grouped, candidate.params)
+        if (room := output_room(circuit, samples[:ERROR_SAMPLES])) >= 1.0:
+            tried[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)
+            continue
+        promised = predicted_error(circuit, candidate.trace, samples[:ERROR_SAMPLES])
+        if promised <= target.max_error:
+            rows += tried
+            plan = Plan(chosen=candidate, others=(), costs=table.name)
+            return Found(circuit=circuit, lowered=grouped, error=promised, plan=plan)
+        tried[i] = replace(candidate, why=f"predicted error {promised:.2g} above {target.max_error:.2g}", trace=None)
+    rows += tried
+    deeper = deepen(lowered, log_n, samples, target, table, report)
+    rows += deeper.rows
+    if deeper.circuit is None:
+        return None
+    assert deeper.candidate is not None and deeper.lowered is not None
+    plan = Plan(chosen=deeper.candidate, others=(), costs=table.name)
+    return Found(circuit=deeper.circuit, lowered=deeper.lowered, error=deeper.error, plan=plan)
 
 
 def plan_cost(table: CostTable, log_n: int) -> PlanCost:

@@ -221,22 +221,26 @@ def _cover(
     keys = here[:, None, :] // slots * slots + (here[:, None, :] - slot[:, None, None] - shifts[:, None]) % slots
     keys = np.where(here[:, None, :] >= 0, keys, count * slots).reshape(slot.size, -1).astype(np.int32)
     counts = np.bincount(keys.reshape(-1), minlength=count * slots + 1)
+    order = np.argsort(keys, axis=None, kind="stable")  # the (nonzero, fold, copy) triples of each key lie together
+    starts = np.concatenate([[0], np.cumsum(counts)])
     counts[count * slots] = 0  # where a copy is missing
     chosen: dict[int, np.ndarray] = {}
-    while slot.size:
-        if len(chosen) >= most:
-            return None
+    left = np.ones(slot.size, dtype=bool)
+    remaining = slot.size
+    while remaining:
         key = int(np.argmax(counts))
-        hit = keys == key
-        met = hit.any(axis=1)
-        fold = np.argmax(hit[met], axis=1) // where.shape[1]
+        if len(chosen) + remaining / max(int(counts[key]), 1) > most:  # no key meets more than this one
+            return None
+        met, first = np.unique(order[starts[key] : starts[key + 1]] // keys.shape[1], return_index=True)
+        column = order[starts[key] : starts[key + 1]][first] % keys.shape[1]
+        met, column = met[left[met]], column[left[met]]
         weights = np.zeros(slots)
-        weights[slot[met] + shifts[fold]] = value[met]
+        weights[slot[met] + shifts[column // where.shape[1]]] = value[met]
         chosen[key] = weights
-        gone = np.bincount(keys[met].reshape(-1), minlength=counts.size)
-        counts = counts - gone
+        left[met] = False
+        remaining -= met.size
+        counts = counts - np.bincount(keys[met].reshape(-1), minlength=counts.size)
         counts[count * slots] = 0
-        slot, value, keys = slot[~met], value[~met], keys[~met]
     found = []
     for c in range(count):
         mine = sorted(k for k in chosen if k // slots == c)

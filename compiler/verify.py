@@ -4,12 +4,12 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from he_backend.base import HEError
-from he_backend.circuit import Circuit
+from he_backend.circuit import Circuit, Op
 from he_backend.circuit_check import faults, key_faults, level_faults
 from he_backend.simulator import simulate
 from he_backend.trace import trace
@@ -18,6 +18,8 @@ from .ir import Graph, evaluate
 from .lower import Lowered
 from .plan import BACKENDS
 
+Inputs = np.ndarray | Mapping[str, np.ndarray]  # of a graph: its one input, or all of them by name
+
 TOLERANCE = 1e-7  # relative to the largest element of the tensor: float64 against float64
 
 
@@ -25,7 +27,7 @@ class VerificationError(HEError):
     """A pass broke what it must keep; the message names the pass, the tensor and both figures."""
 
 
-def same_meaning(before: Graph, after: Graph, x: np.ndarray, y: np.ndarray, name: str) -> None:
+def same_meaning(before: Graph, after: Graph, x: Inputs, y: Inputs, name: str) -> None:
     """Outputs of two graphs on one input each (a pass may move the input behind the embedding).
 
     Raises:
@@ -56,32 +58,30 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
         VerificationError: a tensor differs; the first one in order is named.
     """
     worst = 0.0
+
+    def compare(op: Op, value: np.ndarray) -> None:
+        nonlocal worst
+        if op.id not in lowered.tensors:
+            return
+        tensor, _ = lowered.tensors[op.id]
+        layout = circuit.arrays[op.layout]
+        flat = wanted[tensor].reshape(-1)
+        used = layout >= 0
+        gap = np.max(np.abs(value[used] * op.factor - flat[layout[used]])) / max(1e-30, np.max(np.abs(flat)))
+        if not gap < TOLERANCE:
+            raise VerificationError(
+                f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
+            )
+        worst = max(worst, float(gap))
+
     for x in samples:
         wanted = evaluate(graph, x[None])
-        values = simulate(circuit, {circuit.inputs[0].name: x}).values
-        for op in circuit.ops:
-            if op.id not in lowered.tensors:
-                continue
-            tensor, _ = lowered.tensors[op.id]
-            layout = circuit.arrays[op.layout]
-            flat = wanted[tensor].reshape(-1)
-            used = layout >= 0
-            gap = np.max(np.abs(values[op.id][used] * op.factor - flat[layout[used]])) / max(
-                1e-30, np.max(np.abs(flat))
-            )
-            if not gap < TOLERANCE:
-                raise VerificationError(
-                    f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
-                )
-            worst = max(worst, float(gap))
+        simulate(circuit, {circuit.inputs[0].name: x}, visit=compare)
     return worst
 
 
-def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> None:
-    """Check the circuit that is about to be written: its form, its levels, its keys, its output and the bound of every op.
-
-    Args:
-        graph: its meaning; samples: inputs without the leading axis, those that the bounds were taken over.
+def sound(circuit: Circuit) -> None:
+    """Check the form of a circuit that is about to be written, its levels and its keys.
 
     Raises:
         VerificationError: the first rule that is broken, with both figures.
@@ -90,15 +90,28 @@ def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> N
         raise VerificationError(fault)
     for fault in key_faults(circuit, trace(circuit, capabilities=BACKENDS[circuit.params.backend])):
         raise VerificationError(fault)
+
+
+def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> None:
+    """The same, and the bound of every op and the output as its signature reads it.
+
+    Args:
+        graph: its meaning; samples: inputs without the leading axis, of those that the bounds were taken over.
+
+    Raises:
+        VerificationError: the first rule that is broken, with both figures.
+    """
+    sound(circuit)
+
+    def bounded(op: Op, value: np.ndarray) -> None:
+        if (peak := float(np.max(np.abs(value)))) > op.bound:
+            raise VerificationError(f"{op}: a slot reaches {peak:.6g}, above its bound {op.bound:.6g}")
+
     for x in samples:
-        found = simulate(circuit, {circuit.inputs[0].name: x})
-        for op, value in zip(circuit.ops, found.values, strict=True):
-            if (peak := float(np.max(np.abs(value)))) > op.bound:
-                raise VerificationError(f"{op}: a slot reaches {peak:.6g}, above its bound {op.bound:.6g}")
-        wanted = evaluate(graph, x[None])[graph.output][0]
-        got = found.outputs[circuit.outputs[0].name]
-        gap = float(np.max(np.abs(got - wanted)) / max(1e-30, float(np.max(np.abs(wanted)))))
+        outputs = simulate(circuit, {circuit.inputs[0].name: x}, visit=bounded).outputs
+        wanted, name = evaluate(graph, x[None])[graph.output][0], circuit.outputs[0].name
+        gap = float(np.max(np.abs(outputs[name] - wanted)) / max(1e-30, float(np.max(np.abs(wanted)))))
         if not gap < TOLERANCE:
             raise VerificationError(
-                f"output {circuit.outputs[0].name!r} differs from the graph by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
+                f"output {name!r} differs from the graph by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
             )

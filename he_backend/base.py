@@ -76,7 +76,7 @@ class ManifestError(HEError):
 class SlotOps(Protocol[C]):
     """All that a kernel may use: arithmetic on slot vectors; no levels, scales or keys.
 
-    The optional fast path `weighted_rotations` is named by the attribute `hoisting`; kernels fall back to
+    The optional fast paths `weighted_rotations` and `doubled_sum` are named by the attribute `hoisting`; kernels fall back to
     rotate, mul and add when it is False.
     """
 
@@ -88,6 +88,7 @@ class SlotOps(Protocol[C]):
     def mul(self, a: C, b: C | Plain) -> C: ...
     def rotate(self, a: C, k: int) -> C: ...
     def weighted_rotations(self, a: C, groups: Sequence[tuple[int, Sequence[tuple[int, Plain]]]]) -> C: ...
+    def doubled_sum(self, a: C, steps: Sequence[int]) -> C: ...  # for k in steps: a = a + rotate(a, k)
 
 
 class Vector(Protocol):
@@ -96,8 +97,14 @@ class Vector(Protocol):
     def slots(self) -> Array: ...
 
 
+class StepVector(Protocol):
+    """One slot vector a step, of a circuit that is run step by step: which one is known when it runs."""
+
+    def at(self, step: int) -> Vector: ...
+
+
 # A plaintext operand: a number for all slots, or a slot vector made on demand.
-Plain = float | Vector
+Plain = float | Vector | StepVector
 
 
 class Evaluator(Protocol[C]):
@@ -130,6 +137,11 @@ class Evaluator(Protocol[C]):
     def rescale(self, a: C) -> C: ...
     def drop(self, a: C, *, level: int) -> C: ...
     def refresh(self, a: C) -> C: ...  # params.refresh_input -> params.refresh_output
+    def refresh_function(self, a: C, fourier: Sequence[float]) -> C: ...  # re c_0, im c_0, re c_1, ... see `circuit`
+    def join(self, a: C, b: C) -> C: ...  # a + i b: two real vectors as a complex one
+    def conjugate(self, a: C) -> C: ...
+    def twice_real(self, a: C, mirrored: C) -> C: ...  # a + conj(a), given both
+    def twice_imaginary(self, a: C, mirrored: C) -> C: ...  # (a - conj(a)) / i
     def rotate(self, a: C, k: int) -> C: ...
     def hoist(self, a: C) -> Any: ...
     def rotate_hoisted(self, a: C, digits: Any, k: int) -> C: ...

@@ -8,13 +8,28 @@ A circuit is a list of ops in single-assignment form. Op `i` makes value `i`, on
     mul          a, b
     add_plain    a          array                 a + array (float64 [m], each element repeated slots / m times)
     linear       x          weights, plan, bias   sum over (giant g, [(baby b, row r), ...]) of weights[r] * rotate(x, g + b);
-                                                  weights float32/64 [rows, m] as above; bias is an array name or None
+                                                  weights float32/64 [rows, m] as above; bias is an array name or None;
+                                                  basis (optional, for speed) "ordinary": no sums modulo P·Q
     rotate       a          k
-    rotate_sum   a          steps                 for k in steps: a = a + rotate(a, k)
+    rotate_sum   a          steps, runs, settled  for k in steps: a = a + rotate(a, k). Optional, for speed: runs says how many
+                                                  steps are taken at once and sums to their number; settled, that a pending
+                                                  rescale comes first: one limb less to rotate, its error is summed too
     polynomial   x          factors | (chebyshev, domain)   see `kernels.polynomial`
     refresh      a          kind                  "plain": back to at most `params.refresh_output`; slots within [-1, 1] that
                                                   repeat with `params.refresh_period`
+    refresh      a, b       kind                  "pair": the copy of `a`, out of the refresh of a + i b that it shares with the op
+                                                  of b, a; its scale is twice the nominal one, which a linear map absorbs and
+                                                  any other reader spends a level on
+    refresh      a          kind, scale, fourier  "functional": f(scale a) in one refresh, for |scale a| <= 1/2; fourier
+                                                  [[re c_j, im c_j], ...] of 2 Re sum c_j exp(i pi j x), at most
+                                                  `params.refresh_terms` of them
     output       a          name, part
+    mul_step     a          array                 a * row `step` of array [T, m], each element repeated slots / m times
+    add_step     a          array                 a + row `step`
+
+A circuit with `steps` T > 0 is one step of a sequence of at most T: it is run once for each, with the public number `step`
+0 .. T - 1. Its `states` are tensors that the server keeps between steps, encrypted: input and output ops of one name, at one
+level, in one layout, at the nominal scale, so that what a step leaves is what the next one takes. Before step 0 they are 0.
 
 Every op carries the level of its result, after rescaling: operands above it are dropped, so levels need no op of their own.
 A stored slot times `factor` is the model's value; `layout` names an int32 array [slots] (index into the flattened
@@ -48,6 +63,8 @@ KINDS = (
     "polynomial",
     "refresh",
     "output",
+    "mul_step",
+    "add_step",
 )
 
 
@@ -97,6 +114,7 @@ class ClientSpec:
     relin_level  highest level of a ciphertext product, or -1
     error_bound  promised largest |encrypted - clear| of an output element, in the model's units
     embedding    whether arrays "embedding" [vocabulary, D] and "positions" [T, D] turn token ids into the input
+    steps        most steps of a sequence, 0 for a circuit that is run once; states: what the server keeps between steps
     """
 
     circuit_sha256: str
@@ -110,6 +128,8 @@ class ClientSpec:
     model: Mapping[str, Any]
     embedding: bool
     arrays: Arrays = field(repr=False, compare=False)
+    steps: int = 0
+    states: tuple[Signature, ...] = ()
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """[T] token ids -> [T, D] float64, the circuit's input tensor."""
@@ -119,6 +139,8 @@ class ClientSpec:
     def save(self, path: Path) -> str:
         header = {"format": "client-spec", "version": VERSION, **asdict(self, dict_factory=_plain)}
         del header["arrays"]
+        if not self.steps:
+            del header["steps"], header["states"]
         return container.write(path, header, self.arrays)
 
     @classmethod
@@ -141,6 +163,8 @@ class ClientSpec:
                 model=header["model"],
                 embedding=bool(header["embedding"]),
                 arrays=arrays,
+                steps=int(header.get("steps", 0)),
+                states=tuple(_signature(s) for s in header.get("states", ())),
             )
 
 
@@ -148,7 +172,8 @@ class ClientSpec:
 class Circuit:
     """A compiled model: ops, their constant arrays, parameters, and what the compiler predicts.
 
-    client_arrays are those that the client needs (layouts of inputs and outputs, embedding); `arrays` holds the rest.
+    client_arrays are those that the client needs (layouts of inputs and outputs, embedding); `arrays` holds the rest, the
+    layouts of states among it.
     """
 
     params: Params
@@ -163,12 +188,21 @@ class Circuit:
     predicted: Mapping[str, float] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     embedding: bool = False
+    steps: int = 0
+    states: tuple[Signature, ...] = ()
 
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
 
     def __str__(self) -> str:
         return "\n".join([self.params.name, *map(str, self.ops)])
+
+    @property
+    def refreshes(self) -> int:
+        """Refreshes that an evaluation makes: the two halves of a pair are one."""
+        kinds = [op.attrs.get("kind", "plain") for op in self.ops if op.kind == "refresh"]
+        pairs = kinds.count("pair")
+        return len(kinds) - pairs + -(-pairs // 2)
 
     def _parts(self) -> tuple[dict[str, Any], Arrays]:
         header: dict[str, Any] = {
@@ -186,6 +220,8 @@ class Circuit:
             "embedding": self.embedding,
             "client_arrays": sorted(self.client_arrays),
         }
+        if self.steps:
+            header |= {"steps": self.steps, "states": [asdict(s) for s in self.states]}
         arrays = {**self.arrays, **self.client_arrays}
         return {**header, "content_sha256": container.fingerprint(header, arrays)}, arrays
 
@@ -228,6 +264,8 @@ class Circuit:
                 predicted=header["predicted"],
                 model=header["model"],
                 embedding=bool(header["embedding"]),
+                steps=int(header.get("steps", 0)),
+                states=tuple(_signature(s) for s in header.get("states", ())),
             )
             for fault in faults(circuit):
                 raise WireError(f"{path}: {fault}")
@@ -247,7 +285,19 @@ class Circuit:
             model=dict(self.model),
             embedding=self.embedding,
             arrays=self.client_arrays,
+            steps=self.steps,
+            states=self.states,
         )
+
+    @property
+    def state_parts(self) -> dict[tuple[str, int], int]:
+        """Every ciphertext of the states, by (name, part) -> its level."""
+        return {(s.name, i): s.level for s in self.states for i in range(len(self.arrays[s.layout]))}
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of one sequence's states."""
+        return sum(self.params.ciphertext_bytes(level) for level in self.state_parts.values())
 
 
 def pack(tensor: np.ndarray, signature: Signature, layout: np.ndarray) -> np.ndarray:

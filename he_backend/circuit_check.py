@@ -29,6 +29,8 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "polynomial": (1, ()),
     "refresh": (1, ()),
     "output": (1, ("name", "part")),
+    "mul_step": (1, ("array",)),
+    "add_step": (1, ("array",)),
 }
 ROUNDING = 1e-9  # relative difference of two factors that are one
 
@@ -44,6 +46,9 @@ def faults(circuit: Circuit) -> Iterator[str]:
         yield from _signature(signature, circuit, "input")
     for signature in circuit.outputs:
         yield from _signature(signature, circuit, "output")
+    for signature in circuit.states:
+        for kind in ("input", "output"):
+            yield from _signature(signature, circuit, kind)
     yield from level_faults(circuit)
 
 
@@ -55,12 +60,26 @@ def level_faults(circuit: Circuit) -> Iterator[str]:
             yield f"{op}: level {op.level} of a chain of {params.levels}"
         need = op.level + depth(op, circuit.arrays, params.slots)
         if op.kind == "refresh":
-            need = params.refresh_input
+            need = params.refresh_input + (op.attrs.get("kind") == "functional")
             if op.level > params.refresh_output:
                 yield f"{op}: a refresh reaches level {params.refresh_output}"
+            yield from _repeats(op, circuit)
         for a in op.args:
-            if circuit.ops[a].level < need:
-                yield f"{op} needs its operand at level {need}; %{a} has {circuit.ops[a].level}"
+            have = circuit.ops[a].level
+            if op.kind != "linear" and circuit.ops[a].attrs.get("kind") == "pair":
+                have = min(have, params.refresh_output - 1)  # half of a pair is at twice the scale
+            if have < need:
+                yield f"{op} needs its operand at level {need}; %{a} has {have}"
+
+
+def _repeats(op: Op, circuit: Circuit) -> Iterator[str]:
+    """A refresh of a period spoils whatever does not repeat with it."""
+    period, layout = circuit.params.refresh_period, circuit.arrays.get(op.layout)
+    if period == circuit.params.slots:
+        return
+    rows = None if layout is None else layout.reshape(-1, period)
+    if rows is None or (rows < 0).any() or (rows != rows[0]).any():
+        yield f"{op}: its slots do not repeat with the refresh's period {period}"
 
 
 def key_faults(circuit: Circuit, trace: Trace) -> Iterator[str]:
@@ -76,6 +95,7 @@ def key_faults(circuit: Circuit, trace: Trace) -> Iterator[str]:
 def _form(op: Op, circuit: Circuit) -> Iterator[str]:
     """Arguments, attributes and arrays of one op."""
     count, needed = FORMS[op.kind]
+    count += op.attrs.get("kind") == "pair"
     if len(op.args) != count:
         yield f"{op}: a {op.kind} takes {count} operands, not {len(op.args)}"
     if missing := [name for name in needed if name not in op.attrs]:
@@ -86,6 +106,10 @@ def _form(op: Op, circuit: Circuit) -> Iterator[str]:
         yield f"{op}: factor {op.factor} and bound {op.bound}; need a finite factor that is not 0 and a bound of at least 0"
     if op.kind == "add_plain":
         yield from _spread(op, "array", circuit, rank=1)
+    if op.kind in ("mul_step", "add_step"):
+        yield from _spread(op, "array", circuit, rank=2)
+        if (rows := len(circuit.arrays[op.attrs["array"]])) != circuit.steps:
+            yield f"{op}: array {op.attrs['array']!r} has {rows} rows for {circuit.steps} steps"
     if op.kind == "linear":
         yield from _spread(op, "weights", circuit, rank=2)
         if op.attrs.get("bias") is not None:
@@ -126,9 +150,10 @@ def _held(where: str, name: str, arrays: Arrays, shape: tuple[int, ...], size: i
 def _signature(signature: Signature, circuit: Circuit, kind: str) -> Iterator[str]:
     """A tensor of the circuit's door: its layout holds every element, its ops are there, at its level and factor."""
     where, size = f"{kind} {signature.name!r}", math.prod(signature.shape)
-    layout = circuit.client_arrays.get(signature.layout)
+    arrays = {**circuit.arrays, **circuit.client_arrays}  # the server alone has the layouts of states
+    layout = arrays.get(signature.layout)
     parts = len(layout) if layout is not None and layout.ndim == 2 else 1
-    yield from _held(where, signature.layout, circuit.client_arrays, (parts, circuit.params.slots), size)
+    yield from _held(where, signature.layout, arrays, (parts, circuit.params.slots), size)
     if layout is not None and (lost := size - np.unique(layout[layout >= 0]).size):
         yield f"{where}: {lost} of {size} elements lie in no slot of layout {signature.layout!r}"
     ops = {op.attrs["part"]: op for op in circuit.ops if op.kind == kind and op.attrs["name"] == signature.name}

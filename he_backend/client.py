@@ -6,6 +6,7 @@ client says: answers are capped in length, never followed elsewhere, and errors 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,10 @@ class ConnectError(HEError):
 
 class LostJobError(HEError):
     """The server does not know the job (any more): it was started again since."""
+
+
+class LostSessionError(HEError):
+    """The server does not know the sequence (any more)."""
 
 
 class Client:
@@ -188,18 +193,67 @@ class Client:
     def _evaluate_once(
         self, request: bytes, max_reply: int, progress: Report | None, every: float
     ) -> tuple[bytes, dict[str, Any]]:
-        job = self._json("POST", "/evaluate", content=request, timeout=600.0)
-        with _understood():
-            path = f"/jobs/{int(job['job'], 16):032x}"  # a number, so that it cannot name another path
-            while job["state"] in ("queued", "running"):
-                time.sleep(every)
-                job = self._json("GET", path)
-                if progress is not None:
-                    progress({**job, "current": clean(job["current"], 100)})
-            if job["state"] != "done":
-                raise _error(job.get("error") or {"message": f"the job is {job['state']}"})
+        path = self._run("/evaluate", request, progress, every)
         reply = self._request("GET", f"{path}/result", max_bytes=max_reply)
         return reply, self._json("GET", f"{path}/timing")
+
+    def open_session(self) -> str:
+        """Begin a sequence of steps; returns the id that `step` and `close_session` take."""
+        said = self._json("POST", "/sessions")
+        with _understood():
+            return f"{int(said['session'], 16):032x}"  # a number, so that it cannot name another path
+
+    def step(
+        self,
+        session: str,
+        step: int,
+        request: bytes,
+        *,
+        max_reply: int,
+        progress: Report | None = None,
+        every: float = 0.25,
+        fetch: bool = True,
+    ) -> tuple[bytes, dict[str, Any]]:
+        """Send the request frame of one step, wait, and return the reply frame and the server's timing.
+
+        Nothing is sent twice: whether a lost step was done is not known.
+
+        Args:
+            fetch: whether the reply is wanted; a token of the prompt has none that matters, and gets b"".
+
+        Raises:
+            LostSessionError: the server does not know the sequence; it must be fed again from its first token.
+        """
+        try:
+            path = self._run(f"/sessions/{session}/steps/{step}", request, progress, every)
+            reply = self._request("GET", f"{path}/result", max_bytes=max_reply) if fetch else b""
+            return reply, self._json("GET", f"{path}/timing")
+        except LostJobError as error:
+            raise _lost_session() from error
+
+    def close_session(self, session: str) -> None:
+        """Have the server forget a sequence; one that it does not know is forgotten already."""
+        with contextlib.suppress(LostSessionError):
+            self._json("DELETE", f"/sessions/{session}")
+
+    def _run(self, to: str, request: bytes, progress: Report | None, every: float) -> str:
+        """Queue a frame and wait until its job is done; the job's path."""
+        job = self._json("POST", to, content=request, timeout=600.0)
+        with _understood():
+            path = f"/jobs/{int(job['job'], 16):032x}"  # a number, so that it cannot name another path
+            try:
+                while job["state"] in ("queued", "running"):
+                    time.sleep(every)
+                    job = self._json("GET", path)
+                    if progress is not None:
+                        progress({**job, "current": clean(job["current"], 100)})
+            except KeyboardInterrupt:  # whoever asked has gone: the server need not go on
+                with contextlib.suppress(HEError):
+                    self._json("DELETE", path)
+                raise
+            if job["state"] != "done":
+                raise _error(job.get("error") or {"message": f"the job is {job['state']}"})
+        return path
 
     def _wait_alive(self, patience: float) -> None:
         deadline = time.monotonic() + patience
@@ -237,6 +291,8 @@ class Client:
             ) from error
         if status == 404 and path.startswith("/jobs/"):
             raise LostJobError("the server does not know this job; it was started again since")
+        if status == 404 and path.startswith("/sessions/"):
+            raise _lost_session()
         if status >= 400:
             try:
                 said = wire.parse_json(bytes(data))
@@ -244,6 +300,13 @@ class Client:
                 raise WireError(f"the server answered {status} without saying why") from error
             raise _error(said)
         return bytes(data)
+
+
+def _lost_session() -> LostSessionError:
+    return LostSessionError(
+        "the server does not know this sequence any more: it stood still for too long, or the server was started again; what it "
+        "kept is lost, so start again from the first token"
+    )
 
 
 def clean(text: Any, most: int = 2000) -> str:
@@ -274,7 +337,10 @@ def compare_manifest(spec: ClientSpec, manifest: Mapping[str, Any], moduli: tupl
         ours[side] = [{**vars(s), "shape": list(s.shape)} for s in signatures]
     if moduli is not None:
         ours["moduli"] = list(moduli)
-    for name in ("keys", "relin_level", "inputs", "outputs", "moduli"):
+    if spec.steps:
+        ours["steps"] = spec.steps
+        ours["states"] = [{**vars(s), "shape": list(s.shape)} for s in spec.states]
+    for name in ("keys", "relin_level", "inputs", "outputs", "moduli", "steps", "states"):
         theirs[name] = manifest.get(name)
     wire.compare(ours, theirs, "client and server disagree")
 

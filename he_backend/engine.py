@@ -10,13 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import keycheck, keys
 from .base import Array, WireError
 from .circuit import Circuit, ClientSpec
 from .execute import Executor, Timing
 from .jobs import Progress, Result
 from .keys import KeyFile, Manifest
-from .wire import Part, Sealed
+from .wire import ELEMENTS, Part, Sealed
 
 
 class CircuitEngine:
@@ -52,6 +54,32 @@ class CircuitEngine:
 
     def run(self, inputs: Mapping[Part, Sealed], progress: Progress, cancel: threading.Event) -> Result:
         """Import, evaluate, export."""
+        return self._run(inputs, {}, 0, progress, cancel)
+
+    def run_step(
+        self, inputs: Mapping[Part, Sealed], state: Any, step: int, progress: Progress, cancel: threading.Event
+    ) -> Result:
+        """One step on the state that the last one left; before the first one all states are 0, which is no secret."""
+        return self._run(inputs, self.empty() if state is None else state, step, progress, cancel)
+
+    def empty(self) -> dict[Part, Any]:
+        """States that hold 0: ciphertexts of residues 0, which any key opens."""
+        circuit = self.executor.circuit
+        return {
+            part: self.evaluator.import_ciphertext(
+                np.zeros((ELEMENTS, level + 1, 1 << circuit.params.log_n), dtype=np.uint64), level=level
+            )
+            for part, level in circuit.state_parts.items()
+        }
+
+    def _run(
+        self,
+        inputs: Mapping[Part, Sealed],
+        state: Mapping[Part, Any],
+        step: int,
+        progress: Progress,
+        cancel: threading.Event,
+    ) -> Result:
         levels = {
             (s.name, i): s.level for s in self.executor.circuit.inputs for i in range(len(self._layout(s.layout)))
         }
@@ -59,11 +87,14 @@ class CircuitEngine:
             part: self.evaluator.import_ciphertext(sealed.residues, level=levels[part])
             for part, sealed in inputs.items()
         }
-        run = self.executor.run(ciphertexts, progress=progress, cancel=cancel)
+        run = self.executor.run({**ciphertexts, **state}, step=step, progress=progress, cancel=cancel)
         outputs = {
-            part: Sealed(self.evaluator.export_ciphertext(c), run.scales[part]) for part, c in run.outputs.items()
+            part: Sealed(self.evaluator.export_ciphertext(c), run.scales[part])
+            for part, c in run.outputs.items()
+            if part not in state
         }
-        return Result(outputs=outputs, timing=self._timing(run.timing))
+        kept = {part: run.outputs[part] for part in state}
+        return Result(outputs=outputs, timing=self._timing(run.timing), state=kept or None)
 
     def _layout(self, name: str) -> Any:
         return self.executor.circuit.client_arrays[name]

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, HEError, LevelError, ManifestError, MissingKeyError
+from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, ScaleError
 from .circuit import Circuit
-from .trace import SCALE_TOLERANCE, Node, assign_scales, trace
+from .kernels import StepRow
+from .trace import SCALE_TOLERANCE, Node, assign_scales, cost_name, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
+STATE_DRIFT = 1e-12  # relative, of a state's scale in one step
 ENCODED = ("mul_plain", "add_plain", "weighted_sum")
 
 
@@ -39,6 +41,8 @@ class Timing:
     ops         one row a circuit op: op, kind, source, level, seconds, primitives {name: seconds}
     primitives  seconds by primitive; "encode" is the part that was not done ahead
     counts      how often each ran; weighted_sum counts its terms
+    calls       one row an (op, primitive, level): op, primitive, level, count, seconds, fastest (processor seconds of one call;
+                a term of a sum is one). Names as in cost tables; the level is that of the first argument, of an encoding its own
     max_live_bytes   largest total of ciphertexts alive at once, computed from limbs
     peak_rss_bytes   the process's high-water mark so far
     """
@@ -48,6 +52,7 @@ class Timing:
     ops: tuple[dict[str, Any], ...]
     primitives: Mapping[str, float]
     counts: Mapping[str, int]
+    calls: tuple[dict[str, Any], ...]
     max_live_bytes: int
     peak_rss_bytes: int
     encoded_ahead: int
@@ -102,7 +107,24 @@ class Executor:
         tolerance = scale_tolerance(circuit)
         self.scales = assign_scales(self.trace, evaluator.moduli, evaluator.scale, tolerance=tolerance)
         self.output_scales = {part: self.scales.result[n] for part, n in self.trace.outputs.items()}
+        self._check_states()
         self._encoded: dict[Hashable, Any] = {}
+
+    def _check_states(self) -> None:
+        """What a step leaves must be what the next one takes."""
+        for (name, part), level in self.circuit.state_parts.items():
+            n, gone = self.trace.inputs.get((name, part)), self.trace.outputs.get((name, part))
+            found = [self.trace.nodes[i].level if i is not None else None for i in (n, gone)]
+            if found != [level, level]:
+                raise LevelError(
+                    f"state {name!r} comes in at level {found[0]} and goes out at level {found[1]}; it is declared at {level}"
+                )
+            gap = abs(self.output_scales[name, part] / self.evaluator.scale - 1.0)
+            if gap > STATE_DRIFT:
+                raise ScaleError(
+                    f"state {name!r} goes out at a scale that differs by {gap:.2g} from the one at which it comes in; "
+                    f"{STATE_DRIFT:.0e} is rounding: compile the circuit again"
+                )
 
     # ---- keys and plaintexts
 
@@ -128,7 +150,7 @@ class Executor:
                 f"relinearisation needs a key for level {self.trace.relin_level}, loaded is {self.evaluator.relin_level}"
                 " (-1: none); run keygen for this circuit"
             )
-        if any(node.op == "refresh" for node in self.trace.nodes):
+        if any(node.op.startswith("refresh") for node in self.trace.nodes):
             self.evaluator.check_refresh_keys()
 
     def _key(self, node: Node, row: Any) -> Hashable:
@@ -145,6 +167,8 @@ class Executor:
         for node in self.trace.nodes:
             if node.op in ENCODED:
                 for row in node.plains:
+                    if isinstance(row, StepRow):
+                        continue
                     uses[self._key(node, row)] += 1
                     jobs[self._key(node, row)] = (node, row)
         limb_bytes = 8 << self.circuit.params.log_n
@@ -176,7 +200,7 @@ class Executor:
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(work, chosen))
-        if any(node.op == "refresh" for node in self.trace.nodes):
+        if any(node.op.startswith("refresh") for node in self.trace.nodes):
             self.evaluator.prepare_refresh()  # its matrices belong to no request
         return Prepared(
             done=len(chosen),
@@ -196,12 +220,18 @@ class Executor:
     # ---- running
 
     def run(
-        self, inputs: Mapping[Part, Any], *, progress: Progress | None = None, cancel: threading.Event | None = None
+        self,
+        inputs: Mapping[Part, Any],
+        *,
+        step: int = 0,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
     ) -> Run:
         """Evaluate the circuit.
 
         Args:
-            inputs: ciphertexts by (tensor name, part), each at the level of the circuit's signature.
+            inputs: ciphertexts by (tensor name, part), each at the level of the circuit's signature; states among them.
+            step: number of the step, for circuits with `steps`.
             progress: called from the workers with (primitives done, primitives in all, ONNX source of the last one).
             cancel: stops the run between two primitives.
 
@@ -212,7 +242,9 @@ class Executor:
         """
         self.check_keys()
         self._check_inputs(inputs)
-        state = _State(self, inputs, progress, cancel)
+        if not 0 <= step < max(1, self.circuit.steps):
+            raise ManifestError(f"step {step}: the circuit has steps 0 to {max(1, self.circuit.steps) - 1}")
+        state = _State(self, inputs, progress, cancel, step)
         start = time.perf_counter()
         workers = [threading.Thread(target=state.work, name=f"he-{i}") for i in range(self.threads)]
         for worker in workers:
@@ -255,6 +287,10 @@ class Executor:
             ops=tuple(rows),
             primitives=dict(primitives),
             counts=dict(state.counts),
+            calls=tuple(
+                {"op": op, "primitive": name, "level": level, "count": count, "seconds": seconds, "fastest": fastest}
+                for (op, name, level), (count, seconds, fastest) in sorted(state.calls.items())
+            ),
             max_live_bytes=state.max_live,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             encoded_ahead=state.ahead,
@@ -288,10 +324,12 @@ class _State:
     inputs: Mapping[Part, Any]
     progress: Progress | None
     cancel: threading.Event | None
+    step: int = 0
     error: BaseException | None = None
     values: dict[int, Any] = field(default_factory=dict)
     seconds: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
+    calls: dict[tuple[int, str, int], tuple[int, float, float]] = field(default_factory=dict)
     ahead: int = 0
     live: int = 0
     max_live: int = 0
@@ -364,29 +402,46 @@ class _State:
         return named
 
     def _timed(self, node: Node, args: list[Any]) -> Any:
-        encoding = [0.0]
-        start = time.perf_counter()
+        encoding = [0.0, 0.0]
+        start, busy = time.perf_counter(), time.thread_time()
         value = self._call(node, args, encoding)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - encoding[0]
+        busy = time.thread_time() - busy - encoding[1]
         with self.condition:
             if node.op != "input":
-                self.seconds[node.source, node.op] += seconds - encoding[0]
-                self.counts[node.op] += len(node.args) if node.op == "weighted_sum" else 1
+                units = len(node.args) if node.op == "weighted_sum" else 1
+                self.seconds[node.source, node.op] += seconds
+                self.counts[node.op] += units
+                level = self.executor.trace.nodes[node.args[0]].level
+                self._count(node, cost_name(node), level, units, seconds, busy)
             if encoding[0]:
                 self.seconds[node.source, "encode"] += encoding[0]
         return value
 
+    def _count(self, node: Node, name: str, level: int, units: int, seconds: float, busy: float) -> None:
+        """Add one call; `busy` is the processor time of its thread, which other programs do not lengthen."""
+        count, total, fastest = self.calls.get((node.source, name, level), (0, 0.0, float("inf")))
+        self.calls[node.source, name, level] = (
+            count + units,
+            total + seconds,
+            min(fastest, seconds / units, busy / units),
+        )
+
     def _plain(self, node: Node, row: Any, encoding: list[float]) -> Any:
+        row = row.at(self.step) if isinstance(row, StepRow) else row
         ready = self.executor._encoded.get(self.executor._key(node, row))
         if ready is not None:
             with self.condition:
                 self.ahead += 1
             return ready
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.thread_time()
         plain = self.executor._encode(node, row)
-        encoding[0] += time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.thread_time() - busy
+        encoding[0] += seconds
+        encoding[1] += busy
         with self.condition:
             self.counts["encode"] += 1
+            self._count(node, "encode_extended" if node.extended else "encode", node.level, 1, seconds, busy)
         return plain
 
     def _call(self, node: Node, args: list[Any], encoding: list[float]) -> Any:
@@ -406,6 +461,8 @@ class _State:
                 return getattr(ev, node.op)(args[0], self._plain(node, node.plains[0], encoding))
             case "mul_scalar" | "add_scalar":
                 return getattr(ev, node.op)(args[0], node.plains[0], scale=scale)
+            case "refresh_function":
+                return ev.refresh_function(args[0], node.plains)
             case "rotate":
                 return ev.rotate(args[0], node.k)
             case "rotate_hoisted" | "rotate_extended":

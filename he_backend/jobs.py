@@ -30,14 +30,21 @@ Progress = Callable[[int, int, str], None]  # done, total, what is being done
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Output ciphertexts of one evaluation, and where its time went (plain data for JSON)."""
+    """Output ciphertexts of one evaluation, and where its time went (plain data for JSON).
+
+    state: what a step leaves for the next one, ciphertexts in the engine's own form; None for a circuit without steps.
+    """
 
     outputs: Mapping[Part, Sealed]
     timing: Mapping[str, Any]
+    state: Any = None
 
 
 class Engine(Protocol):
-    """One circuit on one backend, as the server uses it. `prepare` and `run` are called from one thread."""
+    """One circuit on one backend, as the server uses it. `prepare`, `run` and `run_step` are called from one thread.
+
+    `run_step` takes the state that the step before left, None for the first one, and does not change it.
+    """
 
     moduli: tuple[int, ...]
 
@@ -45,6 +52,20 @@ class Engine(Protocol):
     def load_key(self, path: Path, file: KeyFile, manifest: Manifest) -> None: ...  # from any thread; WireError
     def forget_keys(self) -> None: ...
     def run(self, inputs: Mapping[Part, Sealed], progress: Progress, cancel: threading.Event) -> Result: ...
+    def run_step(
+        self, inputs: Mapping[Part, Sealed], state: Any, step: int, progress: Progress, cancel: threading.Event
+    ) -> Result: ...
+
+
+class Turn(Protocol):
+    """A step of a sequence, as the worker needs it: what to start from, and whom to tell how it ended."""
+
+    @property
+    def state(self) -> Any: ...
+    @property
+    def step(self) -> int: ...
+    def finish(self, state: Any) -> None: ...
+    def release(self) -> None: ...
 
 
 class BusyError(HEError):
@@ -115,8 +136,8 @@ class Worker:
     def idle(self) -> bool:
         return not any(j.state in ("queued", "running") for j in self._all())
 
-    def submit(self, inputs: Mapping[Part, Sealed], expected_reply: wire.Expected) -> Job:
-        """Queue an evaluation.
+    def submit(self, inputs: Mapping[Part, Sealed], expected_reply: wire.Expected, turn: Turn | None = None) -> Job:
+        """Queue an evaluation, or a step of a sequence.
 
         Raises:
             BusyError: the queue is full.
@@ -128,7 +149,7 @@ class Worker:
             finished = [j.id for j in self._jobs.values() if j.state in ("done", "failed", "cancelled")]
             for name in finished[: -self._max_replies]:
                 del self._jobs[name]
-        self._tasks.put(lambda: self._evaluate(job, inputs, expected_reply))
+        self._tasks.put(lambda: self._evaluate(job, inputs, expected_reply, turn))
         return job
 
     def check_room(self) -> None:
@@ -168,11 +189,15 @@ class Worker:
             stage.error, stage.state = f"{type(error).__name__}; see the server's log", "failed"
         stage.seconds = time.monotonic() - started
 
-    def _evaluate(self, job: Job, inputs: Mapping[Part, Sealed], expected_reply: wire.Expected) -> None:
+    def _evaluate(
+        self, job: Job, inputs: Mapping[Part, Sealed], expected_reply: wire.Expected, turn: Turn | None
+    ) -> None:
         def progress(done: int, total: int, what: str) -> None:
             job.done, job.total, job.current = done, total, what
 
         if job.cancel.is_set():
+            if turn is not None:
+                turn.release()
             job.state = "cancelled"
             return
         job.started, job.state = time.monotonic(), "running"
@@ -180,9 +205,14 @@ class Worker:
         try:
             if self.weights.state != "ready":
                 raise HEError(f"the server's weights are {self.weights.state}: {self.weights.error or 'not there yet'}")
-            result = self.engine.run(inputs, progress, job.cancel)
+            if turn is None:
+                result = self.engine.run(inputs, progress, job.cancel)
+            else:
+                result = self.engine.run_step(inputs, turn.state, turn.step, progress, job.cancel)
             job.reply = wire.dumps(expected_reply, result.outputs)
             job.timing = result.timing
+            if turn is not None:
+                turn.finish(result.state)
             state = "done"
         except Cancelled:
             state = "cancelled"
@@ -194,5 +224,7 @@ class Worker:
                 "error": "HEError",
                 "message": f"the evaluation failed inside the server: {type(error).__name__}",
             }
+        if turn is not None and state != "done":
+            turn.release()
         job.ended = time.monotonic()
         job.state = state

@@ -32,6 +32,18 @@ class Row:
         return np.roll(np.repeat(values, self.size // values.size), self.roll)
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """Row `step` of an array [T, m]: which one is known only when the circuit runs."""
+
+    array: str
+    size: int
+    weights: np.ndarray = field(repr=False, compare=False)
+
+    def at(self, step: int) -> Row:
+        return Row(self.array, step, 0, self.size, self.weights)
+
+
 def linear(ops: SlotOps[C], x: C, *, name: str, weights: np.ndarray, plan: Sequence[Any], bias: np.ndarray | None) -> C:
     """sum over (g, [(b, r), ...]) in plan of weights[r] * rotate(x, g + b), plus bias.
 
@@ -66,11 +78,23 @@ def weighted_rotations(ops: SlotOps[C], x: C, groups: Sequence[tuple[int, Sequen
     return total
 
 
-def rotate_sum(ops: SlotOps[C], x: C, steps: Sequence[int]) -> C:
-    """x + rotate(x, k) for each k of steps in turn: with steps s, 2s, 4s, ... the sum over a cyclic axis of stride s."""
-    for k in steps:
-        x = ops.add(x, ops.rotate(x, k))
+def rotate_sum(ops: SlotOps[C], x: C, steps: Sequence[int], runs: Sequence[int] = ()) -> C:
+    """x + rotate(x, k) for each k of steps in turn: with steps s, 2s, 4s, ... the sum over a cyclic axis of stride s.
+
+    Args:
+        runs: how many steps are taken at once, from one decomposition: r steps are then 2^r - 1 rotations of one value, which is
+            cheaper than r rotations of r values where decompositions are dear. Empty: one by one.
+    """
+    at = 0
+    for run in runs or [1] * len(steps):
+        x = ops.doubled_sum(x, steps[at : at + run]) if run > 1 else ops.add(x, ops.rotate(x, steps[at]))
+        at += run
     return x
+
+
+def doubled_sum(ops: SlotOps[C], x: C, steps: Sequence[int]) -> C:
+    """The fallback of the fast path with the same name."""
+    return rotate_sum(ops, x, steps)
 
 
 def polynomial(ops: SlotOps[C], x: C, attrs: Mapping[str, Any]) -> C:
@@ -170,13 +194,17 @@ def apply(ops: SlotOps[C], op: Op, args: Sequence[C], arrays: Arrays) -> C:
             return ops.mul(args[0], args[1])
         case "add_plain":
             return ops.add(args[0], Row(a["array"], 0, 0, ops.slots, arrays[a["array"]].reshape(1, -1)))
+        case "mul_step":
+            return ops.mul(args[0], StepRow(a["array"], ops.slots, arrays[a["array"]]))
+        case "add_step":
+            return ops.add(args[0], StepRow(a["array"], ops.slots, arrays[a["array"]]))
         case "linear":
             bias = None if a.get("bias") is None else arrays[a["bias"]]
             return linear(ops, args[0], name=a["weights"], weights=arrays[a["weights"]], plan=a["plan"], bias=bias)
         case "rotate":
             return ops.rotate(args[0], int(a["k"]))
         case "rotate_sum":
-            return rotate_sum(ops, args[0], a["steps"])
+            return rotate_sum(ops, args[0], a["steps"], a.get("runs", ()))
         case "polynomial":
             return polynomial(ops, args[0], a)
     raise UnsupportedOpError(f"no kernel for op kind {op.kind!r}")
@@ -187,10 +215,11 @@ class NumpySlots:
 
     hoisting = False
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, step: int = 0) -> None:
+        self.slots, self.step = slots, step
 
     def _value(self, b: Any) -> Any:
+        b = b.at(self.step) if isinstance(b, StepRow) else b
         return b.slots() if hasattr(b, "slots") else b
 
     def add(self, a: Array, b: Any) -> Array:
@@ -207,6 +236,9 @@ class NumpySlots:
 
     def weighted_rotations(self, a: Array, groups: Any) -> Array:
         return weighted_rotations(self, a, groups)
+
+    def doubled_sum(self, a: Array, steps: Sequence[int]) -> Array:
+        return doubled_sum(self, a, steps)
 
 
 class Depth:
@@ -230,6 +262,9 @@ class Depth:
 
     def weighted_rotations(self, a: int, groups: Any) -> int:
         return a + 1
+
+    def doubled_sum(self, a: int, steps: Sequence[int]) -> int:
+        return a
 
 
 def depth(op: Op, arrays: Arrays, slots: int) -> int:

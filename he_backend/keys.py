@@ -145,14 +145,18 @@ def file_name(kind: str, k: int) -> str:
 
 
 def wanted(spec: ClientSpec) -> Iterator[tuple[str, int, int]]:
-    """(kind, k, level) of every key that a circuit needs."""
+    """(kind, k, level) of every key that a circuit needs, in the order in which they are best made and loaded.
+
+    Making an encapsulation key, or its envelope where it is loaded, takes the memory of some twenty other keys for a moment: it
+    comes first, while there are none.
+    """
+    if spec.params.refreshes:
+        for kind, level in sorted(refresh.own_keys(spec.params).items(), reverse=True):
+            yield kind, 0, level
     if spec.relin_level >= 0:
         yield "relin", 0, spec.relin_level
     for k, level in sorted(spec.keys.items()):
         yield "rotation", int(k), int(level)
-    if spec.params.refreshes:
-        for kind, level in refresh.own_keys(spec.params).items():
-            yield kind, 0, level
 
 
 def evaluation_bytes(spec: ClientSpec) -> int:

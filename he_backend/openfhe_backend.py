@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import refresh
 from .base import Array, CapabilityError, HEError, LevelError, MissingKeyError, WireError
 from .openfhe_bytes import Residues
+from .openfhe_refresh import Refreshing
 from .openfhe_ring import KEY_MAPS, Ring, drop_keys, library, ring
 from .params import Params
 
@@ -104,7 +104,7 @@ class _Party:
         return a.elements * limbs * 16 * self.slots
 
 
-class Evaluator(_Party):
+class Evaluator(_Party, Refreshing):
     """The server's half. Evaluation keys come one at a time through `load_key`; `close` forgets them.
 
     key_levels      rotation -> level that its key was made for; relin_level likewise, -1 without one
@@ -120,6 +120,7 @@ class Evaluator(_Party):
         self.relin_level = -1
         self.refresh_levels: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._monomials = {}
         self._bias: dict[int, Any] = {}  # level -> ciphertext that undoes the bias of a key switch
 
     # ---- keys
@@ -279,58 +280,6 @@ class Evaluator(_Party):
             else replace(a, handle=self._cc.LevelReduce(a.handle, None, a.level - level), level=level)
         )
 
-    def refresh(self, a: Ciphertext) -> Ciphertext:
-        """Back to level `params.refresh_output`, from exactly `params.refresh_input`; slots within about [-1, 1].
-
-        Slots to coefficients first, under an encapsulated sparse secret; see `refresh.py` for what it needs and its error. A vector
-        must repeat with `params.refresh_period`.
-
-        Raises:
-            CapabilityError: the parameters have no refresh.
-            LevelError: another level, or something is pending.
-            MissingKeyError: a key that a refresh uses is absent or too low.
-        """
-        p = self.params
-        if not p.refreshes:
-            raise CapabilityError(
-                f"{p.name} has no refresh: compile with a refresh budget (refresh_encode, refresh_decode)"
-            )
-        self._settled(a, "refresh")
-        if a.level != p.refresh_input:
-            raise LevelError(
-                f"refresh at level {a.level}: budget {p.refresh_decode} wants level {p.refresh_input}; drop to it"
-            )
-        self.check_refresh_keys()
-        self._ring.prepare_refresh()
-        with KEY_MAPS.read():
-            handle = self._ring.refresh(a.handle)
-        level = p.levels - handle.GetLevel()
-        if level != p.refresh_output or handle.GetNoiseScaleDeg() != 1:
-            raise CapabilityError(
-                f"OpenFHE refreshed to level {level}, degree {handle.GetNoiseScaleDeg()}; {p.refresh_output} was predicted: "
-                "install openfhe 1.6 (pip install 'openfhe>=1.6.1,<1.7')"
-            )
-        return Ciphertext(handle, level)
-
-    def prepare_refresh(self) -> None:
-        """Do ahead what the first refresh would do: encode its matrices."""
-        self._ring.prepare_refresh()
-
-    def check_refresh_keys(self) -> None:
-        """Compare the keys that are loaded with those that a refresh uses: the library would read past their end.
-
-        Raises:
-            MissingKeyError: the first that is absent or too low.
-        """
-        have = {("relin", 0): self.relin_level, **{(kind, 0): level for kind, level in self.refresh_levels.items()}}
-        have |= {("rotation", k): level for k, level in self.key_levels.items()}
-        for kind, k, level in refresh.keys(self.params):
-            if have.get((kind, k), -1) < level:
-                raise MissingKeyError(
-                    f"a refresh needs the {kind} key k={k} for level {level}, loaded is {have.get((kind, k), -1)} (-1: none): "
-                    "run keygen for this circuit"
-                )
-
     # ---- rotations
 
     def _rotatable(self, a: Ciphertext, k: int) -> None:
@@ -378,7 +327,7 @@ class Evaluator(_Party):
         return replace(a, handle=self._cc.KeySwitchExt(a.handle, True), extended=True)
 
     def mod_down(self, a: Ciphertext) -> Ciphertext:
-        return replace(a, handle=self._cc.KeySwitchDown(a.handle), extended=False)
+        return self._unbiased(replace(a, handle=self._cc.KeySwitchDown(a.handle), extended=False))
 
 
 class Client(_Party):

@@ -159,6 +159,8 @@ class Ring:
         p.SetKeySwitchTechnique(o.HYBRID)
         p.SetNumLargeDigits(params.digits)
         p.SetBatchSize(params.slots)
+        # As real data, the library refreshes half of the coefficients only, and encodes no imaginary part.
+        p.SetCKKSDataType(o.COMPLEX if params.refresh_complex else o.REAL)
         try:
             cc = o.GenCryptoContext(p)
         except RuntimeError as error:
@@ -411,6 +413,10 @@ class Ring:
         with self._lock:
             if not self._refresh_ready:
                 p = self.params
+                if p.refresh_terms:
+                    self.cc.EvalFEFuncBootstrapSetup([p.refresh_encode, p.refresh_decode], [0, 0], p.refresh_period)
+                    self._refresh_ready = True
+                    return
                 budget, factor = [p.refresh_encode, p.refresh_decode], refresh.correction_factor(p)
                 self.cc.EvalBootstrapSetup(budget, [0, 0], p.refresh_period, factor, True, True)
                 self._refresh_ready = True
@@ -420,6 +426,14 @@ class Ring:
         period, before = self.params.refresh_period, handle.Clone()
         before.SetSlots(period)
         after = self.cc.EvalBootstrapStCFirst(before)
+        after.SetSlots(self.params.slots)
+        return after
+
+    def refresh_function(self, handle: Any, coefficients: list[complex]) -> Any:
+        """The same, and a function of the slots; see `refresh.series`."""
+        before = handle.Clone()
+        before.SetSlots(self.params.refresh_period)
+        after = self.cc.EvalFEFuncBootstrap(before, coefficients)
         after.SetSlots(self.params.slots)
         return after
 
@@ -436,7 +450,8 @@ def _prime(entry: dict[str, Any]) -> tuple[int, int]:
     return int(inner["cm"]["v"]), int(inner["ru"]["v"])
 
 
-_claimed: dict[Params, Params] = {}  # the library's contexts, which are one a process too -> whose refresh they have
+# The library's contexts, which are one a process too (real and complex ones are two) -> whose refresh they have.
+_claimed: dict[tuple[Params, bool], Params] = {}
 
 
 def _claim(params: Params) -> None:
@@ -446,8 +461,10 @@ def _claim(params: Params) -> None:
     Raises:
         CapabilityError: this process refreshes otherwise already.
     """
-    context = dataclasses.replace(params, refresh_encode=0, refresh_decode=0, refresh_slots=0)
-    if (other := _claimed.setdefault(context, params)) != params:
+    bare = dataclasses.replace(
+        params, refresh_encode=0, refresh_decode=0, refresh_slots=0, refresh_complex=False, refresh_terms=0
+    )
+    if (other := _claimed.setdefault((bare, params.refresh_complex), params)) != params:
         raise CapabilityError(
             f"this process has keys or an evaluator for {other.name} already; OpenFHE cannot hold {params.name} beside it: "
             "use another process"

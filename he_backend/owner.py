@@ -70,6 +70,8 @@ def embed(spec: ClientSpec, tokens: NDArray[np.int64]) -> dict[str, Array]:
         RangeError: another number of tokens, or an id outside the vocabulary.
         HEError: the circuit takes tensors, not tokens.
     """
+    if spec.steps:
+        raise HEError("this circuit takes one token a step: run it with `polyformer generate`")
     if not spec.embedding or len(spec.inputs) != 1:
         raise HEError("this circuit has no embedding for token ids: give it its input tensor instead")
     vocabulary, wanted = len(spec.arrays["embedding"]), len(spec.arrays["positions"])
@@ -81,6 +83,26 @@ def embed(spec: ClientSpec, tokens: NDArray[np.int64]) -> dict[str, Array]:
             f"token ids run from {tokens.min()} to {tokens.max()}; the vocabulary has 0 to {vocabulary - 1}"
         )
     return {spec.inputs[0].name: spec.embed(tokens)}
+
+
+def embed_step(spec: ClientSpec, token: int, step: int) -> dict[str, Array]:
+    """One token id at its place in a sequence -> the input tensor [1, D] of a circuit with steps.
+
+    Raises:
+        RangeError: an id outside the vocabulary, or a step outside the window.
+        HEError: the circuit has no steps, or takes no tokens.
+    """
+    if not spec.steps or not spec.embedding or len(spec.inputs) != 1:
+        raise HEError(
+            "this circuit takes no token a step: make one with `polyformer export --step` and `polyformer compile`"
+        )
+    table, positions = spec.arrays["embedding"], spec.arrays["positions"]
+    if not 0 <= token < len(table):
+        raise RangeError(f"token id {token}; the vocabulary has 0 to {len(table) - 1}")
+    if not 0 <= step < min(spec.steps, len(positions)):
+        raise RangeError(f"step {step}; the window has {spec.steps} places, 0 to {spec.steps - 1}")
+    row = table[token].astype(np.float64) + positions[step]
+    return {spec.inputs[0].name: row.reshape(spec.inputs[0].shape)}
 
 
 def seal(spec: ClientSpec, owner: Owner, tensors: Mapping[str, Array]) -> bytes:

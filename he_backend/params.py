@@ -9,6 +9,7 @@ from typing import Any
 from .base import ParamsError
 
 SPECIAL_PRIME_BITS = 60  # size of each key-switching prime in OpenFHE's hybrid key switching
+FREE_BITS = 4  # by which the special primes' product exceeds the largest digit, at least
 MIN_LOG_N, MAX_LOG_N = 10, 17  # the smallest ring of a test, the largest with a known limit
 FIELD_TYPES: dict[str, type] = {
     "backend": str,
@@ -22,10 +23,14 @@ FIELD_TYPES: dict[str, type] = {
     "refresh_encode": int,
     "refresh_decode": int,
     "refresh_slots": int,
+    "refresh_complex": bool,
+    "refresh_terms": int,
 }
 # Levels that a refresh (StC-first, encapsulated secret) spends beside its two linear transforms: one on a normalisation, the
 # rest on the sine. OpenFHE 1.6.1: GetBootstrapDepth([e, d], SPARSE_ENCAPSULATED) = e + d + 10.
 SINE_LEVELS = 10
+# The same of a functional one, by the most terms of its series: GetFEFBTDepth([e, d], ...) - e - d.
+FOURIER_LEVELS = ((14, 14), (28, 15), (60, 16), (120, 17))
 SPARSE_KEY_LIMBS = 6  # of the key to the encapsulated secret: two polynomials modulo q_0 and two more primes
 
 
@@ -47,6 +52,12 @@ class Params:
     refresh_slots
                  period of the slot vectors that are refreshed, 0: all slots. A shorter one is cheaper; a vector of
                  another period is not refreshed but spoilt
+    refresh_complex
+                 a refresh handles complex slots, so that it may serve two real vectors at once (kind "pair"); it takes 1.4
+                 times as long
+    refresh_terms
+                 if above 0, every refresh evaluates a function by a Fourier series of so many terms (kind "functional"): a
+                 context of the library holds either plain or functional refreshes of one period
     """
 
     backend: str = "openfhe"
@@ -60,6 +71,8 @@ class Params:
     refresh_encode: int = 0
     refresh_decode: int = 0
     refresh_slots: int = 0
+    refresh_complex: bool = False
+    refresh_terms: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in FIELD_TYPES.items():
@@ -70,7 +83,13 @@ class Params:
             raise ParamsError(f"log_n is {self.log_n}; rings are 2^{MIN_LOG_N} to 2^{MAX_LOG_N}")
         if self.levels < 1 or not 1 <= self.digits <= self.levels + 1:
             raise ParamsError(f"{self.levels} levels in {self.digits} digits: need 1 <= digits <= levels + 1")
-        if self.refresh_encode or self.refresh_decode or self.refresh_slots:
+        if (
+            self.refresh_encode
+            or self.refresh_decode
+            or self.refresh_slots
+            or self.refresh_complex
+            or self.refresh_terms
+        ):
             self._check_refresh()
 
     def _check_refresh(self) -> None:
@@ -92,6 +111,16 @@ class Params:
             raise ParamsError(
                 f"first modulus of {self.first_bits} bits at scale 2^{self.scale_bits}: a refresh wants it 1 to 6 bits larger"
             )
+        if self.refresh_terms:
+            if not 7 <= self.refresh_terms <= max(terms for terms, _ in FOURIER_LEVELS):
+                raise ParamsError(
+                    f"refresh_terms is {self.refresh_terms}; it must be 0 or 7 to {FOURIER_LEVELS[-1][0]}"
+                )
+            if self.first_bits != self.scale_bits + 1 or self.refresh_complex:
+                raise ParamsError(
+                    f"a functional refresh wants real slots and a first modulus of {self.scale_bits + 1} bits at scale "
+                    f"2^{self.scale_bits}, it has {self.first_bits} bits"
+                )
         if self.refresh_output <= self.refresh_input:
             need = self.levels + self.refresh_input + 1 - self.refresh_output
             raise ParamsError(
@@ -116,7 +145,8 @@ class Params:
     @property
     def refresh_output(self) -> int:
         """Level of a refreshed ciphertext."""
-        return self.levels - SINE_LEVELS - self.refresh_encode
+        inner = next((n for terms, n in FOURIER_LEVELS if self.refresh_terms <= terms), 0)
+        return self.levels - (inner if self.refresh_terms else SINE_LEVELS) - self.refresh_encode
 
     @property
     def slots(self) -> int:
@@ -133,10 +163,15 @@ class Params:
 
     @property
     def special_limbs(self) -> int:
-        """Key-switching primes: their product covers the largest digit. SEAL has one digit a prime and one special prime."""
+        """Key-switching primes: their product covers the largest digit. SEAL has one digit a prime and one special prime.
+
+        OpenFHE 1.6.1 keeps four bits free, and primes of the size of the scale may lie above it (measured: digits of 56.00 and
+        114.0 bits take 1 and 2 primes, of 56.02 and 117.0 bits 2 and 3).
+        """
         if self.backend == "tenseal":
             return 1
-        return math.ceil((self.first_bits + (self.digit_limbs - 1) * self.scale_bits) / SPECIAL_PRIME_BITS)
+        bits = self.first_bits + (self.digit_limbs - 1) * self.scale_bits + (self.digit_limbs > 1)
+        return math.ceil((bits + FREE_BITS) / SPECIAL_PRIME_BITS)
 
     @property
     def log_qp(self) -> int:
@@ -146,7 +181,10 @@ class Params:
     @property
     def name(self) -> str:
         kind = "INSECURE-TEST" if self.insecure else "128-bit"
-        refresh = f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}" if self.refreshes else ""
+        pairs = "c" * self.refresh_complex + (f"f{self.refresh_terms}" if self.refresh_terms else "")
+        refresh = (
+            f"-r{self.refresh_encode}.{self.refresh_decode}x{self.refresh_period}{pairs}" if self.refreshes else ""
+        )
         return f"{self.backend}-{kind}-N{1 << self.log_n}-L{self.levels}-s{self.scale_bits}-d{self.digits}{refresh}"
 
     def limbs(self, level: int) -> int:

@@ -12,7 +12,7 @@ works at the bottom; at N = 2^16, 23 levels and all slots that takes 8 % off wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ ENCAPSULATED_WEIGHT = 32  # of the secret under which the modulus is raised
 RANGE = 16  # K: multiples of q_0 that OpenFHE's sine covers with that secret
 # log2 of the standard deviation of the error, less log_n + correction factor - scale_bits; measured, see `error_std`.
 ERROR_BITS = 11.5
+FUNCTION_BITS = 12.5  # the same of a functional refresh, less log_n - scale_bits; see `function_std`
 
 
 def correction_factor(params: Params) -> int:
@@ -118,12 +119,40 @@ def keys(params: Params) -> Iterator[tuple[str, int, int]]:
         yield "rotation", k, level
 
 
+def matrix_bytes(params: Params) -> int:
+    """Memory of the encoded matrices of both transforms, which every refresh of a context shares.
+
+    A matrix of l layers has 2^(l + 1) - 1 diagonals, each modulo the primes of its level and P. What the library took was 5 to 9 %
+    more (openfhe 1.6.1, N = 2^13, five budgets, the difference in resident memory).
+    """
+    layers = params.refresh_period.bit_length() - 1
+    limbs = 0
+    for top, budget in ((params.levels - 1, params.refresh_encode), (params.refresh_input, params.refresh_decode)):
+        for i, part in enumerate(collapse(layers, budget)):
+            limbs += ((2 << part) - 1) * (top - i + 1 + params.special_limbs)
+    return round(1.09 * limbs * (8 << params.log_n))
+
+
+def working_bytes(params: Params) -> int:
+    """Memory that one refresh works in: rotated copies of the first transform, then powers of the sine's argument.
+
+    Beside keys and matrices, a process that refreshed at N = 2^16, 23 levels, 6 digits, held less than this (benchmarks/NOTES.md).
+    """
+    layers = max(collapse(params.refresh_period.bit_length() - 1, params.refresh_encode))
+    babies = len(_steps(layers, 1)[0])
+    powers = 24 * (1 + params.refresh_complex)
+    return 2 * (babies * (params.levels + 1 + params.special_limbs) + powers * params.levels) * (8 << params.log_n)
+
+
 def apply_error(params: Params, values: Array, ratio: float, rng: np.random.Generator) -> Array:
     """A refreshed slot vector: the sine for the identity, and noise. Values repeat with `refresh_period`, and so does the noise.
 
     Args:
         ratio: nominal scale over the exact scale of the values.
     """
+    if np.iscomplexobj(values):  # as coefficients, real and imaginary parts are neighbours: a sine each
+        parts = [apply_error(params, part, ratio, rng) for part in (np.real(values), np.imag(values))]
+        return parts[0] + 1j * parts[1]
     angle = 2.0 * math.pi * 2.0 ** -correction_factor(params) / ratio
     noise = rng.normal(0.0, error_std(params) * ratio, params.refresh_period)
     refreshed: Array = np.sin(angle * values) / angle + np.tile(noise, params.slots // params.refresh_period)
@@ -137,6 +166,28 @@ def error_std(params: Params) -> float:
     end; the factor beside is measured: mean |error| 2^-18.8 to 2^-19.0 at N = 2^12, scale 2^54, and 2^-15.9 at N = 2^16.
     """
     return 2.0 ** (params.log_n + correction_factor(params) + ERROR_BITS - params.scale_bits)
+
+
+def series(values: Array, fourier: Sequence[float]) -> Array:
+    """2 Re sum c_j exp(i pi j x): what a functional refresh evaluates, from re c_0, im c_0, re c_1, ..."""
+    c = np.array(fourier[::2]) + 1j * np.array(fourier[1::2])
+    z = np.exp(1j * np.pi * values)
+    return np.asarray(2.0 * np.polynomial.polynomial.polyval(z, c).real)
+
+
+def apply_function(params: Params, values: Array, fourier: Sequence[float], rng: np.random.Generator) -> Array:
+    """A slot vector after a functional refresh: its series, and noise that repeats like the values."""
+    noise = rng.normal(0.0, function_std(params), params.refresh_period)
+    return series(values, fourier) + np.tile(noise, params.slots // params.refresh_period)
+
+
+def function_std(params: Params) -> float:
+    """Standard deviation of a functional refresh's noise in a slot, for a series whose coefficients add up to about 1.
+
+    Measured (openfhe 1.6.1, logistic function, 17 terms, scale 2^54): 2^-32.1, 2^-32.1, 2^-30.8, 2^-28.5, 2^-28.2 at N = 2^10 to 2^14;
+    2^-28.4 at N = 2^10, scale 2^50. N = 2^16 is beyond what was measured.
+    """
+    return 2.0 ** (params.log_n + FUNCTION_BITS - params.scale_bits)
 
 
 def failure_log2(params: Params) -> float:

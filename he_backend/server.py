@@ -11,6 +11,10 @@
     GET    /jobs/{id}/result        the reply frame
     GET    /jobs/{id}/timing        seconds by operator and primitive, peak memory
     DELETE /jobs/{id}               cancel
+    POST   /sessions                begin a sequence, for a circuit with steps -> {"session": id, "step": 0, "steps": T}
+    POST   /sessions/{id}/steps/{n} a request frame for step n, the next one -> {"job": id}
+    GET    /sessions/{id}           the step that comes next
+    DELETE /sessions/{id}           forget the sequence
 
 Bytes from outside never shape what the crypto library parses: ciphertexts and keys arrive as residues, are checked as
 numbers, and are put into envelopes that this process made (`openfhe_bytes.py`).
@@ -40,6 +44,7 @@ from .circuit import Circuit
 from .jobs import BusyError, Engine, Job, Stage, Worker
 from .keys import KeyFile, Manifest, find_secret
 from .keystore import KeyStore
+from .sessions import FullError, Sessions, Step, UnknownSessionError
 
 log = logging.getLogger("polyformer.server")
 
@@ -49,7 +54,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 MAX_CONNECTIONS = 32
 
-STATUS = {WireError: 400, ManifestError: 409, BusyError: 503}
+STATUS = {WireError: 400, ManifestError: 409, BusyError: 503, FullError: 503, UnknownSessionError: 404}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,9 @@ class Limits:
     max_replies: int = 8
     max_bodies: int = 4  # requests held in memory while they arrive
     max_json_bytes: int = 4 << 20
+    max_sessions: int = 8
+    max_state_bytes: int = 4 << 30  # of all sessions together
+    session_idle_s: float = 1800.0
 
 
 def ensure_environment() -> None:
@@ -96,6 +104,9 @@ class Server:
         self.worker = Worker(engine, max_queue=limits.max_queue, max_replies=limits.max_replies)
         present = len(self.store.present())
         self.keys = Stage(state="running", total=present) if present else Stage()  # `start` loads them
+        self.sessions = Sessions(
+            circuit, most=limits.max_sessions, most_bytes=limits.max_state_bytes, idle_s=limits.session_idle_s
+        )
         self.key_lock = asyncio.Lock()
         self.bodies = asyncio.Semaphore(limits.max_bodies)
 
@@ -134,6 +145,8 @@ class Server:
             "relin_level": c.relin_level,
             "insecure": c.params.insecure,
             "max_request_bytes": self.expected("request", "").max_bytes,
+            "steps": c.steps,
+            "states": [{**vars(s), "shape": list(s.shape)} for s in c.states],
         }
 
     def expected(self, kind: str, key_id: str) -> wire.Expected:
@@ -153,6 +166,7 @@ class Server:
         return {
             "weights": self.worker.weights.to_json(),
             "keys": self.keys.to_json(),
+            "sessions": self.sessions.count,
             "peak_rss_bytes": peak_rss(),
             "pid": os.getpid(),
         }
@@ -187,6 +201,7 @@ class Server:
             if not self.worker.idle:
                 raise BusyError("keys cannot be removed while an evaluation uses them")
             self.store.remove(key_id)
+            self.sessions.clear()
             await run_in_threadpool(self.engine.forget_keys)
             self.update_keys()
 
@@ -205,7 +220,26 @@ class Server:
 
     async def evaluate(self, request: Request) -> Job:
         """Check a request frame and queue it; nothing is read of one that could not run."""
+        if self.circuit.steps:
+            raise ManifestError("this circuit is a step of a sequence: begin one with POST /sessions")
+        return await self._queue(request, self.ready(), None)
+
+    def open_session(self) -> dict[str, Any]:
+        """Begin a sequence under the keys that are here."""
+        session = self.sessions.open(self.ready().key_id)
+        return {"session": session.id, "step": session.step, "steps": self.circuit.steps}
+
+    async def step(self, name: str, number: str, request: Request) -> Job:
+        """Check a request frame for the next step of a sequence and queue it."""
         manifest = self.ready()
+        turn = self.sessions.begin(name, number, manifest.key_id)
+        try:
+            return await self._queue(request, manifest, turn)
+        except BaseException:  # whatever it was, nothing was queued
+            turn.release()
+            raise
+
+    async def _queue(self, request: Request, manifest: Manifest, turn: Step | None) -> Job:
         self.worker.check_room()
         if self.bodies.locked():
             raise BusyError("other requests are arriving; try again later")
@@ -215,7 +249,7 @@ class Server:
             async with self.key_lock:  # so that no keys go between this look and the job that needs them
                 if self.ready() != manifest:
                     raise ManifestError("the server's keys changed while the request arrived")
-                return self.worker.submit(inputs, self.expected("reply", manifest.key_id))
+                return self.worker.submit(inputs, self.expected("reply", manifest.key_id), turn)
 
 
 def create_app(server: Server) -> FastAPI:
@@ -286,6 +320,23 @@ def create_app(server: Server) -> FastAPI:
         job = find(job_id)
         job.cancel.set()
         return job.to_json()
+
+    @app.post("/sessions", status_code=201)
+    async def open_session() -> dict[str, Any]:
+        return server.open_session()
+
+    @app.post("/sessions/{name}/steps/{number}", status_code=202)
+    async def step(name: str, number: str, request: Request) -> dict[str, Any]:
+        return (await server.step(name, number, request)).to_json()
+
+    @app.get("/sessions/{name}")
+    async def get_session(name: str) -> dict[str, Any]:
+        return {"step": server.sessions.look(name, server.ready().key_id).step}
+
+    @app.delete("/sessions/{name}")
+    async def close_session(name: str) -> dict[str, Any]:
+        server.sessions.close(name, server.ready().key_id)
+        return {}
 
     def find(job_id: str) -> Job:
         job = server.worker.job(job_id)

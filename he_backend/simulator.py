@@ -8,14 +8,16 @@ adds, so that amplification along the circuit is followed on real values; from i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from . import refresh
-from .base import Array, LevelError, UnsupportedOpError
+from .base import Array, LevelError, RangeError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
+from .kernels import StepRow
 from .params import SPECIAL_PRIME_BITS, Params
 from .trace import Trace, assign_scales, trace
 
@@ -24,36 +26,51 @@ ERROR_STD = 3.19  # standard deviation of the error distribution in every librar
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """Outputs as tensors by name, and every op's slot vector [slots] by op id."""
+    """Outputs (states among them) as tensors by name, and every op's slot vector [slots] by op id."""
 
     outputs: dict[str, Array]
     values: list[Array]
 
 
 def input_slots(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> dict[tuple[str, int], Array]:
-    """Pack input tensors into slot vectors by (name, part)."""
+    """Pack input tensors, and states if there are any, into slot vectors by (name, part)."""
     packed = {}
-    for signature in circuit.inputs:
-        slots = pack(tensors[signature.name], signature, circuit.client_arrays[signature.layout])
+    for signature in (*circuit.inputs, *circuit.states):
+        slots = pack(tensors[signature.name], signature, layout_of(circuit, signature.layout))
         packed.update({(signature.name, part): row for part, row in enumerate(slots)})
     return packed
 
 
 def output_tensors(circuit: Circuit, slots: Mapping[tuple[str, int], Array]) -> dict[str, Array]:
-    """Unpack slot vectors by (name, part) into output tensors."""
+    """Unpack slot vectors by (name, part) into output tensors; states only where they are among `slots`."""
     tensors = {}
-    for signature in circuit.outputs:
-        layout = circuit.client_arrays[signature.layout]
+    kept = [s for s in circuit.states if (s.name, 0) in slots]
+    for signature in (*circuit.outputs, *kept):
+        layout = layout_of(circuit, signature.layout)
         rows = np.stack([slots[signature.name, part] for part in range(layout.shape[0])])
         tensors[signature.name] = unpack(rows, signature, layout)
     return tensors
 
 
-def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
+def layout_of(circuit: Circuit, name: str) -> np.ndarray:
+    """A layout by name: the client has those of inputs and outputs, the server alone those of states."""
+    return circuit.client_arrays[name] if name in circuit.client_arrays else circuit.arrays[name]
+
+
+def simulate(
+    circuit: Circuit,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    step: int = 0,
+    visit: Callable[[Op, Array], None] | None = None,
+) -> Simulation:
     """Run a circuit in float64.
 
     Args:
-        tensors: input tensors by name, shapes as in circuit.inputs.
+        tensors: input tensors by name, shapes as in circuit.inputs and circuit.states.
+        step: its number, for a circuit with steps.
+        visit: is given every op and its value, which is then dropped after its last use: the result holds no values, and memory
+            what is alive at once (the values of a deep circuit at N = 2^16 are many GB).
 
     Raises:
         LevelError: an op uses more levels than the circuit gives it.
@@ -61,6 +78,7 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
     packed = input_slots(circuit, tensors)
     values: list[Array] = []
     out: dict[tuple[str, int], Array] = {}
+    last = {a: op.id for op in circuit.ops for a in op.args}
     for op in circuit.ops:
         args = [values[a] for a in op.args]
         for a in op.args:
@@ -68,14 +86,31 @@ def simulate(circuit: Circuit, tensors: Mapping[str, np.ndarray]) -> Simulation:
                 raise LevelError(f"{op} takes %{a} of level {circuit.ops[a].level}")
         if op.kind == "input":
             values.append(packed[op.attrs["name"], op.attrs["part"]])
-            continue
-        values.append(_run(op, args, circuit))
+        else:
+            values.append(_run(op, args, circuit, step))
         if op.kind == "output":
             out[op.attrs["name"], op.attrs["part"]] = values[-1]
-    return Simulation(outputs=output_tensors(circuit, out), values=values)
+        if visit is not None:
+            visit(op, values[-1])
+            for a in op.args:
+                if last[a] == op.id:
+                    values[a] = np.zeros(0)
+    return Simulation(outputs=output_tensors(circuit, out), values=[] if visit is not None else values)
 
 
-def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
+def peaks(circuit: Circuit, samples: Iterable[np.ndarray]) -> Array:
+    """Largest |slot| of every op over input tensors, [ops]."""
+    largest: Array = np.zeros(len(circuit.ops))
+
+    def visit(op: Op, value: Array) -> None:
+        largest[op.id] = max(largest[op.id], float(np.max(np.abs(value))))
+
+    for x in samples:
+        simulate(circuit, {circuit.inputs[0].name: x}, visit=visit)
+    return largest
+
+
+def _run(op: Op, args: list[Array], circuit: Circuit, step: int) -> Array:
     y: Array
     slots, arrays, a = circuit.params.slots, circuit.arrays, op.attrs
 
@@ -91,6 +126,13 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
             return args[0] * args[1]
         case "add_plain":
             return args[0] + expand(arrays[a["array"]])
+        case "mul_step":
+            return args[0] * expand(arrays[a["array"]][step])
+        case "add_step":
+            return args[0] + expand(arrays[a["array"]][step])
+        case "linear" if (matrix := _matrix(a, arrays[a["weights"]], slots)) is not None:
+            y = (matrix @ args[0].reshape(len(matrix), -1)).reshape(-1)
+            return y if a.get("bias") is None else y + expand(arrays[a["bias"]])
         case "linear":
             y = np.zeros(slots)
             for giant, terms in a["plan"]:
@@ -111,9 +153,30 @@ def _run(op: Op, args: list[Array], circuit: Circuit) -> Array:
             return y
         case "polynomial":
             return np.polynomial.chebyshev.chebval(a["domain"][0] * args[0] + a["domain"][1], a["chebyshev"])
+        case "refresh" if a.get("kind") == "functional":
+            x = a["scale"] * args[0]
+            if (worst := float(np.abs(x).max())) > 0.5:
+                raise RangeError(
+                    f"{op} sees {worst:.3g} times the period of its series; it may see at most 0.5: scale it"
+                )
+            return refresh.series(x, [part for pair in a["fourier"] for part in pair])
         case "refresh" | "output":
             return args[0]
     raise UnsupportedOpError(f"the simulator knows no op kind {op.kind!r}")
+
+
+def _matrix(attrs: Mapping[str, Any], weights: np.ndarray, slots: int) -> np.ndarray | None:
+    """A linear op whose m weights stand for slots / m slots each and rotate by multiples of as many, as a matrix [m, m]: the same sum,
+    faster where diagonals are many; None for others."""
+    m = weights.shape[-1]
+    terms = [(giant + baby, row) for giant, inner in attrs["plan"] for baby, row in inner]
+    if m == slots or len(terms) < 8 or any(k % (slots // m) for k, _ in terms):
+        return None
+    at = np.arange(m)
+    matrix = np.zeros((m, m))
+    for k, row in terms:
+        matrix[at, (at + k // (slots // m)) % m] += weights[row]
+    return matrix
 
 
 def coefficient_noise(op: str, params: Params, level: int) -> float:
@@ -131,7 +194,7 @@ def coefficient_noise(op: str, params: Params, level: int) -> float:
             return rounding
         case "mod_down":  # an unrounded sum of one fraction a special prime
             return rounding * math.sqrt(params.special_limbs)
-        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended":
+        case "rotate" | "rotate_hoisted" | "relinearize" | "rotate_extended" | "conjugate":
             digits = math.ceil((level + 1) / params.digit_limbs)
             width = params.first_bits + (params.digit_limbs - 1) * params.scale_bits
             ratio = 2.0 ** (width - SPECIAL_PRIME_BITS * params.special_limbs)
@@ -144,16 +207,21 @@ class KeySwitchBias:
     """The part of a key switch's error that is no rounding noise: an offset common to all coefficients.
 
     Times the secret (or a key's error) it lies in the few slots whose root of unity z is near 1, since 1 + X + ... + X^(N-1) is
-    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects whole units where
-    no pending rescale divides the offset away (`openfhe_rounding`). SEAL decomposes into digits in [0, q), half of q too
-    high on average, which a key's error multiplies.
+    2 / (1 - z) there. OpenFHE's mod-down is low by half a unit for each special prime; its backend corrects it where no pending
+    rescale divides the offset away, but for half a unit of changing sign (`openfhe_rounding`). SEAL decomposes into digits in
+    [0, q), half of q too high on average, which a key's error multiplies.
     """
 
     def __init__(self, params: Params, rng: np.random.Generator) -> None:
         n = 1 << params.log_n
         self.params, self.rng = params, rng
         exponent = np.array([pow(5, j, 2 * n) for j in range(params.slots)])
-        self.ones = 2 / (1 - np.exp(1j * np.pi * exponent / n))
+        points = np.exp(1j * np.pi * exponent / n)
+        self.ones = 2 / (1 - points)
+        self.signs = other = np.ones(params.slots, dtype=complex)
+        for _ in range(params.log_n):
+            self.signs, other = self.signs + points * other, self.signs - points * other
+            points = points * points
         weight = 192 if params.secret == "sparse192" else 2 * n / 3
         self.secret = self._spread(math.sqrt(weight))
 
@@ -165,19 +233,18 @@ class KeySwitchBias:
     def __call__(self, op: str, degree: int) -> Array | float:
         """Offset [slots] that an op adds, before division by the scale."""
         params = self.params
-        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down"):
+        if op not in ("rotate", "rotate_hoisted", "relinearize", "mod_down", "conjugate"):
             return 0.0
         if params.backend == "openfhe":
-            half = params.special_limbs / 2
-            if degree == 1 and op != "relinearize":
-                half -= round(half + 0.25)  # what the correction leaves: half a unit where their number is odd
-            return -half * np.real((1 + self.secret) * self.ones) if half else 0.0
+            if degree == 1 and op != "relinearize":  # corrected
+                return np.real((1 + self.secret) * self.signs) / 2 if params.special_limbs % 2 else 0.0
+            return -params.special_limbs / 2 * np.real((1 + self.secret) * self.ones)
         ratio = 2.0 ** (params.first_bits - SPECIAL_PRIME_BITS)
         return ratio / 2 * np.real(self._spread(ERROR_STD * math.sqrt(2.0**params.log_n)) * self.ones)
 
 
 def simulate_noise(
-    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, seed: int = 0, traced: Trace | None = None
+    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, step: int = 0, seed: int = 0, traced: Trace | None = None
 ) -> dict[str, Array]:
     """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's.
 
@@ -193,6 +260,7 @@ def simulate_noise(
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
     bias = KeySwitchBias(params, rng)
     values: dict[int, Array] = {}
+    squares: tuple[tuple[int, ...], Array] = (), np.zeros(0)
     uses = np.zeros(len(t.nodes), dtype=int)
     for node in t.nodes:
         uses[list(set(node.args))] += 1
@@ -201,13 +269,26 @@ def simulate_noise(
         args = [values[a] for a in node.args]
         if node.op == "input":
             y = packed[names[node.id]]
+        elif node.op == "refresh_function":
+            y = refresh.apply_function(params, args[0], node.plains, rng)  # type: ignore[arg-type]
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
+        elif node.op == "weighted_sum":
+            if squares[0] != node.args:  # groups of one linear map weigh the same rotations
+                squares = node.args, np.sum([np.abs(a) ** 2 for a in args], axis=0)
+            y = _weighted_sum(args, node.plains, squares[1], spread / math.sqrt(12) / scales.plain[node.id], rng)
         else:
-            y = _primitive(node.op, args, node.k, [_plain(p, scales.plain[node.id], spread, rng) for p in node.plains])
+            y = _primitive(
+                node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains]
+            )
         std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
         y = y + bias(node.op, node.degree) / scales.result[node.id]
-        values[node.id] = y + rng.normal(0.0, std, y.shape) if std else y
+        if std:
+            noise: Any = rng.standard_normal(y.shape, dtype=np.float32)
+            if np.iscomplexobj(y):
+                noise = noise + 1j * rng.standard_normal(y.shape, dtype=np.float32)
+            y = y + std * noise
+        values[node.id] = y
         for a in set(node.args):
             uses[a] -= 1
             if not uses[a]:
@@ -215,12 +296,38 @@ def simulate_noise(
     return output_tensors(circuit, {key: values[node] for key, node in t.outputs.items()})
 
 
-def _plain(plain: object, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
+def _plain(plain: object, step: int, scale: float, spread: float, rng: np.random.Generator) -> Array | float:
     """A plaintext operand with the rounding error of its encoding."""
+    if isinstance(plain, StepRow):
+        plain = plain.at(step)
     if isinstance(plain, float):
         return round(plain * scale) / scale
     values: Array = plain.slots()  # type: ignore[attr-defined]
-    return values + rng.normal(0.0, spread / math.sqrt(12) / scale, values.shape)
+    return values + spread / math.sqrt(12) / scale * rng.standard_normal(values.shape, dtype=np.float32)
+
+
+def _weighted_sum(
+    args: Sequence[Array], plains: Sequence[Any], squares: Array, std: float, rng: np.random.Generator
+) -> Array:
+    """A sum of products by plaintexts; the rounding errors of their encodings, independent, as the one normal error that they sum to.
+
+    Args:
+        squares: sum of the arguments' squares; std: of an encoding's error, in a slot.
+    """
+    total = std * np.sqrt(squares) * rng.standard_normal(squares.shape, dtype=np.float32)
+    if np.iscomplexobj(args[0]):
+        total = total.astype(np.complex128)
+    product = np.empty_like(total)
+    for a, plain in zip(args, plains, strict=True):
+        if isinstance(plain, float):
+            total += a * plain
+        elif plain.roll % (block := plain.size // plain.weights.shape[-1]):
+            total += a * plain.slots()
+        else:  # a weight for `block` slots each: no need to write them out
+            weights = np.roll(plain.weights[plain.row].astype(np.float64), plain.roll // block)
+            np.multiply(a.reshape(-1, block), weights[:, None], out=product.reshape(-1, block))
+            total += product
+    return total
 
 
 def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) -> Array:
@@ -237,10 +344,16 @@ def _primitive(op: str, args: list[Array], k: int, plains: list[Array | float]) 
             return args[0] + plains[0]
         case "mul_plain" | "mul_scalar":
             return args[0] * plains[0]
-        case "weighted_sum":
-            return np.sum([a * p for a, p in zip(args, plains, strict=True)], axis=0)
         case "rotate" | "rotate_hoisted" | "rotate_extended":
             return np.roll(args[0], -k)
+        case "join":
+            return args[0] + 1j * args[1]
+        case "conjugate":
+            return np.conj(args[0])
+        case "twice_real":  # at twice the scale: the sum of two halves
+            return np.real(args[0] + args[1]) / 2
+        case "twice_imaginary":
+            return np.imag(args[0] - args[1]) / 2
         case "rescale" | "relinearize" | "drop" | "hoist" | "extend" | "mod_down":
             return args[0]
     raise UnsupportedOpError(f"no noise model for primitive {op!r}")

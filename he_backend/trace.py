@@ -17,7 +17,7 @@ from typing import Any
 from . import refresh
 from .base import CapabilityError, LevelError, ScaleError
 from .circuit import Circuit, Op
-from .kernels import Row, apply
+from .kernels import Row, StepRow, apply, doubled_sum
 from .params import Params
 
 # Relative difference of two scales that may be added, whatever a circuit promises. Linear maps and factored polynomials
@@ -34,7 +34,7 @@ class Node:
     elements  2, or 3 while a relinearisation is pending
     extended  the result lives modulo P·Q
     k         rotation amount
-    plains    plaintext operands, numbers or `Row`s: one, or one an argument for weighted_sum
+    plains    plaintext operands, numbers, `Row`s or `StepRow`s: one, or one an argument for weighted_sum
     source    id of the circuit op that it works for
     """
 
@@ -46,7 +46,7 @@ class Node:
     elements: int = 2
     extended: bool = False
     k: int = 0
-    plains: tuple[float | Row, ...] = ()
+    plains: tuple[float | Row | StepRow, ...] = ()
     source: int = -1
 
 
@@ -73,6 +73,11 @@ class Trace:
         return total
 
 
+def cost_name(node: Node) -> str:
+    """The row of a cost table that a node belongs to: sums and products modulo P·Q have their own."""
+    return f"{node.op}_extended" if node.extended and node.op in ("add", "weighted_sum") else node.op
+
+
 @dataclass
 class Tracer:
     """SlotOps on node ids."""
@@ -80,9 +85,11 @@ class Tracer:
     slots: int
     double_hoisting: bool = True
     hoisting: bool = True
+    extended: bool = True  # whether the linear map at hand sums modulo P·Q, where the library can
     nodes: list[Node] = field(default_factory=list)
     source: int = -1
     _seen: dict[Any, int] = field(default_factory=dict)
+    doubled: set[int] = field(default_factory=set)  # parts of a complex refresh: at twice the scale
 
     def emit(self, op: str, args: tuple[int, ...], **fields: Any) -> int:
         """The node, made once: an equal one that exists is returned."""
@@ -113,7 +120,31 @@ class Tracer:
         n = self.nodes[a]
         if n.level < level:
             raise LevelError(f"op {self.source} wants level {level}, its operand has {n.level} left")
+        if (
+            n.level > level and a in self.doubled
+        ):  # the levels that are dropped pay for the way back to the nominal scale
+            a = a if n.level == level + 1 else self.emit("drop", (a,), level=level + 1)
+            a = self.emit("mul_scalar", (a,), level=level + 1, degree=2, plains=(1.0,))
+            return self.emit("rescale", (a,), level=level)
         return a if n.level == level else self.emit("drop", (a,), level=level)
+
+    def refresh(self, a: int, level: int) -> int:
+        return self.emit("refresh", (a,), level=level)
+
+    def refresh_function(self, a: int, op: Op, level: int) -> int:
+        """The product brings the argument into the series' interval, and to exactly the nominal scale: f is not linear."""
+        a = self.settle(self.mul(a, float(op.attrs["scale"])))
+        flat = tuple(float(part) for pair in op.attrs["fourier"] for part in pair)
+        return self.emit("refresh_function", (a,), level=level, plains=flat)
+
+    def refresh_pair(self, a: int, b: int, level: int) -> int:
+        """The copy of `a` out of the refresh of both; that of `b` shares all but the last node."""
+        low, high = min(a, b), max(a, b)
+        joined = self.emit("refresh", (self.emit("join", (low, high), level=self.nodes[low].level),), level=level)
+        mirrored = self.emit("conjugate", (joined,), level=level)
+        part = self.emit("twice_real" if a == low else "twice_imaginary", (joined, mirrored), level=level)
+        self.doubled.add(part)
+        return part
 
     def net(self, a: int) -> int:
         """Level after the pending rescale."""
@@ -171,13 +202,37 @@ class Tracer:
         k %= self.slots
         return self.emit("rotate", (a,), level=n.level, degree=n.degree, k=k) if k else a
 
+    def doubled_sum(self, a: int, steps: Sequence[int]) -> int:
+        """All sums of steps as rotations of one value: one decomposition, one mod-down (Bossuat et al., eprint 2020/1203,
+        section 4, without weights). Rotations that coincide are counted as often as they occur."""
+        if not self.double_hoisting:
+            return doubled_sum(self, a, steps)
+        n = self.nodes[a]
+        if n.elements == 3:
+            a = self.emit("relinearize", (a,), level=n.level, degree=n.degree, source=n.source)
+        rotations = [0]
+        for k in steps:
+            rotations += [r + k for r in rotations]
+        digits = self.emit("hoist", (a,), level=n.level, degree=n.degree)
+        wide, narrow = -1, a
+        for k in (r % self.slots for r in rotations[1:]):
+            if not k:
+                narrow = self.add(narrow, a)
+                continue
+            term = self.emit("rotate_extended", (a, digits), level=n.level, degree=n.degree, extended=True, k=k)
+            if wide >= 0:
+                term = self.emit("add", (wide, term), level=n.level, degree=n.degree, extended=True)
+            wide = term
+        return narrow if wide < 0 else self.add(narrow, self.emit("mod_down", (wide,), level=n.level, degree=n.degree))
+
     def weighted_rotations(self, a: int, groups: Sequence[tuple[int, Sequence[tuple[int, Any]]]]) -> int:
         a = self.settle(a)
         level = self.nodes[a].level
         groups = [(g % self.slots, [(b % self.slots, p) for b, p in terms]) for g, terms in groups if terms]
         if {g for g, _ in groups} == {0} and {b for _, terms in groups for b, _ in terms} == {0}:
             return self.mul(a, groups[0][1][0][1])
-        return self._extended_sum(a, groups, level) if self.double_hoisting else self._hoisted_sum(a, groups, level)
+        wide = self.double_hoisting and self.extended
+        return self._extended_sum(a, groups, level) if wide else self._hoisted_sum(a, groups, level)
 
     def _extended_sum(self, a: int, groups: Any, level: int) -> int:
         """Baby steps and inner sums modulo P·Q; one mod-down a giant step and one at the end."""
@@ -245,18 +300,27 @@ def trace(
             inputs[op.attrs["name"], op.attrs["part"]] = values[-1]
             continue
         if op.kind == "output":
-            values.append(t.at(values[op.args[0]], op.level))
+            values.append(_settled(t, t.at(values[op.args[0]], op.level), op))
             outputs[op.attrs["name"], op.attrs["part"]] = values[-1]
             continue
         if op.kind == "refresh":
             _check_refresh(op, circuit.params, capabilities)
-            a = t.at(values[op.args[0]], circuit.params.refresh_input)
-            values.append(t.at(t.emit("refresh", (a,), level=circuit.params.refresh_output), op.level))
+            kind, top = op.attrs.get("kind", "plain"), circuit.params.refresh_output
+            start = circuit.params.refresh_input + (kind == "functional")
+            args = [_settled(t, t.at(values[a], start), op) for a in op.args]
+            if kind == "functional":
+                fresh = t.refresh_function(args[0], op, top)
+            else:
+                fresh = t.refresh(args[0], top) if kind == "plain" else t.refresh_pair(args[0], args[1], top)
+            values.append(t.at(fresh, op.level))
             continue
         start = op.level + depth(op, circuit.arrays, slots)
-        # Sums and rotations keep a pending rescale; the rest would repeat it.
-        lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum")
+        # Sums and rotations keep a pending rescale, the rest would repeat it; unless the circuit wants it done first.
+        lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum") and not op.attrs.get("settled")
         args = [values[a] if lazy and t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
+        t.extended = op.attrs.get("basis") != "ordinary"
+        if op.kind != "linear":
+            args = [_settled(t, a, op) for a in args]
         values.append(apply(t, op, args, circuit.arrays))
         if t.net(values[-1]) != op.level:
             raise LevelError(f"op {op} comes out at level {t.net(values[-1])}")
@@ -271,7 +335,7 @@ def trace(
             keys[n.k] = max(keys.get(n.k, 0), n.level)
         if n.op == "relinearize":
             relin = max(relin, n.level)
-        if n.op == "refresh":
+        if n.op in ("refresh", "refresh_function"):
             relin = max(relin, refresh.relin_level(circuit.params))
             for k, level in refresh.rotations(circuit.params).items():
                 keys[k] = max(keys.get(k, 0), level)
@@ -289,10 +353,31 @@ def _check_refresh(op: Op, params: Params, capabilities: frozenset[str]) -> None
         raise CapabilityError(f"op {op}: this backend refreshes nothing; compile a leveled circuit, or for openfhe")
     if not params.refreshes:
         raise CapabilityError(f"op {op}: {params.name} has no refresh: give it a refresh budget")
-    if (kind := op.attrs.get("kind", "plain")) != "plain":
-        raise CapabilityError(f"op {op} is a refresh of kind {kind!r}; only 'plain' ones are built")
+    kind = op.attrs.get("kind", "plain")
+    if {"plain": 1, "pair": 2, "functional": 1}.get(kind) != len(op.args) or len(set(op.args)) != len(op.args):
+        raise CapabilityError(
+            f"op {op} is a refresh of kind {kind!r}; built are 'plain' and 'functional' of one value and 'pair' of two"
+        )
+    if (kind == "functional") != (params.refresh_terms > 0):
+        raise CapabilityError(
+            f"op {op} is a refresh of kind {kind!r}, and {params.name} has {params.refresh_terms} Fourier terms: plain and "
+            "functional refreshes exclude each other in one context; set refresh_terms, or write the identity as a function"
+        )
+    if kind == "functional" and not 0 < len(op.attrs["fourier"]) <= params.refresh_terms:
+        raise CapabilityError(
+            f"op {op} has a series of {len(op.attrs['fourier'])} terms; {params.name} has room for 1 to {params.refresh_terms}"
+        )
+    if kind == "pair" and not params.refresh_complex:
+        raise CapabilityError(f"op {op}: {params.name} refreshes real slots only: set refresh_complex for pairs")
     if op.level > params.refresh_output:
         raise LevelError(f"op {op}: a refresh reaches level {params.refresh_output} with {params.name}")
+
+
+def _settled(t: Tracer, a: int, op: Op) -> int:
+    """`a`, which must not be at twice the scale."""
+    if a in t.doubled:
+        raise LevelError(f"op {op} reads half of a pair at its own level {t.net(a)}; give it one level less")
+    return a
 
 
 def _live(nodes: list[Node], roots: set[int]) -> list[Node]:
@@ -335,7 +420,7 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
         s = [result[a] for a in n.args]
         p = 0.0
         match n.op:
-            case "input":
+            case "input" | "refresh_function":
                 out = scale
             case "add" | "sub":
                 gap = abs(s[0] / s[1] - 1.0)
@@ -350,6 +435,8 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
                 out = s[0] * s[1]
             case "square":
                 out = s[0] * s[0]
+            case "twice_real" | "twice_imaginary":
+                out = 2.0 * s[0]
             case "mul_plain" | "mul_scalar" | "weighted_sum":
                 out = scale * moduli[n.level]
                 p = out / s[0]

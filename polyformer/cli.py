@@ -8,7 +8,8 @@
     evaluate request.bin --url ...         ── ciphertexts ──▶  evaluates
     decrypt reply.bin                      ◀─ ciphertexts ──
 
-`infer` is encrypt, evaluate and decrypt in one; `demo` is all of it on this machine. This file only lists the commands
+`infer` is encrypt, evaluate and decrypt in one; `generate` does that for one token after the other, with a circuit that was
+exported with `--step`; `demo` is all of it on this machine. This file only lists the commands
 and turns what goes wrong into a paragraph and an exit code: 1 for a failure, 2 for wrong usage, 130 for Ctrl-C.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 import typer
 
-from polyformer.commands import bench, compiling, demo, infer, inspecting, keys, models, reporting, serving
+from polyformer.commands import bench, compiling, demo, generate, infer, inspecting, keys, models, reporting, serving
 from polyformer.commands.console import Failure, error_paragraph
 
 INTERRUPTED = 130
@@ -39,6 +40,7 @@ compiling.register(app)
 keys.register(app)
 serving.register(app)
 infer.register(app)
+generate.register(app)
 reporting.register(app)
 inspecting.register(app)
 bench.register(app)

@@ -21,7 +21,7 @@ from tests.he_backend.stub import StubOwner
 
 COMMANDS = (
     *("train", "convert", "export", "plan", "compile", "keygen", "serve", "encrypt", "evaluate", "decrypt", "infer"),
-    *("report", "inspect", "bench", "demo"),
+    *("generate", "report", "inspect", "bench", "demo"),
 )
 
 

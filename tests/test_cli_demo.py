@@ -187,12 +187,19 @@ def test_the_whole_path_on_a_test_ring(tmp_path: Path) -> None:
             "top1_equal",
             "logqp",
             "logqp_limit",
+            "efficiency",
+            "bound_s",
+            "operators",
+            "primitives",
             "heldout_loss_softmax",
             "heldout_loss_power",
             "heldout_loss_polynomial",
         ),
     }
     assert metrics["max_abs_error"] <= report["error_bound"]
+    assert 0 < metrics["efficiency"] <= 1 and metrics["operators"] == report["tables"]["operators"]
+    assert {"QKV", "scores", "division", "FFN"} <= {row["name"] for row in metrics["operators"]}
+    assert "Against the bound" in (tmp_path / "report.html").read_text()
     assert np.isfinite(metrics["heldout_loss_polynomial"])
     phases = [p["name"] for p in report["phases"]]
     assert phases == [

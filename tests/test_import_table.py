@@ -53,12 +53,17 @@ TABLE = (
         may=EVERYTHING,
     ),
     Rule(
-        paths=("polyformer/export.py", "polyformer/export_graph.py"),
+        paths=("polyformer/export.py", "polyformer/export_graph.py", "polyformer/export_step.py"),
         may=("polyformer", "torch", "numpy", "onnx"),
         never=COMMAND_LINE,
     ),
     Rule(paths=("polyformer/mixers/mamba.py",), may=("polyformer", "torch", "numpy", "mamba_ssm"), never=COMMAND_LINE),
     Rule(paths=("polyformer/**",), may=("polyformer", "torch", "numpy"), never=COMMAND_LINE),
+    Rule(
+        paths=("training/harness.py",),
+        may=("training", "polyformer", "torch", "tokenizers", "lm_eval"),
+        never=COMMAND_LINE,
+    ),
     Rule(paths=("training/trackers.py",), may=("training", "torch", "wandb"), never=COMMAND_LINE),
     Rule(
         paths=("training/**",),
@@ -70,7 +75,10 @@ TABLE = (
     Rule(paths=("he_backend/server.py",), may=("he_backend", "numpy", "fastapi", "pydantic", "starlette", "uvicorn")),
     Rule(paths=("he_backend/client.py",), may=("he_backend", "numpy", "httpx")),
     Rule(paths=("he_backend/**",), may=("he_backend", "numpy")),
-    Rule(paths=("compiler/onnx_import.py",), may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES)),
+    Rule(
+        paths=("compiler/onnx_import.py", "compiler/step_import.py"),
+        may=("compiler", "numpy", "scipy", "onnx", *COMPILER_SEES),
+    ),
     Rule(paths=("compiler/**",), may=("compiler", "numpy", "scipy", *COMPILER_SEES)),
     Rule(paths=("benchmarks/**",), may=EVERYTHING),
 )
@@ -179,6 +187,7 @@ REFUSED = {
     "tenseal in OpenFHE's file": ("he_backend/openfhe_backend.py", "import tenseal"),
     "runtime sees the compiler": ("he_backend/circuit.py", "from compiler import ir"),
     "runtime sees torch": ("he_backend/server.py", "import torch"),
+    "lm_eval outside its file": ("training/loop.py", "import lm_eval"),
     "http client in the server": ("he_backend/server.py", "import httpx"),
     "a prefix that is no package": ("he_backend/base.py", "import numpy_financial"),
 }
@@ -193,6 +202,7 @@ ACCEPTED = {
     "onnx in the importer": ("compiler/onnx_import.py", "import onnx.helper"),
     "onnx in export": ("polyformer/export.py", "import onnx, torch"),
     "openfhe in its file": ("he_backend/openfhe_backend.py", "def open():\n    import openfhe"),
+    "lm_eval in its file": ("training/harness.py", "from lm_eval.api.model import LM"),
     "everything in the command line": ("polyformer/cli.py", "import torch, typer, he_backend.client, compiler"),
     "everything in a command": ("polyformer/commands/train.py", "import training.loop, rich"),
     "everything in benchmarks": ("benchmarks/ops.py", "import openfhe, compiler, polyformer.cli"),

@@ -1,7 +1,7 @@
 """Train a PowerSoftmax language model beside its softmax twin, and turn it into polynomials.
 
 train(out, Recipe.demo())        softmax twin and PowerSoftmax model
-convert(out)                     range losses, substitution, tuning
+convert(out)                     the stages of a recipe: range losses, substitution, tuning
 load_model(out, "polynomial")    a `polyformer.model.Transformer`
 """
 

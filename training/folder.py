@@ -1,13 +1,14 @@
 """The folder of a run: what lies where, and how to read it back.
 
-config.json          {"recipe": ..., "models": {"softmax" | "power" | "polynomial": ModelConfig}}
+config.json          {"recipe": ..., "models": {name of a model file: ModelConfig}}
 tokenizer.json       byte-level BPE
 tokens.safetensors   token documents, train.0 ... and heldout.0 ...
-softmax.safetensors  power.safetensors  polynomial.safetensors
+softmax.safetensors  power.safetensors  polynomial.safetensors  pointwise.safetensors
 train.jsonl          one line every ten steps
+stages.jsonl         one line a stage of a conversion: held-out loss, ranges, share outside
 metrics.json         held-out losses, ranges, per-stage quality
 calibration.npz      `tokens` int64 [n, T], windows of training text and of what a user might type
-checkpoints/         of an interrupted stage
+checkpoints/         of an interrupted run
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import torch as safetensors
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -37,7 +39,7 @@ from training.data import (
 )
 from training.recipe import Recipe
 
-MODELS = ("softmax", "power", "polynomial")
+MODELS = ("softmax", "power", "polynomial", "pointwise")
 CALIBRATION_WINDOWS = 512
 
 
@@ -97,17 +99,18 @@ class Folder:
         config["models"][name] = asdict(model.config)
         self._write("config.json", config)
         temporary = self.path / f"{name}.tmp"
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
+        # a tied head is the embedding: this writes it once, where `save_file` refuses shared memory
+        safetensors.save_model(model, str(temporary))
         temporary.replace(self.path / f"{name}.safetensors")
 
     def load_model(self, name: str) -> Transformer:
         if name not in MODELS:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
         if not self.has(name):
-            step = "convert" if name == "polynomial" else "train"
+            step = {"polynomial": "convert", "pointwise": "convert --recipe pointwise"}.get(name, "train")
             raise FileNotFoundError(f"{self.path} has no {name}.safetensors yet; run `{step}` first")
         model = Transformer(ModelConfig.from_json(json.dumps(self._read("config.json")["models"][name])))
-        model.load_state_dict(load_file(self.path / f"{name}.safetensors"))
+        safetensors.load_model(model, str(self.path / f"{name}.safetensors"))
         return model.eval()
 
     def update_metrics(self, **figures: Any) -> dict[str, Any]:

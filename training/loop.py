@@ -63,10 +63,11 @@ def run_stage(
     folder: Path,
     log: Path,
     extra: ExtraLoss | None = None,
+    until: Callable[[int], bool] | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Train `model` in place for one stage. If `folder/stage.safetensors` exists, go on from there; delete it at the
-    end.
+) -> int:
+    """Train `model` in place for one stage and return the steps done. If `folder/stage.safetensors` exists, go on from
+    there; delete it at the end. `until`, asked after every step with the number of steps done, may end the stage early.
 
     The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators.
     """
@@ -75,6 +76,7 @@ def run_stage(
     first = load_checkpoint(checkpoint, model, optimiser, sampler) if checkpoint.exists() else 0
     _trim_log(log, stage, first)
     model.train()
+    done = first
     with log.open("a", encoding="utf-8") as lines:
         for step in range(first, schedule.steps):
             for group in optimiser.param_groups:
@@ -88,16 +90,20 @@ def run_stage(
             if torch.isfinite(norm):
                 optimiser.step()
             done = step + 1
-            if done % 10 == 0 or done == schedule.steps:
+            last = done == schedule.steps or (until is not None and until(done))
+            if done % 10 == 0 or last:
                 figures = {"loss": float(task.detach()), "ranges": float(ranges.detach()), "gradient": float(norm)}
                 lines.write(json.dumps({"stage": stage, "step": done, **figures}) + "\n")
                 lines.flush()
                 if progress is not None:
                     progress(stage, done, schedule.steps, figures)
-            if done % schedule.checkpoint_every == 0 and done < schedule.steps:
+            if last:
+                break
+            if done % schedule.checkpoint_every == 0:
                 save_checkpoint(checkpoint, model, optimiser, sampler, done)
     model.eval()
     checkpoint.unlink(missing_ok=True)
+    return done
 
 
 def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:

@@ -40,6 +40,7 @@ class Recipe:
     parallel: bool = False
     power: int = 2
     eps: float = 4.0
+    las_decay: float = 1.0  # LaS: the largest decay of scores with distance, of both twins; it costs no level
     activation: str = "gelu"
     exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
@@ -56,10 +57,13 @@ class Recipe:
     warmup: int = 60
     weight_decay: float = 0.1
     clip: float = 1.0
+    # the polynomial model has as many steps in all its stages as the softmax twin
     softmax_steps: int = 1200
-    power_steps: int = 1200
-    range_steps: int = 500
-    tune_steps: int = 1000
+    power_steps: int = 700
+    start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
+    continue_steps: int = 600  # after that swap, in place of `power_steps`
+    range_steps: int = 150
+    tune_steps: int = 350
     checkpoint_every: int = 200
     # ranges
     activation_bound: float = 4.0
@@ -70,10 +74,15 @@ class Recipe:
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
+    range_outside: float | None = None  # end the range stage early, at this share of values outside their targets
+
+    def __post_init__(self) -> None:
+        if self.start not in ("power", "softmax"):
+            raise ValueError(f"start is {self.start!r}; the conversion starts from 'power' or from 'softmax'")
 
     @classmethod
     def demo(cls) -> Recipe:
-        """The model of the demonstration: 2 blocks, width 128, 32 tokens, 23 levels; about four minutes on 2 cores."""
+        """The model of the demonstration: 2 blocks, width 128, 32 tokens, 23 levels; a few minutes on 2 cores."""
         return cls()
 
     @classmethod
@@ -112,26 +121,6 @@ class Recipe:
     def power_config(self) -> ModelConfig:
         return self._config(mixer="power_softmax", form="stable")
 
-    def range_config(self) -> ModelConfig:
-        """The power model in the form whose denominators share one interval; functions still exact."""
-        return self._config(mixer="power_softmax", form="rows")
-
-    def polynomial_config(self, *, division: bool = True, activation: bool = True, norm: bool = True) -> ModelConfig:
-        """The polynomial form; the switches replace one kind alone, to see what each substitution costs."""
-        config = self.range_config()
-        if division:
-            config = replace(config, reciprocal="polynomial", reciprocal_degree=self.reciprocal_degree)
-        if activation:
-            config = replace(config, activation="polynomial", activation_degree=self.activation_degree)
-        if norm:
-            config = replace(
-                config,
-                norms=tuple(n if n == "affine" else f"{n}_poly" for n in self.exact_norms),
-                norm_degree=self.norm_degree,
-                norm_newton=self.norm_newton,
-            )
-        return config
-
     def _config(self, *, mixer: str, form: str = "stable") -> ModelConfig:
         return ModelConfig(
             vocab=self.vocab,
@@ -145,6 +134,7 @@ class Recipe:
             activation=self.activation,
             power=self.power,
             eps=self.eps,
+            las_decay=self.las_decay,
             mixer=mixer,
             form=form,
         )
@@ -157,7 +147,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        values = json.loads(text)
+        values = {"las_decay": 0.0} | json.loads(text)  # recipes written before this field had none
         for name in ("exact_norms", "denominator_target", "denominator_interval"):
             values[name] = tuple(values[name])
         return cls(**values)

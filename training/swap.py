@@ -31,15 +31,46 @@ class Recovery:
 
 
 def swap_attention(
-    model: Transformer, *, mixer: str = "power_softmax", power: int = 4, eps: float = 1.0, form: str = "stable"
+    model: Transformer,
+    *,
+    mixer: str = "power_softmax",
+    power: int = 4,
+    eps: float = 1.0,
+    form: str = "stable",
+    layers: Sequence[int] | None = None,
+    biases: bool = False,
 ) -> Transformer:
     """Return a copy of a model with another attention mixer and the same parameters; the original is left alone.
 
+    Args:
+        mixer, power, eps, form: of the new attention.
+        layers: the blocks that get it, the others keep theirs; None is all.
+        biases: give zero biases to the linears of a model that has none (`match_powers` needs those of q and k).
+
     Raises:
-        ValueError: the mixer has parameters that the model lacks, or the other way round.
+        ValueError: the mixer has parameters that the model lacks, or the other way round; a layer does not exist.
     """
-    swapped = Transformer(replace(model.config, mixer=mixer, power=power, eps=eps, form=form, reciprocal="exact"))
-    missing, unexpected = swapped.load_state_dict(model.state_dict(), strict=False)
+    blocks = range(model.config.blocks)
+    chosen = set(blocks if layers is None else layers)
+    if not chosen <= set(blocks):
+        raise ValueError(f"layers {sorted(chosen - set(blocks))} given; the model has blocks 0 to {blocks[-1]}")
+    mixed = () if layers is None else tuple(mixer if i in chosen else model.config.layer_mixers[i] for i in blocks)
+    config = replace(
+        model.config,
+        mixer=mixer if layers is None else model.config.mixer,
+        mixers=mixed,
+        power=power,
+        eps=eps,
+        form=form,
+        reciprocal="exact",
+        biases=model.config.biases or biases,
+    )
+    swapped = Transformer(config)
+    state = model.state_dict()
+    if config.biases and not model.config.biases:
+        # a new Transformer's biases are zero, so they may stay as they are
+        state |= {k: v for k, v in swapped.state_dict().items() if k.startswith("blocks.") and k.endswith(".bias")}
+    missing, unexpected = swapped.load_state_dict(state, strict=False)
     # `row_T`, the public factors of the form `rows`, starts at its own value and is not learned
     missing = [name for name in missing if not name.endswith("row_T")]
     unexpected = [name for name in unexpected if not name.endswith("row_T")]
@@ -63,6 +94,9 @@ def recover(
     lr: float = 1e-4,
     warmup: int = 10,
     every: int = 50,
+    checkpoint_every: int | None = None,
+    heldout_batch: int = 256,
+    only: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Recovery:
@@ -73,29 +107,41 @@ def recover(
         heldout_NS: held-out windows [n, T + 1], T at most the model's window.
         out: folder for `train.jsonl` and the checkpoint; an interrupted run goes on there and measures from there.
         steps, batch, lr, warmup: of the schedule.
-        every: steps between measurements and between checkpoints, a multiple of 10 (the loop reports every 10).
+        every: steps between measurements, a multiple of 10 (the loop reports every 10).
+        checkpoint_every: steps between checkpoints (of a large model three times its size); None is `every`.
+        only: parts of parameter names, such as "mixer." and "norm": the others stay as they are and cost neither
+            gradient nor optimiser state; () trains all.
+        heldout_batch: windows measured at once: their logits are heldout_batch x T x vocabulary floats.
 
     Raises:
-        ValueError: the model has no head, so there is no next-token loss; or `every` is no multiple of 10.
+        ValueError: the model has no head, so there is no next-token loss; `every` is no multiple of 10; no parameter
+            has a name with a part of `only`.
     """
     if every < 10 or every % 10:
         raise ValueError(f"every is {every}; it must be a multiple of 10")
     if swapped.config.head == "none":
         raise ValueError("the model has no head (head is 'none'); distil its states instead of training on tokens")
+    chosen = {name for name, _ in swapped.named_parameters() if not only or any(part in name for part in only)}
+    if not chosen:
+        raise ValueError(f"no parameter has {' or '.join(only)} in its name, so there is nothing to train")
     out.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed)
-    before = heldout_loss(original.eval(), heldout_NS)
-    curve = [(0, heldout_loss(swapped.eval(), heldout_NS))]
+    before = heldout_loss(original.eval(), heldout_NS, batch=heldout_batch)
+    curve = [(0, heldout_loss(swapped.eval(), heldout_NS, batch=heldout_batch))]
+    if progress is not None:
+        progress("swap", 0, steps, {"heldout": curve[0][1]})
 
     def measured(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         if done % every == 0 or done == total:
             swapped.eval()
-            curve.append((done, heldout_loss(swapped, heldout_NS)))
+            curve.append((done, heldout_loss(swapped, heldout_NS, batch=heldout_batch)))
             swapped.train()
             figures = figures | {"heldout": curve[-1][1]}
         if progress is not None:
             progress(stage, done, total, figures)
 
+    for name, parameter in swapped.named_parameters():
+        parameter.requires_grad_(name in chosen)
     run_stage(
         swapped,
         sampler,
@@ -106,10 +152,11 @@ def recover(
             warmup=min(warmup, max(1, steps // 4)),
             weight_decay=0.0,
             clip=1.0,
-            checkpoint_every=every,
+            checkpoint_every=checkpoint_every or every,
         ),
         folder=out / "checkpoints",
         log=out / "train.jsonl",
         progress=measured,
     )
+    swapped.requires_grad_(True)
     return Recovery(before=before, curve=tuple(curve))

@@ -48,10 +48,11 @@ def _push(node: Node, view: View) -> list[Node] | None:
         case "add":
             halves = [replace(node, name=f"{name}.centered", inputs=(name,)) for name in maker.inputs]
             return [*halves, replace(node, op="add", inputs=tuple(h.name for h in halves))]
-        case "add_const":
+        case "add_const" | "add_step":
             assert maker.const is not None
-            half = replace(node, name=f"{maker.inputs[0]}.centered", inputs=maker.inputs)
-            return [half, replace(node, op="add_const", inputs=(half.name,), const=project(maker.const))]
+            half = replace(node, name=f"{maker.inputs[0]}.centered", inputs=maker.inputs[:1])
+            inputs = (half.name, *maker.inputs[1:])
+            return [half, replace(node, op=maker.op, inputs=inputs, const=project(maker.const))]
         case "mul_const" if scalar(maker.const) is not None:
             half = replace(node, name=f"{maker.inputs[0]}.centered", inputs=maker.inputs)
             return [half, replace(maker, name=node.name, inputs=(half.name,))]

@@ -13,7 +13,7 @@ from ..ir import Graph
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """x[t] = table[token t] + positions[t]; table [V, D], positions [T, D]."""
+    """x[t] = table[token t] + positions[t]; table [V, D], positions [T, D], T also where a graph takes one token a step."""
 
     table: np.ndarray
     positions: np.ndarray
@@ -42,6 +42,9 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
     if len(users) == 1 and users[0].op == "add_const" and users[0].const is not None:
         end = users[0]
         positions = np.broadcast_to(users[0].const, gather.shape).reshape(tokens, features).astype(np.float64)
+    elif len(users) == 1 and users[0].op == "add_step" and users[0].const is not None:
+        end = users[0]
+        positions = users[0].const.reshape(graph.steps, features).astype(np.float64)
     rest = tuple(n for n in graph.nodes if n.name not in (gather.name, end.name))
     graph = replace(graph, input=end.name, input_shape=gather.shape, nodes=rest)
     return graph, Embedding(table=gather.const, positions=positions)

@@ -31,6 +31,10 @@ def assign_levels(ops: Sequence[Op], arrays: Arrays, slots: int) -> tuple[Op, ..
         for op in ops:
             if _shares(op):
                 shared[op.args[0]] = max(shared.get(op.args[0], 0), level[op.id] + 1)
+    inputs = {op.attrs["name"] for op in ops if op.kind == "input"}
+    for op in ops:
+        if op.kind == "output" and op.attrs["name"] in inputs:  # a state goes out at the level at which it came in
+            level[op.id] = level[op.args[0]]
     return tuple(replace(op, level=level[op.id]) for op in ops)
 
 

@@ -14,7 +14,7 @@ class View:
 
     nodes: dict[str, Node]
     users: dict[str, list[Node]]
-    output: str
+    outputs: tuple[str, ...]
 
     def maker(self, name: str, *ops: str) -> Node | None:
         """The node that makes a tensor, if it is one of these ops."""
@@ -23,7 +23,7 @@ class View:
 
     def only_user(self, name: str, user: Node) -> bool:
         """Whether `user` alone reads the tensor, so that its maker may be absorbed."""
-        return name != self.output and [u.name for u in self.users[name]] == [user.name]
+        return name not in self.outputs and [u.name for u in self.users[name]] == [user.name]
 
 
 Rule = Callable[[Node, View], Sequence[Node] | None]
@@ -36,7 +36,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], *, limit: int = 10_000) -> Grap
         RuntimeError: rules undo each other (more than `limit` rewrites).
     """
     for _ in range(limit):
-        view = View(graph.by_name, graph.users(), graph.output)
+        view = View(graph.by_name, graph.users(), graph.outputs)
         for i, node in enumerate(graph.nodes):
             new = next((r for rule in rules if (r := rule(node, view)) is not None), None)
             if new is not None:

@@ -27,6 +27,7 @@ def benchmark_record(options: Options, story: Story, seen: Noise) -> dict[str, A
 
     f = story.facts
     security = security_of(f)
+    tables = efficiency_of(f)
     metrics: dict[str, Any] = {
         "evaluate_s": f["timing"]["wall_s"],
         "total_s": f["total_s"],
@@ -34,6 +35,7 @@ def benchmark_record(options: Options, story: Story, seen: Noise) -> dict[str, A
         "peak_gb": f["peak_server_gb"] + f["peak_client_gb"],
         "upload_bytes": f["key_bytes"] + f["input_bytes"],
         "reply_bytes": f["reply_bytes"],
+        **{name: tables[name] for name in ("efficiency", "bound_s", "operators", "primitives")},
         **errors(f),
         "top1_equal": f["prediction"]["top1_equal"],
         "logqp": security["log_qp"],
@@ -94,6 +96,7 @@ def build_report(options: Options, story: Story, record: Mapping[str, Any]) -> d
         "phases": story.phases,
         "ops": operators(plan, f["timing"]),
         "primitives": f["timing"].get("primitives", {}),
+        "tables": efficiency_of(f),
         "prediction": f["prediction"],
         "notes": [*NOTES, *kept, *busy],
     }
@@ -116,6 +119,13 @@ def operators(plan: Mapping[str, Any], timing: Mapping[str, Any]) -> list[dict[s
         }
         for op in plan["ops"]
     ]
+
+
+def efficiency_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The run against its bound, by node and by primitive."""
+    from he_backend import efficiency
+
+    return efficiency.tables(facts["plan"]["ops"], [facts["timing"]])
 
 
 def security_of(facts: Mapping[str, Any]) -> dict[str, Any]:

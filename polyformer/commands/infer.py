@@ -141,11 +141,16 @@ def load_spec(client: Path) -> ClientSpec:
 
 def open_keys(client: Path, keys: Path) -> tuple[ClientSpec, KeyOwner]:
     """Specification, and the owner of the secret key for it."""
+    spec = load_spec(client)
+    return spec, open_owner(spec, client, keys)
+
+
+def open_owner(spec: ClientSpec, client: Path, keys: Path) -> KeyOwner:
+    """The owner of the secret key in a folder that `keygen` made."""
     from he_backend.engine import KeyOwner
 
-    spec = load_spec(client)
     must_exist(keys / "secret", f"polyformer keygen {client}")
-    return spec, KeyOwner(spec, keys, allow_insecure=spec.params.insecure)
+    return KeyOwner(spec, keys, allow_insecure=spec.params.insecure)
 
 
 def read_input(

@@ -34,6 +34,10 @@ def inspect(
         return
     width = max(map(len, facts))
     for name, value in facts.items():
+        if name == "certificates":
+            for model, certificate in value.items():
+                out.print(f"{name:<{width}}  {model}: {certificate}", markup=False, soft_wrap=True)
+            continue
         out.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
     if ops and facts["what"] == "circuit":
         from he_backend.circuit import Circuit
@@ -148,8 +152,24 @@ def folder(path: Path) -> dict[str, Any]:
 
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         stages = sorted(p.stem for p in path.glob("*.safetensors") if p.stem != "tokens")
-        return {"what": "model folder", "models": stages, "recipe": config.get("recipe"), "bytes": size(total)}
+        return {
+            "what": "model folder",
+            "models": stages,
+            "recipe": config.get("recipe"),
+            "certificates": certificates(path, [name for name in stages if name in config.get("models", {})]),
+            "bytes": size(total),
+        }
     raise Failure(f"{path} is neither a folder of keys nor of a model")
+
+
+def certificates(path: Path, names: list[str]) -> dict[str, str]:
+    """Each model of a folder as a polynomial of its embedded input: its exact degree, or what is in the way."""
+    try:
+        from polyformer.certificate import certify
+        from training import load_model
+    except ModuleNotFoundError as error:
+        return dict.fromkeys(names, f"not computed: {error.name} is not installed")
+    return {name: str(certify(load_model(path, name))) for name in names}
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,14 @@ from polyformer.commands.console import Advance, Failure, bar, emit, must_exist,
 Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 ONNX_TOLERANCE = 1e-4
+STEP_WINDOWS = 4  # of all their places
+
+
+class Conversion(str, Enum):
+    """The recipes of `convert`; `training.stages` holds their stages."""
+
+    powersoftmax = "powersoftmax"
+    pointwise = "pointwise"
 
 
 def register(app: typer.Typer) -> None:
@@ -34,10 +43,16 @@ def train(
         finish(train_model(out, text, quick, progress=advance), out, json)
 
 
-def convert(out: Out, json: Json = False) -> None:
-    """Turn the trained model into polynomials, in stages."""
+def convert(
+    out: Out,
+    recipe: Annotated[
+        Conversion, typer.Option(help="powersoftmax: one bounded division; pointwise: none, trained from scratch.")
+    ] = Conversion.powersoftmax,
+    json: Json = False,
+) -> None:
+    """Turn the trained model into polynomials, in stages; each stage is reported in stages.jsonl."""
     with bar("convert") as advance:
-        finish(convert_model(out, progress=advance), out, json)
+        finish(convert_model(out, recipe.value, progress=advance), out, json)
 
 
 def train_model(out: Path, text: Path | None, quick: bool, *, progress: Advance) -> dict[str, Any]:
@@ -48,12 +63,12 @@ def train_model(out: Path, text: Path | None, quick: bool, *, progress: Advance)
     return run(out, Recipe.quick() if quick else Recipe.demo(), text=text, progress=staged(progress))
 
 
-def convert_model(out: Path, *, progress: Advance) -> dict[str, Any]:
-    """Convert a trained folder; its metrics."""
+def convert_model(out: Path, recipe: str = "powersoftmax", *, progress: Advance) -> dict[str, Any]:
+    """Convert a trained folder by a recipe of stages; its metrics."""
     from training import convert as run
 
     must_exist(out / "config.json", f"polyformer train {out}")
-    return run(out, progress=staged(progress))
+    return run(out, recipe=recipe, progress=staged(progress))
 
 
 def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None]:
@@ -68,12 +83,16 @@ def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None
 
 def export(
     out: Out,
-    model: Annotated[str, typer.Option(help="Which model: polynomial, power or softmax.")] = "polynomial",
+    model: Annotated[str, typer.Option(help="Which model: polynomial, pointwise, power or softmax.")] = "polynomial",
+    step: Annotated[
+        bool,
+        typer.Option("--step", help="Write step.onnx, one token at a time with kept keys and values, for generate."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write model.onnx, check it in onnxruntime, and write calibration.npz for the compiler."""
     with bar("export") as advance:
-        result = export_checked(out, model, progress=advance)
+        result = (export_step_checked if step else export_checked)(out, model, progress=advance)
     if json:
         emit(result)
     say(
@@ -110,6 +129,42 @@ def export_checked(out: Path, model: str = "polynomial", *, progress: Advance) -
         theirs.append(session.run(None, {name: window[None]})[0])
         progress(i + 1, len(windows), "onnxruntime against torch")
     difference = float(np.abs(ours - np.concatenate(theirs)).max())
+    if not difference <= ONNX_TOLERANCE:
+        raise Failure(
+            f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model"
+        )
+    return {"path": str(path), "max_difference": difference, "windows": len(windows), "bytes": path.stat().st_size}
+
+
+def export_step_checked(out: Path, model: str = "polynomial", *, progress: Advance) -> dict[str, Any]:
+    """Export one decoding step, and hold it in onnxruntime against the whole model in torch at every place of some windows.
+
+    Raises:
+        Failure: the logits differ by more than 1e-4.
+    """
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from polyformer.export_step import export_step
+    from training import calibration_tokens, heldout_tokens, load_model
+
+    must_exist(out / "config.json", f"polyformer train {out}")
+    network, path, heldout = load_model(out, model), out / "step.onnx", heldout_tokens(out)
+    export_step(network, path)
+    np.savez_compressed(out / "calibration.npz", tokens=calibration_tokens(out), heldout=heldout[:256])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    kept, windows, difference = session.get_inputs()[2:], heldout[:STEP_WINDOWS], 0.0
+    with torch.no_grad():
+        ours = network(torch.from_numpy(windows)).double().numpy()
+    for i, window in enumerate(windows):
+        states = [np.zeros(k.shape, dtype=np.float32) for k in kept]
+        for t, token in enumerate(window):
+            feed = {"token": token.reshape(1, 1), "step": np.array(t, dtype=np.int64)}
+            feed |= {k.name: state for k, state in zip(kept, states, strict=True)}
+            logits, *states = session.run(None, feed)
+            difference = max(difference, float(np.abs(logits[0, 0] - ours[i, t]).max()))
+        progress(i + 1, len(windows), "onnxruntime against torch")
     if not difference <= ONNX_TOLERANCE:
         raise Failure(
             f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model"

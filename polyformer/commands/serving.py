@@ -28,6 +28,7 @@ def serve(
     threads: Annotated[int, typer.Option(min=1, help="Primitives evaluated at once.")] = 2,
     plaintext_gb: Annotated[float, typer.Option(min=0, help="Memory for weights encoded ahead.")] = PLAINTEXT_GB,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run.")] = 4,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sequences whose keys and values are kept at once.")] = 8,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow a test-size ring that protects nothing.")] = False,
 ) -> None:
     """Serve a circuit over HTTP. It never sees a secret key, and refuses to start beside one."""
@@ -46,7 +47,7 @@ def serve(
         warn_insecure(loaded.params.name)
     engine = CircuitEngine(loaded, threads=threads, plaintext_budget=int(plaintext_gb * 1e9), allow_insecure=insecure)
     try:
-        server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue))
+        server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue, max_sessions=max_sessions))
     except ManifestError as error:
         raise Failure(
             f"{folder} holds keys for another circuit: give this one a folder of its own with --folder"

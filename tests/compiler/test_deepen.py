@@ -1,21 +1,24 @@
 """A model deeper than its chain: refreshes placed by the search, three ways."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from compiler import Target, verify
+from compiler import deepen as deepening
 from compiler.calibrate import calibrate
 from compiler.cost import CostTable
-from compiler.deepen import deepen, refresh_failure
+from compiler.deepen import chains, deepen, refresh_failure
 from compiler.ir import evaluate
 from compiler.lower import lower
 from compiler.passes.levels import assign_levels
 from compiler.pipeline import _finish, import_graph, simplify
-from compiler.plan import with_bounds
+from compiler.plan import as_circuit, judge, predicted_error, with_bounds
 from compiler.search import plan_cost
 from he_backend.simulator import simulate
 
-from .test_refreshes import deep_mlp
+from .test_refreshes import deep_mlp, transformer
 from .test_three_ways import encrypted
 
 LOG_N = 11
@@ -30,8 +33,6 @@ def deep(tmp_path_factory):
     graph, _ = simplify(import_graph(path), samples[0][None])
     table = CostTable.load()
     lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (LOG_N - 1), plan_cost(table, LOG_N))
-    from dataclasses import replace
-
     lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (LOG_N - 1)))
     target = Target(insecure_log_n=LOG_N)
     found = deepen(lowered, LOG_N, samples, target, table, lambda stage, done, total: None)
@@ -60,3 +61,33 @@ def test_three_ways(deep):
     assert verify.against_graph(circuit, found.lowered, graph, samples[:1]) < 1e-7
     error = np.max(np.abs(encrypted(circuit, x) - clear))
     assert error <= circuit.error_bound < 0.05
+
+
+def test_pairs_three_ways(tmp_path):
+    """A block of a transformer, placed for complex slots."""
+    path = transformer(tmp_path / "m.onnx", blocks=1)
+    samples = list(np.random.default_rng(1).uniform(-1, 1, (4, 8, 8)))
+    graph, _ = simplify(import_graph(path), samples[0][None])
+    table, slots = CostTable.load(), 1 << (LOG_N - 1)
+    lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), slots, plan_cost(table, LOG_N))
+    lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, slots))
+    params = replace(next(chains(LOG_N, True)), refresh_complex=True)
+    folded, allowed = deepening._bounded(lowered, params, samples)
+    assert len(allowed) == len(folded.ops)
+    placed = deepening._place(folded, params, table, allowed)
+    candidate = judge(placed.program, params, Target(insecure_log_n=LOG_N), table)
+    assert candidate is not None and candidate.trace is not None
+    draft = as_circuit(placed.program, params)
+    error = predicted_error(draft, candidate.trace, samples[:2])
+    circuit = _finish(with_bounds(draft, samples), candidate, error, None, graph, path)
+    halves = [op for op in circuit.ops if op.attrs.get("kind") == "pair"]
+    refreshes = sum(n.op == "refresh" for n in candidate.trace.nodes)
+    assert halves and refreshes == len(placed.placement.sites) < sum(op.kind == "refresh" for op in circuit.ops)
+    verify.levels(circuit)
+    assert verify.against_graph(circuit, placed.program, graph, samples[:1]) < 1e-7
+    clear = evaluate(graph, samples[3][None])[graph.output][0]
+    got = np.max(np.abs(encrypted(circuit, samples[3]) - clear))
+    assert got <= circuit.error_bound < 0.05
+    broken = replace(circuit, ops=tuple(replace(op, level=op.level + (op.id == halves[0].id)) for op in circuit.ops))
+    with pytest.raises(verify.VerificationError, match="a refresh reaches level"):
+        verify.levels(broken)

@@ -151,8 +151,8 @@ def test_monic_factors(roots):
         (periodic(16, 64), periodic(64, 64), (16, 64)),
         (periodic(32, 64), periodic(8, 64), (32, 8)),
         (periodic(5, 64), periodic(3, 64), (5, 3)),
-        (periodic(8, 64), Heads(tokens=4, heads=2, channels=4, positions=64).feature, (8, 8)),
-        (Heads(tokens=4, heads=2, channels=4, positions=64).feature, periodic(8, 64), (8, 8)),
+        (periodic(8, 64), Heads(tokens=4, heads=2, channels=4, positions=64).feature(), (8, 8)),
+        (Heads(tokens=4, heads=2, channels=4, positions=64).feature(), periodic(8, 64), (8, 8)),
     ],
     ids=["square", "up", "down", "odd sizes", "to heads", "from heads"],
 )

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,24 @@ class StubEngine:
         pass
 
     def run(self, inputs: Mapping[Part, Sealed], progress: Progress, cancel: threading.Event) -> Result:
-        ops, values, outputs = NumpySlots(self.circuit.params.slots), [], {}
+        return self._run(inputs, {}, 0, progress, cancel)
+
+    def run_step(
+        self, inputs: Mapping[Part, Sealed], state: Any, step: int, progress: Progress, cancel: threading.Event
+    ) -> Result:
+        empty = {part: np.zeros(self.circuit.params.slots) for part in self.circuit.state_parts}
+        return self._run(inputs, empty if state is None else state, step, progress, cancel)
+
+    def _run(
+        self,
+        inputs: Mapping[Part, Sealed],
+        state: Mapping[Part, np.ndarray],
+        step: int,
+        progress: Progress,
+        cancel: threading.Event,
+    ) -> Result:
+        ops, values, outputs = NumpySlots(self.circuit.params.slots, step), [], {}
+        kept = {}
         for op in self.circuit.ops:
             time.sleep(float(os.environ.get("POLYFORMER_STUB_SLOW", "0")))
             if cancel.is_set():
@@ -96,12 +114,14 @@ class StubEngine:
             progress(op.id, len(self.circuit.ops), op.source)
             part = (str(op.attrs.get("name")), int(op.attrs.get("part", 0)))
             if op.kind == "input":
-                values.append(from_residues(inputs[part].residues))
+                values.append(state[part] if part in state else from_residues(inputs[part].residues))
+            elif op.kind == "output" and part in state:
+                kept[part] = values[op.args[0]]
             elif op.kind == "output":
                 outputs[part] = Sealed(to_residues(values[op.args[0]], op.level), 2.0**40)
             else:
                 values.append(apply(ops, op, [values[a] for a in op.args], self.circuit.arrays))
-        return Result(outputs=outputs, timing={"wall_s": 0.0})
+        return Result(outputs=outputs, timing={"wall_s": 0.0}, state=kept or None)
 
 
 def main(circuit_file: str, folder: str, port: str) -> None:

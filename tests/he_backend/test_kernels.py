@@ -95,6 +95,16 @@ def test_rotate_sum_sums_a_cyclic_axis(log_count, log_stride):
     np.testing.assert_allclose(rotate_sum(ops, x, steps), expected)
 
 
+@given(st.lists(st.integers(0, SLOTS), min_size=1, max_size=6), st.data())
+def test_runs_of_steps_change_nothing(steps, data):
+    runs = []
+    while sum(runs) < len(steps):
+        runs.append(data.draw(st.integers(1, len(steps) - sum(runs))))
+    x = np.arange(SLOTS, dtype=float) ** 2
+    np.testing.assert_allclose(rotate_sum(ops, x, steps, runs), rotate_sum(ops, x, steps))
+    assert rotate_sum(counter, 3, steps, runs) == 3
+
+
 def test_a_row_is_repeated_then_rolled():
     row = Row("w", 1, 3, 8, np.array([[0.0, 0.0], [1.0, 2.0]]))
     np.testing.assert_array_equal(row.slots(), np.roll([1, 1, 1, 1, 2, 2, 2, 2], 3))

@@ -65,6 +65,7 @@ def test_the_bundle_holds_each_key_at_the_level_of_its_use(served):
     files = {(f.kind, f.k): f.level for f in served.manifest.files}
     for kind, k, level in refresh.keys(REFRESHING):
         assert files[kind, k] >= level
+    assert served.manifest.files[0].kind == "encapsulation"  # what takes most memory to make comes first
     low = [level for (kind, _), level in files.items() if kind == "rotation" and level <= REFRESHING.refresh_input]
     assert len(low) >= 5  # slots to coefficients works at the bottom only
 
@@ -208,3 +209,27 @@ def test_security_of_a_refreshing_ring():
     with pytest.raises(ParamsError, match="1550"):
         security.check(replace(secure, levels=26))
     assert -139 < refresh.failure_log2(secure) < -136
+
+
+MEASURED = """
+import sys
+from dataclasses import replace
+from he_backend.openfhe_ring import ring
+from tests.he_backend.refreshing import REFRESHING
+
+def resident():
+    return next(int(row.split()[1]) * 1024 for row in open("/proc/self/status") if row.startswith("VmRSS"))
+
+made = ring(replace(REFRESHING, log_n=12, levels=20, digits=7), allow_insecure=True)
+before = resident()
+made.prepare_refresh()
+print(resident() - before)
+"""
+
+
+def test_predicted_memory_of_the_matrices_is_what_the_library_takes():
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], cwd=ROOT, check=True, timeout=120, capture_output=True, text=True
+    )
+    predicted = refresh.matrix_bytes(replace(REFRESHING, log_n=12, levels=20, digits=7))
+    assert 0.8 * predicted < int(done.stdout) < 1.25 * predicted

@@ -91,6 +91,33 @@ def test_sums_of_products_are_relinearised_once():
     assert ops.count("relinearize") == 1 and ops.count("rescale") == 1
 
 
+def summed(**attrs):
+    """Primitives of a sum over eight slots behind a product, at level 5."""
+    found = trace(circuit(("mul", (0, 0), {}, 5), ("rotate_sum", (1,), {"steps": [1, 2, 4], **attrs}, 5)))
+    return [(n.op, n.level, n.degree) for n in found.nodes], found.keys
+
+
+def test_a_run_of_steps_is_decomposed_once():
+    one_by_one, keys = summed()
+    assert [op for op, _, _ in one_by_one].count("rotate") == 3 and set(keys) == {1, 2, 4}
+    at_once, keys = summed(runs=[3])
+    ops = [op for op, _, _ in at_once]
+    assert (ops.count("hoist"), ops.count("rotate_extended"), ops.count("mod_down"), ops.count("rotate")) == (
+        1,
+        7,
+        1,
+        0,
+    )
+    assert set(keys) == set(range(1, 8))
+
+
+@pytest.mark.parametrize("runs", [[], [2, 1]], ids=["one by one", "at once"])
+def test_a_settled_sum_rotates_a_limb_less(runs):
+    late = {(level, degree) for op, level, degree in summed(runs=runs)[0] if op.startswith("rotate")}
+    early = {(level, degree) for op, level, degree in summed(runs=runs, settled=True)[0] if op.startswith("rotate")}
+    assert late == {(6, 2)} and early == {(5, 1)}
+
+
 def test_too_few_levels_are_said():
     with pytest.raises(LevelError):
         trace(circuit(("mul", (0, 0), {}, 0), top=0))
@@ -137,6 +164,8 @@ def test_the_tracer_does_what_the_kernels_say():
         LINEAR,
         ("polynomial", (1,), {"chebyshev": [0.1, 0.4, 0.0, -0.3, 0.2], "domain": [0.1, 0.0]}, 1),
         ("rotate_sum", (2,), {"steps": [1, 2, 4]}, 1),
+        ("mul", (3, 3), {}, 0),
+        ("rotate_sum", (4,), {"steps": [1, 2, SLOTS // 2, SLOTS // 2, 16], "runs": [4, 1]}, 0),
     )
     from he_backend.kernels import NumpySlots
 

@@ -62,6 +62,10 @@ def make(config: ModelConfig) -> Transformer:
 
 CASES = [
     pytest.param({"mixer": "softmax"}, id="softmax"),
+    pytest.param({"mixer": "pointwise"}, id="pointwise"),
+    pytest.param({"mixer": "pointwise", "activation": "polynomial", "length_scaling": "both"}, id="pointwise-both"),
+    pytest.param({"mixer": "pointwise", "activation": "square", "las_decay": 1.0, "las_width": 2}, id="pointwise-las"),
+    pytest.param({"mixer": "pointwise", "causal": False, "score_norm": True}, id="pointwise-score-norm"),
     *[pytest.param({"form": f}, id=f"power-{f}") for f in ("exact", "stable", "mean", "rows")],
     *[pytest.param({"power": p, "form": "mean"}, id=f"power-p{p}") for p in (2, 6, 8, 10, 12)],
     *[pytest.param({"norms": (n,) * 5}, id=f"norm-{n}") for n in ("affine", "rms", "layer")],

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from polyformer.export import export_onnx
 from polyformer.ranges import measure
 from training import Recipe, calibration_tokens, convert, heldout_tokens, load_model, load_tokenizer, train
-from training.convert import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
+from training.stages import Ranges, Substitute, powersoftmax
+from training.substitution import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
 
 RECIPE = Recipe.quick().with_(threads=1)
 NORMED = RECIPE.with_(exact_norms=("affine", "rms", "rms"))
@@ -49,6 +50,10 @@ def normed_run(tmp_path_factory) -> Path:
     return out
 
 
+def stage_of(recipe: Recipe, kind):
+    return next(stage for stage in powersoftmax(recipe) if isinstance(stage, kind))
+
+
 def train_and_convert(out, progress):
     train(out, RECIPE, progress=progress)
     convert(out, progress=progress)
@@ -74,6 +79,7 @@ def test_training_lowers_the_loss_and_everything_is_written(run):
     for name in ("softmax", "power", "polynomial"):
         assert metrics[f"heldout_loss_{name}"] < uniform - 0.8
     assert set(metrics["quality"]) == {
+        "rows",
         "ranges",
         "substitute division",
         "substitute activation",
@@ -114,7 +120,7 @@ def test_tokens_are_windows_of_the_right_documents(run):
 
 def test_row_factors_change_the_form_and_not_the_function(run):
     power, tokens = load_model(run, "power").double(), torch.from_numpy(heldout_tokens(run)[:8])
-    rows = with_rows(load_model(run, "power"), RECIPE, tokens).double()
+    rows = with_rows(load_model(run, "power"), tokens).double()
     torch.testing.assert_close(rows(tokens), power(tokens), rtol=1e-6, atol=1e-6)
     factors = rows.get_buffer("blocks.0.mixer.row_T")
     assert not torch.allclose(factors, torch.ones(()).double())
@@ -128,13 +134,13 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
     """With high degrees on intervals that hold all values, the substituted model is the model."""
     tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
     recipe = NORMED.with_(activation_degree=24, norm_degree=12, reciprocal_degree=24, margin=1.05)
-    ranged = with_rows(load_model(normed_run, "power"), recipe, tokens)
+    ranged = with_rows(load_model(normed_run, "power"), tokens)
     seen = measure(ranged, tokens)
     targets = {
         name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()
     }
-    recipe = recipe.with_(denominator_interval=targets["blocks.0.mixer"])
-    model = substitute(ranged, recipe, targets, **{k: k == kind for k in KINDS})
+    stage = stage_of(recipe.with_(denominator_interval=targets["blocks.0.mixer"]), Substitute)
+    model = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), targets)
     replaced = {
         "division": ["blocks.0.mixer"],
         "activation": ["blocks.0.mlp.act"],
@@ -143,7 +149,7 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
     }[kind]
     assert sorted(fitted_intervals(model)) == replaced
     for name in replaced:
-        expected = fitted_interval(targets[name], recipe, denominator=kind == "division")
+        expected = fitted_interval(targets[name], stage, denominator=kind == "division")
         assert fitted_intervals(model)[name] == pytest.approx(expected, rel=1e-5)
     difference = (model(tokens) - ranged(tokens)).abs().max()
     assert difference < 0.02
@@ -152,7 +158,8 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
 
 def test_targets_follow_the_recipe(normed_run):
     tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
-    targets = choose_targets(with_rows(load_model(normed_run, "power"), NORMED, tokens), NORMED, tokens)
+    ranged = with_rows(load_model(normed_run, "power"), tokens)
+    targets = choose_targets(ranged, stage_of(NORMED, Ranges), tokens)
     assert targets["blocks.0.mlp.act"] == (-NORMED.activation_bound, NORMED.activation_bound)
     assert targets["blocks.0.mixer"] == NORMED.denominator_target
     assert targets["norm"][1] / targets["norm"][0] == pytest.approx(NORMED.variance_ratio)

@@ -70,6 +70,30 @@ def test_continued_training_recovers(trained, tmp_path):
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 6
 
 
+def test_training_some_parameters_leaves_the_others(trained, tmp_path):
+    held = torch.stack([d[:13] for d in documents(20, 1)])
+    swapped = swap_attention(trained, power=4, eps=1.0)
+    before = {k: v.clone() for k, v in swapped.state_dict().items()}
+    result = recover(
+        trained,
+        swapped,
+        documents(30, 0),
+        held,
+        tmp_path,
+        steps=20,
+        lr=5e-3,
+        every=10,
+        heldout_batch=7,
+        only=("mixer.",),
+    )
+    assert result.curve[-1][1] < result.curve[0][1]
+    for name, value in swapped.state_dict().items():
+        assert torch.equal(value, before[name]) == (".mixer." not in name)
+    assert all(p.requires_grad for p in swapped.parameters())
+    with pytest.raises(ValueError, match="nothing to train"):
+        recover(trained, swapped, documents(3, 0), held, tmp_path, steps=1, every=10, only=("attention",))
+
+
 def test_what_cannot_be_swapped_or_trained_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="unknown mixer"):
         swap_attention(trained, mixer="softmin")

@@ -1,0 +1,18 @@
+"""The demo model and its softmax twin."""
+
+from __future__ import annotations
+
+from benchmarks.registry import Benchmark
+
+BENCHMARKS = (
+    Benchmark(
+        name="demo-twin",
+        group="train",
+        measures="held-out loss of the polynomial demo model beside its softmax twin at equal steps, and the gap in percent",
+        conditions="2 blocks, d = 128, 32 tokens, State of the Union, with LaS decay and without",
+        minutes=20,
+        memory_gb=1.5,
+        run="benchmarks.twin:measure",
+        show="benchmarks.twin:show",
+    ),
+)

@@ -1,0 +1,102 @@
+"""One more token of a model whose keys and values the server keeps encrypted, measured step by step."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compiler import Target, compile_onnx
+from compiler.cost import CostTable
+from he_backend import security
+from he_backend.owner import embed_step
+from polyformer.export_step import export_step
+from training import calibration_tokens, heldout_tokens, load_model
+
+from . import records
+from .parties import parties
+from .registry import Settings
+from .trained import demo_model
+
+STEPS = 6  # tokens of a held-out window that are fed; all steps are one circuit, so that none is special
+QUICK_RING = 12
+TARGET = Target(max_memory_gb=21.0)
+
+
+def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, Any]:
+    """Feed the first tokens of a held-out window, each as one encrypted step.
+
+    Returns:
+        A record. Metrics in seconds, GB, bytes and logits, medians over the steps: evaluate_s and total_s (encrypt, evaluate, decrypt)
+        of a token, evaluate_spread_s, peak_gb of client and server together, max_abs_error of any logit against the whole model in the
+        clear, promised_error, agreement of the likeliest token, efficiency (bound_s / evaluate_s), logqp, logqp_limit,
+        predicted_evaluate_s, request_bytes, reply_bytes, key_gb, state_gb, compile_s, keygen_s, prepare_s, refreshes.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = demo_model(settings, Path(place))
+        model, tokens = load_model(folder, "polynomial"), heldout_tokens(folder)[0]
+        path = Path(place) / "step.onnx"
+        export_step(model, path)
+        settings.progress(0, steps + 2, "compile")
+        target = Target(insecure_log_n=QUICK_RING) if settings.quick else TARGET
+        start = time.perf_counter()
+        compiled = compile_onnx(path, calibration_tokens(folder), target=target)
+        compile_s = time.perf_counter() - start
+    circuit = compiled.circuit
+    steps = min(steps, circuit.steps)
+    with torch.no_grad():
+        clear = model.double()(torch.from_numpy(tokens[None]))[0, :steps].numpy()
+    settings.progress(1, steps + 2, "keys and weights")
+    found, evaluate, total, timing = [], [], [], None
+    with parties(circuit, threads=target.threads) as both:
+        for step in range(steps):
+            settings.progress(step + 2, steps + 2, f"token {step + 1}")
+            start = time.perf_counter()
+            logits, timing = both.ask(embed_step(circuit.spec(), int(tokens[step]), step), step=step)
+            total.append(time.perf_counter() - start)
+            evaluate.append(timing.wall_s)
+            found.append(logits.reshape(-1))
+        request, reply = both.traffic(circuit.inputs), both.traffic(circuit.outputs)
+    assert timing is not None and compiled.plan.chosen.forecast is not None
+    table = CostTable.load(target.costs)
+    # All primitives at their measured cost, spread evenly over the threads.
+    bound = compiled.plan.chosen.forecast.work / table.contention / target.threads
+    settings.progress(steps + 2, steps + 2, "done")
+    metrics = {
+        "evaluate_s": statistics.median(evaluate),
+        "evaluate_spread_s": max(evaluate) - min(evaluate),
+        "total_s": statistics.median(total),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        # Two digits: an unrounded difference of a decryption belongs into no file.
+        "max_abs_error": float(f"{np.max(np.abs(np.stack(found) - clear)):.1e}"),
+        "promised_error": circuit.error_bound,
+        "agreement": float(np.mean(np.argmax(found, -1) == np.argmax(clear, -1))),
+        "efficiency": bound / statistics.median(evaluate),
+        "bound_s": bound,
+        "bound_from": table.name,
+        "logqp": circuit.params.log_qp,
+        "logqp_limit": None if circuit.params.insecure else security.limit(circuit.params),
+        "refreshes": circuit.refreshes,
+        "predicted_evaluate_s": circuit.predicted["evaluate_s"],
+        "request_bytes": request,
+        "reply_bytes": reply,
+        "key_gb": circuit.predicted["key_bytes"] / 1e9,
+        "state_gb": circuit.predicted["state_bytes"] / 1e9,
+        "compile_s": compile_s,
+        "keygen_s": both.keygen_s,
+        "prepare_s": both.prepare_s,
+        "primitives_s": dict(timing.primitives),
+        "counts": dict(timing.counts),
+        "by_op": [{k: row[k] for k in ("source", "kind", "level", "seconds")} for row in timing.ops],
+        "weights": "the demo's recipe" if not settings.quick else "a tiny recipe",
+        "parameters": circuit.params.name,
+    }
+    return records.record(
+        name, metrics=metrics, params=circuit.params.to_json(), threads=target.threads, seed=0, repeats=steps
+    )

@@ -1,0 +1,115 @@
+"""The standard demo model under encryption, node by node and primitive by primitive: latency, share, level, error, efficiency.
+
+Laid out as the PowerSoftmax paper's two latency tables (Pythia-70M, 128 tokens, by node and by CKKS primitive), so that they can be
+read side by side; the shapes differ.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from he_backend.circuit import Circuit, Op
+from he_backend.execute import Executor
+from he_backend.simulator import input_slots, simulate
+
+TRAINING_SHARE = (
+    8  # of the demo's optimiser steps, one in so many is taken: seconds do not depend on what the weights are
+)
+
+
+def demo_model(folder: Path, *, quick: bool, progress: Callable[[int, int, str], None]) -> tuple[Path, np.ndarray]:
+    """The demo's model, trained for an eighth of its steps (quick: the tiny preset), as ONNX; and token windows [n, T]."""
+    from polyformer.commands.models import export_checked
+    from training import Recipe, convert, train
+
+    recipe = Recipe.quick() if quick else shortened(Recipe.demo())
+
+    def staged(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        progress(done, total, stage)
+
+    train(folder, recipe, progress=staged)
+    convert(folder, progress=staged)
+    export_checked(folder, progress=progress)
+    with np.load(folder / "calibration.npz", allow_pickle=False) as file:
+        return folder / "model.onnx", np.concatenate([file["tokens"], file["heldout"][:1]])
+
+
+def shortened(recipe: Any) -> Any:
+    """A recipe with an eighth of the steps of each stage."""
+    names = ("softmax_steps", "power_steps", "range_steps", "tune_steps")
+    return replace(recipe, **{name: getattr(recipe, name) // TRAINING_SHARE for name in names})
+
+
+def measure(*, quick: bool, repeats: int, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """The record `operators`: what `requests.measure` records, with the errors after every node."""
+    from compiler import Target
+
+    from . import requests
+
+    steps = "the tiny preset" if quick else f"1/{TRAINING_SHARE} of the demo's training steps"
+    with tempfile.TemporaryDirectory() as place:
+        path, windows = demo_model(Path(place), quick=quick, progress=progress)
+        return requests.measure(
+            "operators",
+            path,
+            windows,
+            target=Target(insecure_log_n=14) if quick else Target(max_memory_gb=19.0),
+            repeats=repeats,
+            progress=progress,
+            weights=f"trained on the package's text, {steps}, seed 0",
+            cache_bytes=12 << 30,
+            probe=True,
+        )
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def probed(circuit: Circuit) -> Circuit:
+    """The circuit with an output more for the last op of every ONNX node, so that its value can be decrypted."""
+    last = {op.source: op for op in circuit.ops if op.kind not in ("input", "output")}
+    ops = list(circuit.ops)
+    for op in last.values():
+        attrs = {"name": f"after {op.id}", "part": 0}
+        ops.append(
+            Op(
+                id=len(ops),
+                kind="output",
+                args=(op.id,),
+                attrs=attrs,
+                level=op.level,
+                factor=op.factor,
+                source=op.source,
+            )
+        )
+    return replace(circuit, ops=tuple(ops))
+
+
+def errors(circuit: Circuit, client: Any, server: Any, x: np.ndarray, *, threads: int) -> dict[int, float]:
+    """Largest |decrypted - simulated| slot of the last op of every ONNX node, in the model's units, by op id.
+
+    Args:
+        x: input tensor. Two digits are kept: an unrounded difference of a decryption belongs into no file.
+    """
+    more = probed(circuit)
+    name, level = circuit.inputs[0].name, circuit.inputs[0].level
+    exact = simulate(circuit, {name: x}).values
+    sent = {
+        part: server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=level)), level=level)
+        for part, slots in input_slots(circuit, {name: x}).items()
+    }
+    run = Executor(more, server, threads=threads, plaintext_budget=0).run(sent)
+    found = {}
+    for op in more.ops[len(circuit.ops) :]:
+        part = op.attrs["name"], 0
+        ciphertext = run.outputs[part]
+        back = client.import_ciphertext(server.export_ciphertext(ciphertext), level=server.level(ciphertext))
+        difference = np.abs(client.decrypt(back, scale=run.scales[part]) - exact[op.args[0]])
+        found[op.args[0]] = float(f"{np.max(difference) * abs(op.factor):.1e}")
+    return found

@@ -1,0 +1,260 @@
+"""Encrypted seconds and memory of a model of 1.4 B parameters, projected from measured primitives; and the same projection of sizes
+that were measured, with its error.
+
+A block is written down as circuit ops (`large`), traced to primitives and priced with a cost table; blocks are alike, because the stream is
+refreshed behind each. Nothing here runs under encryption: every figure is called projected_*.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from compiler.cost import CostTable, live_bytes
+from compiler.deepen import chains
+from compiler.plan import PROCESS_BYTES
+from compiler.schedule import Forecast, forecast
+from he_backend import refresh
+from he_backend.base import LevelError
+from he_backend.params import Params
+from he_backend.trace import Trace, trace
+
+from . import large, records
+from .large import Shape
+from .registry import Record, Settings
+from .requests import CACHE_BYTES
+
+NAME = "projection-1.4b"
+THREADS = 2
+LOG_N = 16
+GB = 1e9
+BLOCK = Shape(blocks=1, width=2048, heads=16, hidden=8192, tokens=128)  # Pythia-1.4B's, arXiv 2304.01373, table 1
+BLOCKS = (24, 32)
+QUICK_BLOCK = Shape(blocks=1, width=512, heads=4, hidden=512, tokens=128)  # of two ciphertexts
+BUDGET = (3, 3)  # levels of a refresh's transforms: those that one was measured with
+LIVE_MARGIN = 1.15  # as the compiler's plan
+
+# Measured requests by record: shape, level of the encoder's result, bytes of plaintexts that the run kept ready.
+REQUESTS: Mapping[str, tuple[Shape, int, int]] = {
+    "request-2x128x128": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=128), 1, CACHE_BYTES),
+    "request-2x128x32": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=32), 1, CACHE_BYTES),
+}
+DEMO_KEPT = int(11 * GB)  # of 16.5 GB: benchmarks/NOTES.md, 2026-11-24
+
+ASSUMPTIONS = (
+    "PowerSoftmax with p = 2, quadratic reciprocal and activation, norms that fold, every key visible: 10 levels a block",
+    "embedding and language-model head are not counted",
+    "layers wider than a ciphertext are cut as `benchmarks/large.py` says; the compiler does not lower them yet",
+    "blocks cost the same: in each, the stream is refreshed and what else `refreshed` names, the cheapest choice that is deep enough",
+    "values to be refreshed stay within [-1, 1], and the error of all refreshes together stays tolerable: not simulated",
+    "no weight stays encoded between requests: every plaintext is encoded on the way, from float64 diagonals in memory",
+    "primitives cost what the table of one idle thread says, at other levels and digit counts by the ratio of limb operations",
+    "both threads are busy as in the compiler's list schedule; they do not slow each other down unless the table says so",
+    "memory is that of the plan: client and server in one process, keys, 1.15 times the ciphertexts alive, weights",
+)
+
+
+def project(settings: Settings) -> Record:
+    """Project the large model, then what was measured."""
+    block = QUICK_BLOCK if settings.quick else BLOCK
+    table = CostTable.load()
+    settings.progress(0, 3, "where to refresh")
+    params, sites = refreshes(block, table)
+    settings.progress(1, 3, "one block")
+    one = projected(block, params, table, refreshed=sites, plaintext_budget=0)
+    shapes = [stacked(one, block, n) for n in BLOCKS]
+    settings.progress(2, 3, "what was measured")
+    found = checks(records.latest(), table)
+    metrics = {
+        "models": shapes,
+        "checks": found,
+        "projected_error": [c["projected_over_measured"] for c in found if c["projected_over_measured"] is not None],
+        "assumptions": [*ASSUMPTIONS, _price(table)],
+    }
+    given = {**params.to_json(), "costs": table.name, "refreshed": list(sites), "block": asdict(block)}
+    return records.record(NAME, metrics=metrics, params=given, threads=THREADS)
+
+
+def _price(table: CostTable) -> str:
+    if table.ms.get("refresh"):
+        return f"a refresh costs what {table.name} says"
+    return "a refresh costs the compiler's estimate, 27 thread-seconds at 23 levels: one was measured on a busy machine (benchmarks/NOTES.md)"
+
+
+def refreshes(block: Shape, table: CostTable) -> tuple[Params, tuple[str, ...]]:
+    """The chain and the values whose refreshes cost least; the stream behind a block is always among them.
+
+    Depths are those of one group of heads and one ciphertext of each layer, so that every choice is tried.
+
+    Raises:
+        LevelError: no chain is long enough for any choice.
+    """
+    best: tuple[float, Params, tuple[str, ...]] | None = None
+    for params in chains(LOG_N, False):
+        if (params.refresh_encode, params.refresh_decode) != BUDGET:
+            continue
+        group, count = block.groups(params.slots)[0], block.ciphertexts(params.slots)
+        small = replace(block, blocks=1, width=group.heads * group.channels, heads=group.heads, hidden=group.positions)
+        price = table.seconds("refresh", params, params.refresh_input)
+        for size in range(len(large.SITES)):
+            for others in itertools.combinations(large.SITES[:-1], size):
+                sites = (*others, large.SITES[-1])
+                seconds = price * sum(count[s] for s in sites)
+                if best is not None and seconds >= best[0]:
+                    continue
+                try:
+                    circuit = large.write(small, params, table, refreshed=sites)
+                except LevelError:
+                    continue
+                if (
+                    circuit.ops[0].level <= params.refresh_output
+                ):  # the input is the refreshed stream of the block before
+                    best = seconds, params, sites
+    if best is None:
+        raise LevelError(
+            "no choice of refreshed values leaves a block enough levels; add one to benchmarks.large.SITES"
+        )
+    return best[1], best[2]
+
+
+def projected(
+    shape: Shape,
+    params: Params,
+    table: CostTable,
+    *,
+    refreshed: Collection[str] = (),
+    bottom: int = 0,
+    plaintext_budget: int,
+    threads: int = THREADS,
+) -> dict[str, Any]:
+    """Projected figures of a whole shape; seconds by operator and primitive are thread-seconds.
+
+    Args:
+        refreshed, bottom: see `large.write`.
+        plaintext_budget: bytes of weights encoded before the request.
+    """
+    circuit = large.write(shape, params, table, refreshed=refreshed, bottom=bottom)
+    traced = trace(circuit)
+    cost = forecast(traced, params, table, threads=threads, plaintext_budget=plaintext_budget)
+    operators: dict[str, float] = defaultdict(float)
+    for op, seconds in cost.by_op.items():
+        operators[circuit.ops[op].source.partition(".")[2].removesuffix(".matmul") or circuit.ops[op].source] += seconds
+    counts, seconds_by = primitives(traced, params, table)
+    keys = key_bytes(traced, params)
+    return {
+        "projected_evaluate_s": cost.evaluate,
+        "projected_work_s": cost.work,
+        "projected_encode_s": cost.encode,
+        "projected_refresh_s": seconds_by.get("refresh", 0.0),
+        "projected_key_gb": keys / GB,
+        "projected_peak_gb": peak_bytes(shape, traced, params, keys, cost) / GB,
+        "projected_counts": counts,
+        "projected_primitives_s": seconds_by,
+        "projected_operators_s": dict(operators),
+    }
+
+
+def primitives(traced: Trace, params: Params, table: CostTable) -> tuple[dict[str, int], dict[str, float]]:
+    """How often each primitive occurs, and its thread-seconds if no plaintext is kept; a weighted sum counts its terms."""
+    counts: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
+    for node in traced.nodes:
+        if node.op == "input":
+            continue
+        counts[node.op] += len(node.args) if node.op == "weighted_sum" else 1
+        seconds[node.op] += table.node(node, traced, params) * table.contention
+        vectors = sum(not isinstance(p, float) for p in node.plains)
+        if vectors:
+            counts["encode"] += vectors
+            seconds["encode"] += table.encodings(node, params) * table.contention
+    return dict(counts), dict(seconds)
+
+
+def key_bytes(traced: Trace, params: Params) -> int:
+    """All keys of the server."""
+    total = sum(params.key_bytes(level) for level in traced.keys.values()) + params.key_bytes(
+        max(traced.relin_level, 0)
+    )
+    if any(n.op == "refresh" for n in traced.nodes):
+        total += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
+    return total
+
+
+def peak_bytes(shape: Shape, traced: Trace, params: Params, keys: int, cost: Forecast) -> float:
+    """Client and server together; the weights as float64."""
+    return PROCESS_BYTES + keys + LIVE_MARGIN * live_bytes(traced, params) + cost.kept + 8 * shape.parameters
+
+
+def stacked(one: Mapping[str, Any], block: Shape, blocks: int) -> dict[str, Any]:
+    """A model of as many blocks: seconds and counts of one times their number; of the memory, only weights are more."""
+    times = {"projected_evaluate_s", "projected_work_s", "projected_encode_s", "projected_refresh_s"}
+    tables = {"projected_counts", "projected_primitives_s", "projected_operators_s"}
+    shape = replace(block, blocks=blocks)
+    more = 8 * (shape.parameters - block.parameters) / GB
+    return {
+        "name": f"{blocks} x {block.width}, {block.tokens} tokens",
+        "blocks": blocks,
+        "parameters": shape.parameters,
+        **{k: v * blocks if k in times else v for k, v in one.items() if k not in tables},
+        **{k: {name: v * blocks for name, v in one[k].items()} for k in tables},
+        "projected_peak_gb": one["projected_peak_gb"] + more,
+        "projected_refreshes": one["projected_counts"].get("refresh", 0) * blocks,
+    }
+
+
+def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]]:
+    """Projected beside measured for every request that has a record; why not, for one that has none."""
+    rows = []
+    for name in (*REQUESTS, "demo"):
+        record = known.get(name)
+        row: dict[str, Any] = {"name": name, "projected_over_measured": None}
+        if record is None:
+            rows.append(row | {"why": f"no record: polyformer bench run {name}"})
+            continue
+        if record.get("quick"):
+            rows.append(row | {"why": f"{record['file']} is of a quick run"})
+            continue
+        shape, bottom, kept = _demo(record) if name == "demo" else REQUESTS[name]
+        names = Params.__dataclass_fields__
+        params = Params.from_json({k: v for k, v in record["params"].items() if k in names})
+        threads = record["machine"]["threads"]
+        found = projected(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
+        measured = record["metrics"]
+        counts = measured.get("counts", {})
+        rows.append(
+            row
+            | {
+                "file": record["file"],
+                "quiet": record["quiet"],
+                "projected_evaluate_s": found["projected_evaluate_s"],
+                "measured_evaluate_s": measured["evaluate_s"],
+                "projected_over_measured": found["projected_evaluate_s"] / measured["evaluate_s"],
+                "projected_peak_gb": found["projected_peak_gb"],
+                "measured_peak_gb": measured["peak_gb"],
+                "projected_peak_over_measured": found["projected_peak_gb"] / measured["peak_gb"],
+                # Encodings are left out: those kept ready are counted on one side only.
+                "projected_counts": {
+                    k: v for k, v in found["projected_counts"].items() if k in counts and k != "encode"
+                },
+                "measured_counts": {k: v for k, v in counts.items() if k != "encode"},
+            }
+        )
+    return rows
+
+
+def _demo(record: Record) -> tuple[Shape, int, int]:
+    """The demo's model: causal, and a head on every token."""
+    m = record["params"]["model"]
+    shape = Shape(
+        blocks=m["blocks"],
+        width=m["width"],
+        heads=m["heads"],
+        hidden=m["hidden"],
+        tokens=m["length"],
+        causal=True,
+        head=m["vocab"],
+    )
+    return shape, 0, DEMO_KEPT

@@ -1,0 +1,114 @@
+"""The fully polynomial demo model against its softmax twin at an equal number of optimiser steps, with and without LaS."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from training import Recipe, convert, train
+
+from . import records
+from .blocks import Block, Table
+from .registry import Record, Settings
+
+VARIANTS = ("LaS decay", "no decay")
+FIGURES = ("softmax", "power", "polynomial")
+
+
+def measure(settings: Settings) -> Record:
+    """Train and convert the demo recipe for every seed, with its decay of scores and without; the twins follow suit."""
+    recipe = Recipe.quick().with_(las_decay=1.0) if settings.quick else Recipe.demo()
+    seeds = settings.seeds[:1] if settings.quick else settings.seeds
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        for variant in VARIANTS:
+            settings.progress(len(runs), len(seeds) * len(VARIANTS), f"seed {seed}, {variant}")
+            decay = recipe.las_decay if variant == VARIANTS[0] else 0.0
+            runs.append({"variant": variant, **run(replace(recipe, seed=seed, las_decay=decay))})
+            settings.keep(_record(runs, recipe, seeds))
+    return _record(runs, recipe, seeds)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """One seed: held-out losses in nats a token, levels, and what leaves the fitted intervals."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place)
+        train(out, recipe)
+        metrics = convert(out)
+    return {
+        "seed": recipe.seed,
+        **{name: metrics[f"heldout_loss_{name}"] for name in FIGURES},
+        "levels": metrics["levels"],
+        "quality": metrics["quality"],
+        "outside_heldout": _largest(metrics["outside_heldout"]),
+        "outside_stress": _largest(metrics["outside_stress"]),
+        "largest_logit_stress": metrics["largest_logit_stress"],
+    }
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds by variant, and the gap of the polynomial model to the better twin."""
+    found: dict[str, Any] = {}
+    for variant in VARIANTS:
+        mine = [r for r in runs if r["variant"] == variant]
+        if mine:
+            found[variant] = {
+                name: {
+                    "mean": statistics.fmean(r[name] for r in mine),
+                    "sd": statistics.stdev(r[name] for r in mine) if len(mine) > 1 else None,
+                }
+                for name in FIGURES
+            }
+    twin = min(v["softmax"]["mean"] for v in found.values())
+    for values in found.values():
+        values["gap_percent"] = 100 * (values["polynomial"]["mean"] / values["softmax"]["mean"] - 1)
+        values["gap_percent_better_twin"] = 100 * (values["polynomial"]["mean"] / twin - 1)
+    return found
+
+
+def show(record: Record) -> Sequence[Block]:
+    """One row a variant: losses, and the gap in percent."""
+    rows = [
+        (
+            variant,
+            *(values[name]["mean"] for name in FIGURES),
+            values["polynomial"]["sd"],
+            values["gap_percent"],
+            values["gap_percent_better_twin"],
+        )
+        for variant, values in record["metrics"]["summary"].items()
+    ]
+    steps = record["params"]["softmax_steps"]
+    caption = (
+        f"Held-out loss in nats a token, mean over seeds {', '.join(map(str, record['params']['seeds']))}; softmax {steps:,} steps, "
+        "polynomial as many in all its stages together"
+    )
+    columns = (
+        *("attention", "softmax twin", "power, exact", "polynomial", "sd", "gap to its twin, %"),
+        "gap to the better twin, %",
+    )
+    return [Table(caption=caption, columns=columns, rows=rows)]
+
+
+def _record(runs: Sequence[Mapping[str, Any]], recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
+    params = {
+        "seeds": list(seeds),
+        "softmax_steps": recipe.softmax_steps,
+        "polynomial_steps": {"power": recipe.power_steps, "ranges": recipe.range_steps, "tune": recipe.tune_steps},
+        "power": recipe.power,
+        "las_decay": recipe.las_decay,
+        "width": recipe.width,
+        "blocks": recipe.blocks,
+        "length": recipe.length,
+    }
+    metrics = {"runs": list(runs), "summary": summary(runs)}
+    return records.record("demo-twin", metrics=metrics, params=params, threads=recipe.threads, repeats=len(seeds))
+
+
+def _largest(shares: Mapping[str, Mapping[str, float]]) -> float:
+    """The largest share of values of one tap outside its interval."""
+    return max(s["below"] + s["above"] for s in shares.values())

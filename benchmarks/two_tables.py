@@ -1,0 +1,50 @@
+"""The two tables of a request, by node and by primitive, from the rows of `he_backend.efficiency.tables`: as a record and the demo's
+report both show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .blocks import Table
+
+COLUMNS = ("", "calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
+
+
+def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequence[Table]:
+    """By node with errors, where they were measured, and by primitive.
+
+    Args:
+        found: evaluate_s, bound_s, efficiency, operators and primitives; more: words for the end of the caption.
+    """
+    caption = (
+        f"evaluation {found['evaluate_s']:.3g} s on {threads} threads; bound {found['bound_s']:.3g} s, efficiency "
+        f"{found['efficiency']:.2f}{more}"
+    )
+    measured = any(row["error"] is not None for row in found["operators"])
+    return (
+        Table(
+            caption=f"By node of the model: {caption}",
+            columns=(*COLUMNS, "largest error") if measured else COLUMNS,
+            rows=[(*cells(row), *([row["error"]] if measured else [])) for row in found["operators"]],
+        ),
+        Table(
+            caption="By CKKS primitive, the same run",
+            columns=COLUMNS,
+            rows=[cells(row) for row in found["primitives"]],
+        ),
+    )
+
+
+def cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A row as it is shown, without its error."""
+    high, low = row["levels"]
+    numbers = row["seconds"], f"{row['share']:.0%}", f"{high} → {low}", row["bound_s"], row["efficiency"]
+    return (row["name"], row["count"], *numbers)
+
+
+def of_record(record: Mapping[str, Any]) -> Sequence[Table]:
+    """The tables of a record of `requests.measure`."""
+    m = record["metrics"]
+    return two_tables(m, record["machine"]["threads"], f"; weights: {m['weights']}")

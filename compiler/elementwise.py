@@ -1,0 +1,143 @@
+"""Lowering of what acts on each element alone: sums, products, polynomials, and changes of shape, which move nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from he_backend.base import UnsupportedOpError
+
+from .general import move
+from .ir import Node
+from .layout import broadcast_index, constant_slots
+from .placed import Placed
+from .polynomials import prepare
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+
+def _scaled(low: Lowering, x: Placed, factor: float, source: str) -> Placed:
+    """The same tensor under another factor: a product by a number, one level."""
+    name = low.array(f"scale.{len(low.ops)}", np.full((1, low.positions), x.factor / factor))
+    ops = tuple(
+        low.emit("linear", (op,), source, factor=factor, weights=name, plan=[[0, [[0, 0]]]], bias=None) for op in x.ops
+    )
+    return replace(x, ops=ops, factor=factor)
+
+
+def lower_add(low: Lowering, node: Node) -> Placed:
+    a, b = (low.placed[name] for name in node.inputs)
+    if low.graph.shape(node.inputs[0]) != node.shape:
+        a, b = b, a
+    index = broadcast_index(_smaller(low, node), node.shape)
+    if low.graph.shape(node.inputs[0]) != low.graph.shape(node.inputs[1]) or not np.array_equal(a.layout, b.layout):
+        b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
+    if not np.isclose(a.factor, b.factor, rtol=1e-9):
+        b = _scaled(low, b, a.factor, node.source)
+    ops = tuple(low.emit("add", pair, node.source, factor=a.factor) for pair in zip(a.ops, b.ops, strict=True))
+    return replace(a, ops=ops, clean=a.clean and b.clean)
+
+
+def _smaller(low: Lowering, node: Node) -> tuple[int, ...]:
+    """Shape of the operand that is broadcast; of the second one where both have the node's shape.
+
+    Raises:
+        UnsupportedOpError: both are broadcast.
+    """
+    a, b = (low.graph.shape(name) for name in node.inputs)
+    if node.shape not in (a, b):
+        raise UnsupportedOpError(f"{node}: both operands, {a} and {b}, would have to be broadcast; expand one of them")
+    return b if a == node.shape else a
+
+
+def lower_add_const(low: Lowering, node: Node) -> Placed:
+    x = low.placed[node.inputs[0]]
+    assert node.const is not None
+    values = constant_slots(node.const, node.shape, x.layout) / x.factor
+    ops = tuple(
+        low.emit("add_plain", (op,), node.source, factor=x.factor, array=low.array(f"{node.name}.{part}", values[part]))
+        for part, op in enumerate(x.ops)
+    )
+    return replace(x, ops=ops)
+
+
+def lower_mul_const(low: Lowering, node: Node) -> Placed:
+    x = low.placed[node.inputs[0]]
+    assert node.const is not None
+    if node.const.size == 1:
+        c = float(node.const.reshape(-1)[0])
+        if c == 0.0:
+            raise UnsupportedOpError(f"{node}: a product by zero; remove the branch")
+        return replace(x, factor=x.factor * c)
+    factor = low.wanted(node.name)
+    values = constant_slots(node.const, node.shape, x.layout) * (x.factor / factor)
+    ops = tuple(
+        low.emit(
+            "linear",
+            (op,),
+            node.source,
+            factor=factor,
+            weights=low.array(f"{node.name}.{part}", values[part][None]),
+            plan=[[0, [[0, 0]]]],
+            bias=None,
+        )
+        for part, op in enumerate(x.ops)
+    )
+    return replace(x, ops=ops, factor=factor, clean=True)
+
+
+def lower_mul(low: Lowering, node: Node) -> Placed:
+    a, b = (low.placed[name] for name in node.inputs)
+    if low.graph.shape(node.inputs[0]) != node.shape:
+        a, b = b, a
+    index = broadcast_index(_smaller(low, node), node.shape)
+    partners = _partners(a.layout, b.layout, index)
+    if partners is None:
+        b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
+        partners = list(range(len(a.ops)))
+    pairs = [(op, b.ops[i]) for op, i in zip(a.ops, partners, strict=True)]
+    factor = a.factor * b.factor
+    ops = tuple(low.emit("mul", pair, node.source, factor=factor) for pair in pairs)
+    return replace(a, ops=ops, factor=factor, clean=a.clean or b.clean)
+
+
+def _partners(layout: np.ndarray, other: np.ndarray, index: np.ndarray) -> list[int] | None:
+    """For each ciphertext of a tensor the one of another tensor whose slots hold what its elements are multiplied by.
+
+    Args:
+        layout, other: [ciphertexts, slots]; index: element of the other tensor by element of this one.
+    """
+    found = []
+    for row in layout:
+        wanted = index[np.maximum(row, 0)]
+        fitting = [i for i, held in enumerate(other) if ((row < 0) | (held == wanted)).all()]
+        if not fitting:
+            return None
+        found.append(fitting[0])
+    return found
+
+
+def lower_polynomial(low: Lowering, node: Node) -> Placed:
+    x = low.placed[node.inputs[0]]
+    lo, hi = low.ranges[node.inputs[0]]
+    interval = tuple(sorted((lo / x.factor, hi / x.factor)))
+    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), low.bound(node.name))
+    ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
+    at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])
+    return replace(x, ops=ops, factor=factor, clean=x.clean and abs(at_zero) < 1e-12)
+
+
+def lower_transpose(low: Lowering, node: Node) -> Placed:
+    x = low.placed[node.inputs[0]]
+    shape = low.graph.shape(node.inputs[0])
+    moved = np.arange(int(np.prod(shape))).reshape(shape).transpose(node.attrs["perm"]).reshape(-1)
+    inverse = np.empty_like(moved)
+    inverse[moved] = np.arange(moved.size)
+    return replace(x, layout=np.where(x.layout >= 0, inverse[np.maximum(x.layout, 0)], -1))
+
+
+def lower_reshape(low: Lowering, node: Node) -> Placed:
+    return low.placed[node.inputs[0]]

@@ -1,0 +1,40 @@
+"""What lowering passes around: where a tensor is, and the program that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from he_backend.circuit import Op, Signature
+from he_backend.container import Arrays
+
+from .layout import Heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where a tensor is: one op id a ciphertext, layout [ciphertexts, slots], factor; `clean` if unused slots hold 0.
+
+    heads is set for tensors in attention's layout; `scores` tells those of [1, H, T, T] from queries, keys and values.
+    """
+
+    ops: tuple[int, ...]
+    layout: np.ndarray
+    factor: float
+    clean: bool = True
+    heads: Heads | None = None
+    scores: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A circuit without levels and parameters yet."""
+
+    ops: tuple[Op, ...]
+    arrays: Arrays
+    client_arrays: Arrays
+    inputs: tuple[Signature, ...]
+    outputs: tuple[Signature, ...]
+    tensors: Mapping[int, tuple[str, int]]  # op id -> (graph tensor, ciphertext) that it holds

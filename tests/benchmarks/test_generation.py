@@ -1,0 +1,37 @@
+"""The figures of `agreement-100` from logits, and what `parties` keeps between steps."""
+
+import numpy as np
+import pytest
+
+from benchmarks.agreement import compare
+from benchmarks.parties import parties
+from he_backend.openfhe_backend import available
+from tests.he_backend.small_step import STEPS, running_sum
+
+CLEAR = np.array([[[3.0, 1.0, 0.0], [0.0, 2.0, 1.5]]])
+
+
+def test_agreement_counts_positions_whose_likeliest_token_stays() -> None:
+    same = compare(CLEAR + 0.1, CLEAR)
+    assert (same["agreement"], same["predictions"], same["closest_margin"]) == (1.0, 2.0, 0.5)
+    assert same["mse"] == pytest.approx(0.01)
+    assert same["max_abs_error"] == pytest.approx(0.1)
+    swapped = CLEAR.copy()
+    swapped[0, 1, 2] = 2.5
+    assert compare(swapped, CLEAR)["agreement"] == 0.5
+    assert compare(swapped, CLEAR)["mse"] == pytest.approx(1.0 / 6, abs=0.01)
+
+
+@pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")
+def test_the_server_keeps_its_state_from_step_to_step() -> None:
+    circuit = running_sum()
+    circuit = type(circuit)(**{**vars(circuit), "predicted": {"plaintext_bytes": 0.0}})
+    with parties(circuit, threads=1) as both:
+        for _ in range(2):
+            both.start()
+            for step in range(STEPS):
+                y, timing = both.ask({"x": np.array([0.25])}, step=step)
+                assert y[0] == pytest.approx(0.25 * (step + 1) + step, abs=1e-3)
+                assert timing.wall_s > 0
+        n, level = 1 << circuit.params.log_n, circuit.inputs[0].level
+        assert both.traffic(circuit.inputs) > 2 * (level + 1) * n * 4

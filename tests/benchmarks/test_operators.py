@@ -1,0 +1,62 @@
+"""Errors after every node, and the tables that a record and the demo's report share."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.operators import errors, probed, shortened
+from benchmarks.two_tables import of_record, two_tables
+from he_backend import efficiency, keys
+from he_backend.execute import Executor
+from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp
+
+
+def test_probes_are_outputs_of_the_last_op_of_each_node():
+    circuit = mlp(TEST_PARAMS)
+    more = probed(circuit)
+    assert more.ops[: len(circuit.ops)] == circuit.ops
+    assert [op.args for op in more.ops[len(circuit.ops) :]] == [(1,), (2,), (3,)]
+    assert all(op.kind == "output" and op.level == circuit.ops[op.args[0]].level for op in more.ops[len(circuit.ops) :])
+
+
+def test_errors_and_efficiency_of_a_request():
+    circuit = mlp(replace(TEST_PARAMS, log_n=11))
+    module = keys.backend("openfhe")
+    client = module.Client(circuit.params, allow_insecure=True)
+    server = module.Evaluator(circuit.params, key_id=client.key_id, allow_insecure=True)
+    try:
+        for kind, k, level in keys.wanted(circuit.spec()):
+            server.load_key(kind, k, level, client.make_key(kind, k, level))
+        x = np.linspace(-1, 1, WIDTH)
+        found = errors(circuit, client, server, x, threads=2)
+        assert set(found) == {1, 2, 3} and all(0 < e < 1e-5 for e in found.values())
+        slots = np.repeat(x, server.slots // WIDTH)
+        sent = server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=3)), level=3)
+        runs = [asdict(Executor(circuit, server).run({("x", 0): sent}).timing) for _ in range(2)]
+    finally:
+        server.close()
+    ops = [{"id": op.id, "kind": op.kind, "source": op.source, "level": op.level} for op in circuit.ops]
+    tables = efficiency.tables(ops, runs, errors=found)
+    assert 0 < tables["efficiency"] <= 1.0
+    assert {row["name"] for row in tables["operators"]} == {"FFN", "activation"}
+    for rows in (tables["operators"], tables["primitives"]):
+        assert all(0 < row["efficiency"] <= 1.0 + 1e-9 for row in rows)
+    assert {row["name"]: row["error"] for row in tables["operators"]} == {
+        "FFN": max(found[1], found[3]),
+        "activation": found[2],
+    }
+    assert {row["name"] for row in tables["primitives"]} >= {"encode", "rotate", "ct-ct", "ct-pt", "rescale"}
+    by_node, by_primitive = two_tables(tables, 2)
+    assert by_node.columns[-1] == "largest error" and len(by_primitive.rows[0]) == len(by_primitive.columns)
+    record = {"metrics": {**tables, "weights": "random"}, "machine": {"threads": 2}}
+    assert "weights: random" in of_record(record)[0].markdown()
+    page = report.render({"tables": tables})
+    assert "Against the bound" in page and "By CKKS primitive" in page
+
+
+def test_the_demo_is_trained_for_an_eighth_of_its_steps():
+    from training import Recipe
+
+    short = shortened(Recipe.demo())
+    assert (short.softmax_steps, short.tune_steps, short.width) == (150, 125, Recipe.demo().width)

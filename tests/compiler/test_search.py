@@ -1,0 +1,86 @@
+"""Which ring and which parameters are taken: the fastest that keep their promises, not the smallest."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compiler import Target, compile_onnx, plan, search
+from compiler.cost import CostTable
+from compiler.plan import candidates, output_room
+from he_backend.openfhe_ring import ring
+from he_backend.params import Params
+from he_backend.simulator import simulate
+from tests.compiler.models import mlp
+
+
+def compiled(tmp_path, **limits):
+    x = np.random.default_rng(0).normal(0, 0.3, (6, 64)).astype(np.float32)
+    return compile_onnx(mlp(tmp_path / "m.onnx"), x, target=Target(**limits)), x
+
+
+def test_a_larger_ring_is_taken_where_it_is_faster(tmp_path, monkeypatch):
+    """With costs that make small rings slow; the search then goes one ring further than it must."""
+    seconds = CostTable.seconds
+
+    def slow(self, op, params, level):
+        return seconds(self, op, params, level) * (100.0 if params.log_n == 13 else 1.0)
+
+    small, _ = compiled(tmp_path)
+    monkeypatch.setattr(CostTable, "seconds", slow)
+    large, _ = compiled(tmp_path)
+    assert (small.circuit.params.log_n, large.circuit.params.log_n) == (13, 14)
+    assert large.plan.chosen.evaluate_s < min(
+        c.evaluate_s for c in large.plan.others if c.params.log_n == 13 and c.forecast
+    )
+    assert {c.params.log_n for c in small.plan.others} == {13}  # half of the primitives at twice the price: not tried
+
+
+def test_of_equal_seconds_the_more_precise_is_taken(tmp_path):
+    found, _ = compiled(tmp_path, insecure_log_n=11)
+    alike = [c for c in found.plan.others if c.evaluate_s == found.plan.chosen.evaluate_s and not c.why]
+    assert alike and all(c.params.scale_bits < found.circuit.params.scale_bits for c in alike)
+
+
+def test_outputs_must_fit_the_first_modulus(tmp_path):
+    found, x = compiled(tmp_path, insecure_log_n=11)
+    circuit = found.circuit
+    top = max(
+        np.abs(v).max()
+        for op, v in zip(circuit.ops, simulate(circuit, {"x": x[0]}).values, strict=True)
+        if op.kind == "output"
+    )
+    room = 2.0 ** (circuit.params.first_bits - circuit.params.scale_bits - 1)
+    assert output_room(circuit, x[:1], margin=1.0) == pytest.approx(top / room)
+    tight = replace(circuit, params=replace(circuit.params, first_bits=circuit.params.scale_bits + 1))
+    assert output_room(tight, x[:1], margin=1.0) == pytest.approx(top)
+
+
+def test_what_does_not_fit_the_first_modulus_is_not_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "output_room", lambda circuit, samples: float(circuit.params.scale_bits == 26))
+    found, _ = compiled(tmp_path, insecure_log_n=11)
+    assert found.circuit.params.scale_bits != 26
+    why = [c.why for c in found.plan.others if c.params.scale_bits == 26]
+    assert any("of the first modulus" in w for w in why)
+
+
+def test_tenseal_sums_one_by_one(tmp_path):
+    found, _ = compiled(tmp_path, insecure_log_n=12, backend="tenseal")
+    sums = [op for op in found.circuit.ops if op.kind == "rotate_sum"]
+    assert sums and all(set(op.attrs) == {"steps"} for op in sums)
+
+
+@pytest.mark.parametrize(
+    ("scale", "first", "levels", "digits"),
+    [(25, 30, 3, 2), (25, 31, 3, 2), (36, 42, 5, 2), (37, 43, 5, 2), (50, 56, 3, 4), (54, 60, 3, 4)],
+    ids=["55 bits", "56 bits", "114 bits", "117 bits", "one prime of 56", "one prime of 60"],
+)
+def test_special_primes_are_as_many_as_openfhe_makes(scale, first, levels, digits):
+    params = Params(log_n=10, levels=levels, scale_bits=scale, first_bits=first, digits=digits, insecure=True)
+    assert len(ring(params, allow_insecure=True).special) == params.special_limbs
+
+
+def test_small_rings_try_digits_of_two_primes_with_one_special_prime():
+    found = candidates("openfhe", 13, 3, False)
+    assert any(p.digit_limbs == 2 and p.special_limbs == 1 for p in found)
+    assert {p.scale_bits for p in candidates("openfhe", 15, 3, False)} == set(plan.SCALES)

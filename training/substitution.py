@@ -1,0 +1,153 @@
+"""What the stages do to a model besides training it: row factors, targets of ranges, polynomials, and what a report
+measures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyformer.activations import EXACT, Activation, fit_activation
+from polyformer.approx import inverse_sqrt, reciprocal
+from polyformer.layers import PolynomialLayer
+from polyformer.mixers.power_softmax import PowerSoftmax
+from polyformer.model import ModelConfig, Transformer
+from polyformer.norms import Norm
+from polyformer.ranges import Collector, Targets, log_mean_rows, measure, taps
+from training.stages import Ranges, Substitute
+from training.train import heldout_loss
+
+
+def with_rows(power: Transformer, calibration: Tensor) -> Transformer:
+    """Return the same function in the form `rows`, factors chosen so that log denominators have mean 0 in every row.
+
+    A model without PowerSoftmax comes back as a copy.
+    """
+    model = Transformer(replace(power.config, form="rows"))
+    missing, unexpected = model.load_state_dict(power.state_dict(), strict=False)
+    if unexpected or any(not name.endswith("row_T") for name in missing):
+        raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
+    model.eval()
+    for name, log_T in log_mean_rows(model, calibration).items():
+        mixer = model.get_submodule(name)
+        assert isinstance(mixer, PowerSoftmax)
+        # multiplying a row's factor by g multiplies its denominators by g^p
+        mixer.row_T.mul_(torch.exp(-log_T / mixer.power).to(mixer.row_T.dtype))
+    return model
+
+
+def choose_targets(model: Transformer, stage: Ranges, calibration: Tensor) -> dict[str, tuple[float, float]]:
+    """Return the wanted interval of each tap; variances are centred on the geometric mean of what the model has."""
+    targets: dict[str, tuple[float, float]] = {}
+    with torch.no_grad(), Collector(model) as collector:
+        model(calibration)
+        for name, value in collector.values.items():
+            if collector.kind(name) == "activation":
+                targets[name] = (-stage.activation_bound, stage.activation_bound)
+            elif collector.kind(name) == "denominator":
+                targets[name] = stage.denominator_target
+            else:
+                centre = math.exp(float(value.log().mean()))
+                targets[name] = (centre * stage.variance_ratio**-0.5, centre * stage.variance_ratio**0.5)
+    return targets
+
+
+def fitted_interval(target: tuple[float, float], stage: Substitute, *, denominator: bool) -> tuple[float, float]:
+    """Return the interval of a polynomial: the stage's own for denominators, else the target widened by the margin."""
+    if denominator:
+        return stage.denominator_interval
+    lo, hi = target
+    return (lo * stage.margin, hi * stage.margin) if lo < 0 else (lo / stage.margin, hi * stage.margin)
+
+
+def polynomial_config(config: ModelConfig, stage: Substitute) -> ModelConfig:
+    """Return the config after a substitution; what is a polynomial as it stands (square, affine) stays."""
+    if stage.division:
+        config = replace(config, reciprocal="polynomial", reciprocal_degree=stage.reciprocal_degree)
+    if stage.activation and config.activation not in ("square", "quartic"):
+        config = replace(config, activation="polynomial", activation_degree=stage.activation_degree)
+    if stage.norm:
+        config = replace(
+            config,
+            norms=tuple(f"{n}_poly" if n in ("rms", "layer") else n for n in config.norms),
+            norm_degree=stage.norm_degree,
+            norm_newton=stage.norm_newton,
+        )
+    return config
+
+
+def substitute(ranged: Transformer, stage: Substitute, targets: Targets) -> Transformer:
+    """Return a copy of a ranged model with the chosen functions replaced by fitted polynomials; everything else is
+    equal.
+
+    Raises:
+        ValueError: a polynomial has no target, so nothing says on which interval to fit it.
+    """
+    model = Transformer(polynomial_config(ranged.config, stage))
+    model.load_state_dict(ranged.state_dict(), strict=False)
+    exact = ranged.config.activation
+    for name in taps(model):
+        layer = model.get_submodule(name)
+        if not any(isinstance(part, PolynomialLayer) for part in layer.children()):
+            continue
+        if name not in targets:
+            raise ValueError(f"{name} has no target; put a Ranges stage (steps may be 0) before the substitution")
+        interval = fitted_interval(targets[name], stage, denominator=isinstance(layer, PowerSoftmax))
+        if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
+            layer.reciprocal.set(reciprocal(layer.reciprocal.degree, interval))
+        elif isinstance(layer, Activation) and layer.polynomial is not None and exact in EXACT:
+            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, interval))
+        elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
+            layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, interval))
+    return model.eval()
+
+
+def fitted_intervals(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+    """Return the interval of every polynomial of a model, by the path of its tap."""
+    owners = {name.rpartition(".")[0]: m for name, m in model.named_modules() if isinstance(m, PolynomialLayer)}
+    return {name: m.polynomial().interval for name, m in owners.items()}
+
+
+def ranges_report(model: Transformer, tokens: Tensor, intervals: Targets) -> dict[str, Any]:
+    """Return, as plain data, the range of every tap on tokens and the share of values outside the intervals: by tap,
+    and over all values of taps that have one.
+    """
+    found = measure(model, tokens, intervals=intervals)
+    bounded = [r for name, r in found.items() if name in intervals]
+    count = sum(r.count for r in bounded)
+    given = {name: list(interval) for name, interval in intervals.items()}
+    return {
+        "ranges": {name: asdict(r) | {"interval": given.get(name)} for name, r in found.items()},
+        "outside": sum((r.below + r.above) * r.count for r in bounded) / count if count else 0.0,
+    }
+
+
+def levels(model: Transformer) -> int | None:
+    """Return the multiplicative levels of a model, None where a part is not polynomial."""
+    try:
+        return model.levels
+    except ValueError:
+        return None
+
+
+def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any]:
+    """Measure a polynomial model: loss, levels, ranges and excursions on held-out windows and on stress windows,
+    largest logits.
+    """
+    intervals = fitted_intervals(model)
+    figures: dict[str, Any] = {
+        "heldout_loss_polynomial": heldout_loss(model, heldout),
+        "levels": model.levels,
+        "intervals": intervals,
+    }
+    for name, tokens in (("heldout", heldout[:, :-1]), ("stress", stress)):
+        ranges = measure(model, tokens, intervals=intervals)
+        figures[f"ranges_{name}"] = {k: asdict(r) for k, r in ranges.items()}
+        figures[f"outside_{name}"] = {k: {"below": r.below, "above": r.above} for k, r in ranges.items()}
+        with torch.no_grad():
+            figures[f"largest_logit_{name}"] = max(float(model(rows).abs().max()) for rows in tokens.split(256))
+    return figures

@@ -111,7 +111,7 @@ def fingerprint(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         total.update(json.dumps([name, array.dtype.name, list(array.shape)]).encode())
-        total.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8))
+        total.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 

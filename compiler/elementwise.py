@@ -13,7 +13,7 @@ from .general import move
 from .ir import Node
 from .layout import broadcast_index, constant_slots
 from .placed import Placed
-from .polynomials import prepare
+from .polynomials import MOST_PEAK, prepare
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -120,11 +120,23 @@ def _partners(layout: np.ndarray, other: np.ndarray, index: np.ndarray) -> list[
     return found
 
 
+MOST_AT_LEVEL_0 = 4.0  # stored output: the first modulus holds 2^5 and more at most scales, with calibration's margins
+
+
+def _leaves(low: Lowering, name: str) -> bool:
+    """Whether a tensor is the output, or becomes it by views and sums: it then lies at level 0, where there is little room."""
+    views = ("reshape", "transpose", "add", "add_const", "mul_const")
+    return name == low.graph.output or any(u.op in views and _leaves(low, u.name) for u in low.users[name])
+
+
 def lower_polynomial(low: Lowering, node: Node) -> Placed:
     x = low.placed[node.inputs[0]]
     lo, hi = low.ranges[node.inputs[0]]
     interval = tuple(sorted((lo / x.factor, hi / x.factor)))
-    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), low.bound(node.name))
+    most = MOST_AT_LEVEL_0 if _leaves(low, node.name) else MOST_PEAK
+    attrs, factor = prepare(
+        node.attrs["coefficients"], x.factor, (interval[0], interval[1]), low.bound(node.name), most=most
+    )
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
     at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])
     return replace(x, ops=ops, factor=factor, clean=x.clean and abs(at_zero) < 1e-12)

@@ -103,7 +103,7 @@ class Lowering:
     def bound(self, name: str) -> float:
         """Largest |element| seen in calibration, with its margin; never 0."""
         lo, hi = self.ranges[name]
-        return max(abs(lo), abs(hi), 1e-30)
+        return max(abs(lo), abs(hi)) or 1.0  # a tensor of zeros has no size, any factor will do
 
     def _streams(self) -> dict[str, float]:
         """Factor of each tensor that takes part in a sum: all operands of sums that touch each other share one.

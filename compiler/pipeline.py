@@ -167,6 +167,7 @@ def _compile_step(
     verified = step.against_graph(found.circuit, step.require(found), sequences)
     chosen = found.plan.chosen
     circuit = _finish(step.with_bounds(found.circuit, sequences), chosen, found.error, embedding, graph, path)
+    verify.sound(circuit)
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
     assert chosen.forecast is not None
     return Compiled(

@@ -307,9 +307,13 @@ def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -
     return ERROR_MARGIN * worst + mismatch_error(circuit, t)
 
 
-def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsError:
-    """The error when nothing fits: by how much the nearest candidates miss."""
-    if target.backend == "tenseal":
+def refuse(rows: Sequence[Candidate], levels: int, target: Target, cap: float | None = None) -> ParamsError:
+    """The error when nothing fits: by how much the nearest candidates miss.
+
+    Args:
+        cap: smallest memory cap, GB, that more memory alone would help with.
+    """
+    if target.backend == "tenseal" and cap is None:
         fits = max((levels_at_most(target.backend, n) for n in range(13, 16)), default=0)
         return ParamsError(
             f"the circuit needs {levels} levels, TenSEAL has at most {fits} at 128 bits: {levels - fits} too many. "
@@ -322,9 +326,10 @@ def refuse(rows: Sequence[Candidate], levels: int, target: Target) -> ParamsErro
         key=lambda c: (c.forecast is None, c.evaluate_s, c.memory_gb == 0.0, c.memory_gb, c.log_qp - (c.limit or 0)),
     )
     nearest = "\n  ".join(str(c) for c in ordered[:5])
+    enough = "" if cap is None else f"\nthe smallest memory that is enough, all else kept: --max-memory-gb {cap:.1f}"
     return ParamsError(
         f"no parameters hold {levels} levels within 128 bits, {target.max_memory_gb} GB, error {target.max_error:g}"
-        f"{'' if target.max_latency_s is None else f' and {target.max_latency_s:g} s'}:\n  {nearest}"
+        f"{'' if target.max_latency_s is None else f' and {target.max_latency_s:g} s'}:\n  {nearest}{enough}"
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
+from he_backend.base import UnsupportedOpError
+
 MAX_FACTORED_DEGREE = 8  # beyond it the spread of the factors costs digits
 TOLERANCE = 1e-9  # relative to the largest value on the interval
 # A monic product has no factor of its own: its largest value is what the interval makes of it. Beyond these it drowns in the noise,
@@ -23,7 +25,7 @@ MOST_EXCESS = 4.0  # of a series on its interval over the largest result that ca
 
 
 def prepare(
-    coefficients: Sequence[float], factor: float, interval: tuple[float, float], peak: float
+    coefficients: Sequence[float], factor: float, interval: tuple[float, float], peak: float, most: float = MOST_PEAK
 ) -> tuple[dict[str, Any], float]:
     """Attributes of a `polynomial` op and the factor of its result.
 
@@ -31,6 +33,7 @@ def prepare(
         coefficients: power basis, in the model's variable x = factor * stored.
         factor: of the stored argument.
         interval: of the stored argument, where the result must be right.
+        most: largest stored result of a monic form; an output has less room than a value that a product follows.
         peak: largest result that is expected; on the interval, which is wider, it may be far larger.
 
     Returns:
@@ -43,14 +46,17 @@ def prepare(
     weight = np.abs(c) * max(map(abs, interval)) ** powers  # what each term can contribute
     highest = int(np.flatnonzero(weight > 1e-12 * weight.max())[-1])
     if highest < 1:
-        raise ValueError(f"polynomial {coefficients} is constant on {interval}")
+        raise UnsupportedOpError(
+            f"a polynomial with coefficients {list(coefficients)} does not vary over its calibrated range, {factor:.3g} times "
+            f"{interval}: put its value in its place, or calibrate on other samples"
+        )
     p = Polynomial(c[: highest + 1])
     if p.degree() <= MAX_FACTORED_DEGREE:
         lead = float(c[highest])
         monic = Polynomial(c[: highest + 1] / lead)
         factors = monic_factors(monic)
         peak = float(np.max(np.abs(monic(np.linspace(*interval, 257)))))
-        if LEAST_PEAK < peak < MOST_PEAK and error_of(factors, monic, interval) < TOLERANCE:
+        if LEAST_PEAK < peak < most and error_of(factors, monic, interval) < TOLERANCE:
             return {"factors": factors}, lead
     lo, hi = interval
     series = np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)

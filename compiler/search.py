@@ -6,6 +6,7 @@ slower than the one before, or where the next one cannot be faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -76,6 +77,7 @@ def search(
     levels = 0
     misfit: UnsupportedOpError | None = None
     best: Found | None = None
+    cap: float | None = None
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
         try:
@@ -84,15 +86,18 @@ def search(
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
-        levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
+        levels = lowered.ops[0].level
+        before = len(rows)
         found = _one_ring(lowered, log_n, samples, target, table, report, rows)
+        if found is None and best is None:
+            cap = _smallest_cap(lowered, log_n, samples, target, table, report, rows[before:], cap)
         if best is not None and (found is None or found.seconds >= best.seconds):
             break
         best = found
         if best is not None and (log_n == max(rings) or not larger_ring_may_win(best.plan.chosen, target, table)):
             break
     if best is None:
-        raise misfit if misfit is not None and not rows else refuse(rows, levels, target)
+        raise misfit if misfit is not None and not rows else refuse(rows, levels, target, cap)
     others = sorted((c for c in rows if c is not best.plan.chosen), key=lambda c: (c.forecast is None, c.evaluate_s))
     return replace(best, plan=replace(best.plan, others=tuple(others)))
 
@@ -107,7 +112,8 @@ def _one_ring(
     rows: list[Candidate],
 ) -> Found | None:
     """The fastest of one ring within memory and error; every candidate is added to `rows`."""
-    tried = choose(lowered, max(1, lowered.ops[0].level), log_n, target, table)
+    levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
+    tried = choose(lowered, levels, log_n, target, table)
     for i, candidate in enumerate(tried):
         if candidate.trace is None:
             continue
@@ -131,6 +137,27 @@ def _one_ring(
     assert deeper.candidate is not None and deeper.lowered is not None
     plan = Plan(chosen=deeper.candidate, others=(), costs=table.name)
     return Found(circuit=deeper.circuit, lowered=deeper.lowered, error=deeper.error, plan=plan)
+
+
+def _smallest_cap(
+    lowered: Lowered,
+    log_n: int,
+    samples: Sequence[np.ndarray],
+    target: Target,
+    table: CostTable,
+    report: Progress,
+    rows: Sequence[Candidate],
+    known: float | None,
+) -> float | None:
+    """Smallest memory cap, in tenths of a GB, with which this ring keeps all promises; `known` if none below that does.
+
+    A candidate that lacks memory was not asked for its error and its latency: the ring is searched again under each cap.
+    """
+    lacking = {math.ceil(10 * c.memory_gb) / 10 for c in rows if c.memory_gb > target.max_memory_gb}
+    for cap in sorted(c for c in lacking if known is None or c < known):
+        if _one_ring(lowered, log_n, samples, replace(target, max_memory_gb=cap), table, report, []) is not None:
+            return cap
+    return known
 
 
 def plan_cost(table: CostTable, log_n: int) -> PlanCost:

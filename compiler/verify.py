@@ -80,11 +80,8 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
     return worst
 
 
-def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> None:
-    """Check the circuit that is about to be written: its form, its levels, its keys, its output and the bound of every op.
-
-    Args:
-        graph: its meaning; samples: inputs without the leading axis, those that the bounds were taken over.
+def sound(circuit: Circuit) -> None:
+    """Check the form of a circuit that is about to be written, its levels and its keys.
 
     Raises:
         VerificationError: the first rule that is broken, with both figures.
@@ -94,16 +91,27 @@ def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> N
     for fault in key_faults(circuit, trace(circuit, capabilities=BACKENDS[circuit.params.backend])):
         raise VerificationError(fault)
 
-    def within(op: Op, value: np.ndarray) -> None:
+
+def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> None:
+    """The same, and the bound of every op and the output as its signature reads it.
+
+    Args:
+        graph: its meaning; samples: inputs without the leading axis, of those that the bounds were taken over.
+
+    Raises:
+        VerificationError: the first rule that is broken, with both figures.
+    """
+    sound(circuit)
+
+    def bounded(op: Op, value: np.ndarray) -> None:
         if (peak := float(np.max(np.abs(value)))) > op.bound:
             raise VerificationError(f"{op}: a slot reaches {peak:.6g}, above its bound {op.bound:.6g}")
 
     for x in samples:
-        found = simulate(circuit, {circuit.inputs[0].name: x}, visit=within)
-        wanted = evaluate(graph, x[None])[graph.output][0]
-        got = found.outputs[circuit.outputs[0].name]
-        gap = float(np.max(np.abs(got - wanted)) / max(1e-30, float(np.max(np.abs(wanted)))))
+        outputs = simulate(circuit, {circuit.inputs[0].name: x}, visit=bounded).outputs
+        wanted, name = evaluate(graph, x[None])[graph.output][0], circuit.outputs[0].name
+        gap = float(np.max(np.abs(outputs[name] - wanted)) / max(1e-30, float(np.max(np.abs(wanted)))))
         if not gap < TOLERANCE:
             raise VerificationError(
-                f"output {circuit.outputs[0].name!r} differs from the graph by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
+                f"output {name!r} differs from the graph by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
             )

@@ -49,12 +49,12 @@ def faults(circuit: Circuit) -> Iterator[str]:
     for op in circuit.ops:
         yield from _form(op, circuit)
     for signature in circuit.inputs:
-        yield from _signature(signature, circuit, "input", circuit.client_arrays)
+        yield from _signature(signature, circuit, "input")
     for signature in circuit.outputs:
-        yield from _signature(signature, circuit, "output", circuit.client_arrays)
+        yield from _signature(signature, circuit, "output")
     for signature in circuit.states:
         for kind in ("input", "output"):
-            yield from _signature(signature, circuit, kind, circuit.arrays)
+            yield from _signature(signature, circuit, kind)
     yield from level_faults(circuit)
 
 
@@ -119,6 +119,8 @@ def _form(op: Op, circuit: Circuit) -> Iterator[str]:
         yield from _spread(op, "array", circuit, rank=1)
     if op.kind in ("mul_step", "add_step"):
         yield from _spread(op, "array", circuit, rank=2)
+        if (rows := len(circuit.arrays[op.attrs["array"]])) != circuit.steps:
+            yield f"{op}: array {op.attrs['array']!r} has {rows} rows for {circuit.steps} steps"
     if op.kind == "linear":
         yield from _spread(op, "weights", circuit, rank=2)
         if op.attrs.get("bias") is not None:
@@ -156,9 +158,10 @@ def _held(where: str, name: str, arrays: Arrays, shape: tuple[int, ...], size: i
         yield f"{where}: layout {name!r} holds indices {layout.min()} to {layout.max()}; the tensor's are 0 to {size}, exclusive"
 
 
-def _signature(signature: Signature, circuit: Circuit, kind: str, arrays: Arrays) -> Iterator[str]:
+def _signature(signature: Signature, circuit: Circuit, kind: str) -> Iterator[str]:
     """A tensor of the circuit's door: its layout holds every element, its ops are there, at its level and factor."""
     where, size = f"{kind} {signature.name!r}", math.prod(signature.shape)
+    arrays = {**circuit.arrays, **circuit.client_arrays}  # the server alone has the layouts of states
     layout = arrays.get(signature.layout)
     parts = len(layout) if layout is not None and layout.ndim == 2 else 1
     yield from _held(where, signature.layout, arrays, (parts, circuit.params.slots), size)

@@ -1,14 +1,12 @@
 """A corrupted circuit is refused in a sentence: by the loader where the file alone can tell, by the verifier where the model must."""
 
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from compiler import Target, compile_onnx, verify
-from he_backend import container
 from he_backend.base import WireError
 from he_backend.circuit import Circuit
 from he_backend.circuit_check import faults
@@ -77,8 +75,10 @@ BY_THE_LOADER = {
         r"= mul\(.* needs its operand at level \d+; %\d+ has \d+",
     ),
     "level above the chain's": (
-        lambda c: with_op(c, first(c, "input"), level=c.params.levels + 1),
-        r"level \d+ of a chain of \d+|signature says level",
+        lambda c: with_op(
+            with_signature(c, "inputs", level=c.params.levels + 1), first(c, "input"), level=c.params.levels + 1
+        ),
+        r"level \d+ of a chain of \d+",
     ),
     "negative level": (
         lambda c: with_op(with_signature(c, "outputs", level=-1), c.ops[-1], level=-1),
@@ -241,6 +241,12 @@ def in_header(change):
     return edit
 
 
+def flipped(data):
+    """One bit of the first array, whose bytes follow the header."""
+    at = 16 + int.from_bytes(data[8:16], "little")
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 # Edits of the bytes of a file, whose author did not know its hash.
 IN_THE_FILE = {
     "a level": (in_header(lambda h: h["ops"][3].update(level=h["ops"][3]["level"] + 1)), "content hashes to"),
@@ -253,7 +259,7 @@ IN_THE_FILE = {
     "the promised error": (in_header(lambda h: h.update(error_bound=1e-9)), "content hashes to"),
     "the hash": (in_header(lambda h: h.update(content_sha256="0" * 64)), r"the file says 0{16}\.\.: it was changed"),
     "no hash": (in_header(lambda h: h.pop("content_sha256")), "malformed circuit: KeyError"),
-    "one bit of the arrays": (lambda data: data[:-200] + bytes([data[-200] ^ 1]) + data[-199:], "content hashes to"),
+    "one bit of the arrays": (flipped, "content hashes to"),
     "the last kilobyte": (lambda data: data[:-1024], r"ends at byte \d+ of \d+: truncated"),
     "all behind the preamble": (lambda data: data[:16], r"header of \d+ bytes in a file of 16"),
 }
@@ -265,8 +271,5 @@ def test_a_changed_file_is_refused(compiled, tmp_path, name):
     path = tmp_path / "c"
     compiled[0].circuit.save(path)
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(WireError, match=says) as caught:
+    with pytest.raises(WireError, match=says):
         Circuit.load(path)
-    assert re.search(r"\S", str(caught.value))
-    header, _, _ = container.read(path) if "hash" in says else ({"format": "circuit"}, {}, "")
-    assert header["format"] == "circuit"  # still a container: only the hash can tell

@@ -103,6 +103,22 @@ def nothing_left(b):
     return b.op("Add", h, np.array(0.5)), (1, 1, *b.shape[2:])
 
 
+def polynomial_of_zeros(b):
+    """x - x, then a square and more: calibration sees nothing but zeros."""
+    h = b.op("Sub", "x", "x")
+    h = b.op("CumSum", h, np.array(1))
+    return b.op("Add", b.op("Mul", b.op("Add", h, np.array(2.0)), h), np.array(0.5)), b.shape
+
+
+def quartic(b):
+    """Of degree 4 with a leading coefficient of 0.03: without it the output would wrap the first modulus."""
+    h = "x"
+    for _ in range(2):
+        terms = b.op("Mul", b.op("Mul", h, h), np.array(0.3)), b.op("Mul", h, np.array(0.7))
+        h = b.op("Add", b.op("Add", *terms), np.array(-0.2))
+    return h, b.shape
+
+
 def both_broadcast(b):
     """[1, 4, 1] + [1, 1, 3]."""
     rows, columns = (b.op("ReduceSum", "x", np.array([axis]), keepdims=1) for axis in (2, 1))
@@ -115,7 +131,10 @@ def window_in_the_padding(b):
     return b.op("Conv", "x", weight, bias, pads=[1, 1], strides=[2]), (1, 2, 3)
 
 
-FOUND = {f.__name__: f for f in (no_levels, zero, nothing_left, both_broadcast, window_in_the_padding)}
+FOUND = {
+    f.__name__: f
+    for f in (no_levels, zero, nothing_left, polynomial_of_zeros, quartic, both_broadcast, window_in_the_padding)
+}
 
 
 @pytest.mark.parametrize("name", FOUND)

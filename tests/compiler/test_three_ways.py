@@ -1,5 +1,6 @@
 """The test that matters: ONNX in onnxruntime = the circuit in the simulator = the circuit under encryption."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +150,29 @@ def test_what_is_no_onnx_file_is_named(tmp_path):
         compile_onnx(path, np.zeros((1, 4)))
 
 
-def test_memory_too_small_says_how_much_is_needed(tmp_path):
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({"insecure_log_n": 11}, id="openfhe"),
+        pytest.param({"backend": "tenseal", "insecure_log_n": 11}, id="tenseal"),
+        pytest.param({}, id="at 128 bits, every ring", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_too_small_names_the_smallest_that_is_enough(tmp_path, limits):
     path = mlp(tmp_path / "m.onnx")
-    with pytest.raises(ParamsError, match=r"needs \d+\.\d GB of 0\.1"):
-        compile_onnx(path, np.zeros((2, 64), dtype=np.float32), target=Target(max_memory_gb=0.1))
+    x = np.random.default_rng(0).normal(0, 0.5, (4, 64)).astype(np.float32)
+    with pytest.raises(ParamsError, match=r"needs \d+\.\d GB of 0\.1") as refused:
+        compile_onnx(path, x, target=Target(max_memory_gb=0.1, **limits))
+    named = float(re.search(r"enough, all else kept: --max-memory-gb (\d+\.\d)$", str(refused.value))[1])
+    compiled = compile_onnx(path, x, target=Target(max_memory_gb=named, **limits))
+    assert compiled.circuit.predicted["memory_gb"] <= named
+    with pytest.raises(ParamsError, match=rf"--max-memory-gb {named}$"):
+        compile_onnx(path, x, target=Target(max_memory_gb=named - 0.1, **limits))
+
+
+def test_memory_is_not_named_where_more_of_it_would_not_help(tmp_path):
+    path = mlp(tmp_path / "m.onnx")
+    x = np.random.default_rng(0).normal(0, 0.5, (4, 64)).astype(np.float32)
+    with pytest.raises(ParamsError) as refused:
+        compile_onnx(path, x, target=Target(insecure_log_n=11, max_memory_gb=0.1, max_error=1e-30))
+    assert "all else kept" not in str(refused.value)

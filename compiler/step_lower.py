@@ -323,7 +323,7 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
                 f"{node}: scores of a step are multiplied by one number, or by rows of tables that are looked up by the step"
             )
         if node.const is not None:
-            a = _scaled_query(low, node, a, b, keys)
+            a = _scaled_query(low, node, a, keys)
         factor = a.factor * b.factor * (1.0 if mask is None else float(np.asarray(mask).reshape(())))
         op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
         op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=keys.channel_steps)
@@ -349,10 +349,14 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
     return Placed(ops=(op,), layout=values.out.layout(low.slots)[None], factor=factor, clean=False)
 
 
-def _scaled_query(low: StepLowering, node: Node, q: Placed, k: Placed, keys: Cache) -> Placed:
-    """A query times the factors of its scores: those of head and place in every slot of both tiles."""
+def _scaled_query(low: StepLowering, node: Node, q: Placed, keys: Cache) -> Placed:
+    """A query times the factors of its scores: those of head and place in every slot of both tiles.
+
+    It is stored within [-1, 1], as its keys are. Sums of powers are then well below 1, where a reciprocal can be evaluated by
+    its factors; scaled to 1 they needed a Chebyshev series, which takes two levels more.
+    """
     assert node.const is not None
-    factor = low.wanted(node.name) / k.factor
+    factor = low.bound(node.inputs[0]) * float(np.abs(node.const).max())
     score = np.arange(low.slots) % keys.heads * keys.tokens + keys.token
     values = _rows(node.const, node.shape, score) * (q.factor / factor)
     op = low.emit("mul_step", q.ops, node.source, factor=factor, array=low.table(f"{node.name}.table", values))

@@ -6,7 +6,8 @@
     add_const     a        const, broadcast
     mul           a, b
     mul_const     a        const, broadcast
-    matmul        a, b     both encrypted; `mask` (or None) multiplies the product
+    matmul        a, b     both encrypted; `mask` (or None) multiplies the product, and so does const[step] where the step is a
+                           third input
     linear        a        const [in, out], bias [out] or None: a @ const + bias on the last axis
     reduce_sum    a        over the last axis, which stays with length 1
     polynomial    a        coefficients c_k of sum c_k a^k (power basis), interval or None
@@ -133,8 +134,11 @@ def evaluate(graph: Graph, x: np.ndarray | Mapping[str, np.ndarray]) -> dict[str
     return values
 
 
-def _matmul(node: Node, a: Array, b: Array) -> Array:
+def _matmul(node: Node, a: Array, b: Array, step: Array | None = None) -> Array:
     product = a @ b
+    if step is not None:
+        assert node.const is not None
+        product = product * node.const[int(step)]
     mask = node.attrs.get("mask")
     return product if mask is None else product * mask
 

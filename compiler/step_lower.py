@@ -250,20 +250,23 @@ def _step(low: StepLowering, node: Node) -> Placed:
             )
         layout = cache.kept(keys=keys)
         low.caches[node.name] = cache
-    rows, missing = node.const.shape[1:], len(node.shape) + 1 - node.const.ndim
-    wide = node.const.reshape(low.graph.steps, *(1,) * missing, *rows)
-    flat = np.broadcast_to(wide, (low.graph.steps, *node.shape)).reshape(low.graph.steps, -1)
     factor = x.factor if kind == "add_step" else low.wanted(node.name)
-    if (flat == flat[:, :1]).all():
-        values = flat[:, :1]  # one number a step, in unused slots too
-    else:
-        values = np.where(layout >= 0, flat[:, np.maximum(layout, 0)], 0.0)
+    values = _rows(node.const, node.shape, layout)
     scale = 1.0 / x.factor if kind == "add_step" else x.factor / factor
     name = low.table(f"{node.name}.table", values * scale)
     op = low.emit(kind, x.ops, node.source, factor=factor, array=name)
     if not spread and node.inputs[0] in low.forms:
         low.forms[node.name] = low.forms[node.inputs[0]]
     return replace(x, ops=(op,), layout=layout[None], factor=factor, clean=x.clean and kind == "mul_step")
+
+
+def _rows(table: np.ndarray, shape: tuple[int, ...], layout: np.ndarray) -> np.ndarray:
+    """A table [T, ...], each row broadcast to `shape`, in the slots of a layout: [T, slots], or [T, 1] of one number a step."""
+    wide = table.reshape(len(table), *(1,) * (len(shape) + 1 - table.ndim), *table.shape[1:])
+    flat = np.broadcast_to(wide, (len(table), *shape)).reshape(len(table), -1)
+    if (flat == flat[:, :1]).all():
+        return flat[:, :1]  # in unused slots too
+    return np.where(layout >= 0, flat[:, np.maximum(layout, 0)], 0.0)
 
 
 def _reduce_sum(low: StepLowering, node: Node) -> Placed:
@@ -298,9 +301,14 @@ def _cache_of_scores(low: StepLowering, node: Node, x: Placed, shape: tuple[int,
 
 
 def _matmul(low: StepLowering, node: Node) -> Placed:
-    """Scores of one query, or values weighted by its powers."""
-    a, b = (low.placed[name] for name in node.inputs)
-    (_, heads, one, _), (_, _, channels, tokens) = (low.graph.shape(name) for name in node.inputs)
+    """Scores of one query, or values weighted by its powers.
+
+    Factors of scores that depend on the step multiply the query: it lies beside the keys of every place, so that each copy
+    takes the factors of its place and its heads, in a product by one plaintext and with no level after the sum over channels.
+    """
+    pair = node.inputs[:2]
+    a, b = (low.placed[name] for name in pair)
+    (_, heads, one, _), (_, _, channels, tokens) = (low.graph.shape(name) for name in pair)
     caches = list(low.caches.values())
     keys = next(
         (c for c in caches if _holds(low, b, c, keys=True) and (c.heads, c.channels) == (heads, channels)), None
@@ -312,8 +320,10 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
         mask = node.attrs.get("mask")
         if mask is not None and np.asarray(mask).size != 1:
             raise UnsupportedOpError(
-                f"{node}: scores of a step are multiplied by one number, or by rows of tables before them"
+                f"{node}: scores of a step are multiplied by one number, or by rows of tables that are looked up by the step"
             )
+        if node.const is not None:
+            a = _scaled_query(low, node, a, keys)
         factor = a.factor * b.factor * (1.0 if mask is None else float(np.asarray(mask).reshape(())))
         op = low.emit("mul", (*a.ops, *b.ops), node.source, factor=factor)
         op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=keys.channel_steps)
@@ -327,6 +337,7 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
         or values is None
         or not np.array_equal(a.layout[0], values.scores)
         or node.attrs.get("mask") is not None
+        or node.const is not None
     ):
         raise UnsupportedOpError(
             f"{node}: is no attention of one query; a step multiplies nothing else that is encrypted by matrices"
@@ -336,6 +347,20 @@ def _matmul(low: StepLowering, node: Node) -> Placed:
     op = low.emit("rotate_sum", (op,), node.source, factor=factor, steps=values.token_steps)
     low.forms[node.name] = values.out
     return Placed(ops=(op,), layout=values.out.layout(low.slots)[None], factor=factor, clean=False)
+
+
+def _scaled_query(low: StepLowering, node: Node, q: Placed, keys: Cache) -> Placed:
+    """A query times the factors of its scores: those of head and place in every slot of both tiles.
+
+    It is stored within [-1, 1], as its keys are. Sums of powers are then well below 1, where a reciprocal can be evaluated by
+    its factors; scaled to 1 they needed a Chebyshev series, which takes two levels more.
+    """
+    assert node.const is not None
+    factor = low.bound(node.inputs[0]) * float(np.abs(node.const).max())
+    score = np.arange(low.slots) % keys.heads * keys.tokens + keys.token
+    values = _rows(node.const, node.shape, score) * (q.factor / factor)
+    op = low.emit("mul_step", q.ops, node.source, factor=factor, array=low.table(f"{node.name}.table", values))
+    return replace(q, ops=(op,), factor=factor)
 
 
 def _holds(low: StepLowering, x: Placed, cache: Cache, *, keys: bool) -> bool:

@@ -5,10 +5,11 @@ of all T places, `blocks.i.mixer.k.state` and `blocks.i.mixer.v.state` float32 [
 Outputs `logits` float32 [1, 1, V] and, in the order of the inputs, the states for the next step, `blocks.i.mixer.k.next`
 and `blocks.i.mixer.v.next`. Fed with the tokens of a window one by one it gives the rows of the whole model's logits.
 
-What depends on the step alone is public and is looked up in tables: Gather(table [T, ...], step). Positions, the row factor
-of PowerSoftmax with 1/sqrt(head size) in it, eps, and the place of the token: the new key is multiplied by row `step` of the
-identity [T, T, 1] and added to the state, so that every step is the same graph. No mask is needed, since an empty place has
-a zero key, its score is 0 and 0^p = 0.
+What depends on the step alone is public and is looked up in tables: Gather(table [T, ...], step). Positions, the factor of
+the scores, eps, and the place of the token: the new key is multiplied by row `step` of the identity [T, T, 1] and added to
+the state, so that every step is the same graph. The factor of the scores is that of the row times 1/sqrt(head size), one
+number a step; with LaS it is a row [H, T], because the key in place j is step - j tokens away and each head decays on its
+own. No mask is needed, since an empty place has a zero key, its score is 0 and 0^p = 0.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def export_step(model: Transformer, path: Path, *, metadata: dict[str, str] | No
     """Write the step of `model` to `path`; `metadata` joins the producer, the kind and the model config in metadata_props.
 
     Raises:
-        ValueError: the model is not causal PowerSoftmax attention with learned positions, or has a part that ONNX export
-            does not know.
+        ValueError: the model is not causal PowerSoftmax attention with learned positions, smooths values (las_width > 1),
+            or has a part that ONNX export does not know.
     """
     if any(isinstance(m, BatchNorm) for m in model.modules()):
         model = folded(model)
@@ -56,10 +57,10 @@ def build_step(model: Transformer) -> onnx.ModelProto:
     config = model.config
     if not config.causal:
         raise ValueError("the model is not causal (causal=False): a token would change what earlier ones have computed")
-    if config.las_decay or config.las_width > 1:
+    if config.las_width > 1:
         raise ValueError(
-            f"las_decay={config.las_decay} and las_width={config.las_width} depend on the distance of keys; a step is "
-            "written for las_decay=0 and las_width=1"
+            f"las_width={config.las_width} averages {config.las_width} values, of which a step adds one; a step is written "
+            "for las_width=1, with any las_decay"
         )
     assert model.position is not None and isinstance(model.head, nn.Linear)
     g = Graph()
@@ -125,10 +126,11 @@ def _mixer(g: Graph, layer: PowerSoftmax, name: str, h: str) -> str:
 
     f_T1 = torch.ones(1, 1) if layer.form == "stable" else layer.row_factor(t)
     f_T1 = f_T1.detach().double().expand(t, 1)
-    q = linear(g, layer.q, f"{name}.q", h)
-    q = g.node("Mul", [q, _row(g, f"{name}.q.scale", (f_T1 / math.sqrt(size))[:, :, None])], f"{name}.q.scaled")
-    q, key, v = split("q", q, one, [0, 2, 1, 3]), kept("k", [0, 2, 3, 1]), kept("v", [0, 2, 1, 3])
+    q = split("q", linear(g, layer.q, f"{name}.q", h), one, [0, 2, 1, 3])
+    key, v = kept("k", [0, 2, 3, 1]), kept("v", [0, 2, 1, 3])
     scores = g.node("MatMul", [q, key], f"{name}.scores")
+    factor = _row(g, f"{name}.scores.factor", _score_factor(layer, f_T1))
+    scores = g.node("Mul", [scores, factor], f"{name}.scores.scaled")
     powers = power_of(g, name, scores, layer.power)
     axis = g.constant(f"{name}.axis", np.array([-1], dtype=np.int64))
     total = g.node("ReduceSum", [powers, axis], f"{name}.sum", keepdims=1)
@@ -149,6 +151,15 @@ def _mixer(g: Graph, layer: PowerSoftmax, name: str, h: str) -> str:
         "Reshape", [g.node("Transpose", [y], f"{name}.out.heads", perm=[0, 2, 1, 3]), merge], f"{name}.out.merged"
     )
     return linear(g, layer.o, f"{name}.o", y)
+
+
+def _score_factor(layer: PowerSoftmax, f_T1: Tensor) -> Tensor:
+    """What row i multiplies its scores by: one number, [T, 1, 1, 1, 1], or with LaS one a head and key, [T, 1, H, 1, T]."""
+    scale_T = (f_T1 / math.sqrt(layer.head_size))[:, :, None, None, None]
+    if not any(layer.las.alphas):
+        return scale_T
+    decay_HTT = layer.factor(layer.length).detach().double()
+    return decay_HTT.permute(1, 0, 2)[:, None, :, None, :] * scale_T
 
 
 def _goldschmidt(g: Graph, layer: PowerSoftmax, name: str, d: str) -> str:

@@ -22,7 +22,7 @@ from tests.he_backend.running import free_port, running
 from tests.he_backend.small_circuit import TEST_PARAMS, mlp
 from tests.he_backend.small_step import running_sum
 
-CONFIG, LOG_N = CASES["no spare copies"]
+CONFIG, LOG_N = CASES["LaS decay, 4 heads"]
 PROMPT = "w7 w3 w21"
 TOKENS = 3
 

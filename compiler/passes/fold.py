@@ -7,6 +7,7 @@
 (x . r) W         -> (x W) . r            r one number a token: the inverse square root of a norm is then computed
                                           beside the product by W instead of before it, which saves a level
 (A B) . M         -> masked product       attention masks, row factors and 1/sqrt(d) join the matmul node
+(A B) . R[step]   -> masked product       the same of a decoding step, whose row of factors is that of its number
 (x U + v) W       -> x (U W) + v W        where nobody else reads the inner map
 reshape of reshape, transpose of transpose -> one
 """
@@ -17,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..ir import Graph, Node
+from ..ir import STEP, Graph, Node
 from .rewrite import View, rewrite
 
 
@@ -84,6 +85,14 @@ def _mask(node: Node, view: View) -> list[Node] | None:
     return [replace(maker, name=node.name, attrs={"mask": node.const if mask is None else mask * node.const})]
 
 
+def _step_rows(node: Node, view: View) -> list[Node] | None:
+    """(A B) . R[step]."""
+    maker = view.maker(node.inputs[0], "matmul") if node.op == "mul_step" else None
+    if maker is None or STEP in maker.inputs or not view.only_user(maker.name, node) or maker.shape != node.shape:
+        return None
+    return [replace(maker, name=node.name, inputs=(*maker.inputs, STEP), const=node.const)]
+
+
 def _chain(node: Node, view: View) -> list[Node] | None:
     """(x U + v) W."""
     maker = view.maker(node.inputs[0], "linear") if node.op == "linear" else None
@@ -108,4 +117,4 @@ def _views(node: Node, view: View) -> list[Node] | None:
 
 def fold(graph: Graph) -> Graph:
     """Apply all foldings to a fixed point."""
-    return rewrite(graph, [_into_next, _into_previous, _token_factor, _mask, _chain, _views])
+    return rewrite(graph, [_into_next, _into_previous, _token_factor, _mask, _step_rows, _chain, _views])

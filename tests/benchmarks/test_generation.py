@@ -1,12 +1,17 @@
 """The figures of `agreement-100` from logits, and what `parties` keeps between steps."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks.agreement import compare
 from benchmarks.parties import parties
+from benchmarks.trained import fingerprint, holds
 from he_backend.openfhe_backend import available
 from tests.he_backend.small_step import STEPS, running_sum
+from training import Recipe
 
 CLEAR = np.array([[[3.0, 1.0, 0.0], [0.0, 2.0, 1.5]]])
 
@@ -35,3 +40,16 @@ def test_the_server_keeps_its_state_from_step_to_step() -> None:
                 assert timing.wall_s > 0
         n, level = 1 << circuit.params.log_n, circuit.inputs[0].level
         assert both.traffic(circuit.inputs) > 2 * (level + 1) * n * 4
+
+
+def test_a_model_of_another_recipe_is_not_the_demo_s(tmp_path: Path) -> None:
+    """A folder of a recipe of before LaS, as it was written then, holds that recipe and not today's."""
+    fields = json.loads(Recipe.demo().to_json())
+    del fields["las_decay"]
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": fields, "models": {}}))
+    before = Recipe.demo().with_(las_decay=0.0)
+    assert not holds(tmp_path, before), "nothing is trained yet"
+    (tmp_path / "polynomial.safetensors").touch()
+    assert holds(tmp_path, before)
+    assert not holds(tmp_path, Recipe.demo())
+    assert fingerprint(before) != fingerprint(Recipe.demo())

@@ -30,6 +30,7 @@ AFFINE = replace(POLYNOMIAL, norms=("affine",) * 5, hidden=32)
 CASES: dict[str, tuple[ModelConfig, int]] = {
     "affine norms": (AFFINE, 11),
     "no spare copies": (replace(AFFINE, blocks=1, norms=("affine",) * 3), 10),
+    "LaS decay, 4 heads": (replace(AFFINE, blocks=1, norms=("affine",) * 3, las_decay=1.0, heads=4), 10),
     "polynomial norms": (replace(POLYNOMIAL, blocks=1, norms=("affine", "rms_poly", "rms_poly")), 11),
     "parallel, p = 4, mean": (
         replace(AFFINE, blocks=1, parallel=True, norms=("affine",) * 2, power=4, form="mean", hidden=48),
@@ -104,8 +105,9 @@ def encrypted_steps(circuit: Circuit, tokens: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def test_every_step_encrypted(tmp_path: Path) -> None:
-    compiled, tokens, logits = compiled_step(tmp_path, *CASES["no spare copies"])
+@pytest.mark.parametrize("name", ["no spare copies", "LaS decay, 4 heads"])
+def test_every_step_encrypted(tmp_path: Path, name: str) -> None:
+    compiled, tokens, logits = compiled_step(tmp_path, *CASES[name])
     assert compiled.circuit.error_bound < 1e-2
     for step, found in enumerate(encrypted_steps(compiled.circuit, tokens)):
         error = float(np.abs(found - logits[step]).max())
@@ -123,6 +125,17 @@ def test_every_step_is_one_circuit_and_states_stay_where_they_are(tmp_path: Path
         assert ins[s.name] == outs[s.name] == s.level
         assert s.shape == (AFFINE.length, AFFINE.width)
     assert not {s.layout for s in circuit.states} & set(circuit.client_arrays)
+
+
+def test_decay_costs_no_level_and_no_op(tmp_path: Path) -> None:
+    config, log_n = CASES["LaS decay, 4 heads"]
+    with_decay, without = (
+        compiled_step(tmp_path, replace(config, las_decay=decay), log_n)[0].circuit for decay in (1.0, 0.0)
+    )
+    assert [(op.kind, op.args, op.level) for op in with_decay] == [(op.kind, op.args, op.level) for op in without]
+    rows = with_decay.arrays["blocks.0.mixer.scores.scaled.table"]
+    assert rows.shape == (config.length, with_decay.params.slots)
+    assert without.arrays["blocks.0.mixer.scores.scaled.table"].shape == (config.length, 1)
 
 
 # --- The two products -------------------------------------------------------------------------------------------------
@@ -206,7 +219,7 @@ def refused(tmp_path: Path, change: str) -> None:
     if change == "step as a number":
         graph.node.append(helper.make_node("Cast", ["step"], ["as_float"], name="cast", to=1))
     if change == "a public product":
-        node = next(n for n in graph.node if n.name == "blocks.0.mixer.q.scaled")
+        node = next(n for n in graph.node if n.name == "blocks.0.mixer.scores.scaled")
         node.op_type = "Sub"
     if change == "a state replaced":
         node = next(n for n in graph.node if n.name == "blocks.0.mixer.k.next")

@@ -22,6 +22,8 @@ CASES: dict[str, ModelConfig] = {
     "exact division": BASE,
     "goldschmidt": replace(POLYNOMIAL, reciprocal="goldschmidt", reciprocal_degree=3),
     "goldschmidt, one step": replace(POLYNOMIAL, reciprocal="goldschmidt", reciprocal_degree=1),
+    "LaS decay, 4 heads": replace(POLYNOMIAL, las_decay=1.0, heads=4, norms=("affine",) * 5),
+    "LaS decay, p = 4, exact division": replace(BASE, las_decay=0.3, power=4),
     "parallel": replace(POLYNOMIAL, parallel=True, norms=("affine", "affine", "affine")),
 }
 
@@ -53,7 +55,7 @@ def test_a_polynomial_step_holds_only_polynomial_ops(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"causal": False}, "not causal"), ({"las_decay": 0.1}, "las_decay"), ({"mixer": "softmax"}, "Softmax")],
+    [({"causal": False}, "not causal"), ({"las_width": 3}, "las_width=3"), ({"mixer": "softmax"}, "Softmax")],
 )
 def test_what_is_no_step_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -30,6 +30,7 @@ def benchmark_record(options: Options, story: Story, seen: Noise) -> dict[str, A
     tables = efficiency_of(f)
     metrics: dict[str, Any] = {
         "evaluate_s": f["timing"]["wall_s"],
+        "predicted_evaluate_s": f["plan"]["predicted"]["evaluate_s"],
         "total_s": f["total_s"],
         "keygen_s": story.seconds("keygen"),
         "peak_gb": f["peak_server_gb"] + f["peak_client_gb"],

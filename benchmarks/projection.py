@@ -1,8 +1,8 @@
 """Encrypted seconds and memory of a model of 1.4 B parameters, projected from measured primitives; and the same projection of sizes
 that were measured, with its error.
 
-A block is written down as circuit ops (`large`), traced to primitives and priced with a cost table; blocks are alike, because the stream is
-refreshed behind each. Nothing here runs under encryption: every figure is called projected_*.
+A block is lowered by the compiler without being calibrated (`wide`), traced to primitives and priced with a cost table; blocks are
+alike, because the stream is refreshed behind each. Nothing here runs under encryption: every figure is called projected_*.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compiler.cost import CostTable, live_bytes
 from compiler.deepen import chains
-from compiler.plan import PROCESS_BYTES
+from compiler.layout import feature_tiles
+from compiler.lower import Lowered
+from compiler.plan import PROCESS_BYTES, Style
 from compiler.schedule import Forecast, forecast
 from he_backend import refresh
 from he_backend.base import LevelError
 from he_backend.params import Params
 from he_backend.trace import Trace, trace
 
-from . import large, records
-from .large import Shape
+from . import records, wide
 from .registry import Record, Settings
 from .requests import CACHE_BYTES
+from .wide import Shape
 
 NAME = "projection-1.4b"
 THREADS = 2
@@ -47,7 +49,7 @@ DEMO_KEPT = int(11 * GB)  # of 16.5 GB: benchmarks/NOTES.md, 2026-11-24
 ASSUMPTIONS = (
     "PowerSoftmax with p = 2, quadratic reciprocal and activation, norms that fold, every key visible: 10 levels a block",
     "embedding and language-model head are not counted",
-    "layers wider than a ciphertext are cut as `benchmarks/large.py` says; the compiler does not lower them yet",
+    "layouts are the compiler's; no circuit of this size was compiled, verified or run",
     "blocks cost the same: in each, the stream is refreshed and what else `refreshed` names, the cheapest choice that is deep enough",
     "values to be refreshed stay within [-1, 1], and the error of all refreshes together stays tolerable: not simulated",
     "no weight stays encoded between requests: every plaintext is encoded on the way, from float64 diagonals in memory",
@@ -61,10 +63,25 @@ def project(settings: Settings) -> Record:
     """Project the large model, then what was measured."""
     block = QUICK_BLOCK if settings.quick else BLOCK
     table = CostTable.load()
-    settings.progress(0, 3, "where to refresh")
-    params, sites = refreshes(block, table)
-    settings.progress(1, 3, "one block")
-    one = projected(block, params, table, refreshed=sites, plaintext_budget=0)
+    tried: list[tuple[Choice, dict[str, Any]]] = []
+    for merge in (False, True):
+        settings.progress(len(tried), 3, f"one block, scores {'merged' if merge else 'folded'}")
+        choice = choose(block, table, merge)
+        tried.append(
+            (
+                choice,
+                projected(
+                    block,
+                    choice.params,
+                    table,
+                    sites=choice.sites,
+                    plaintext_budget=0,
+                    style=choice.style,
+                    merge=merge,
+                ),
+            )
+        )
+    choice, one = min(tried, key=lambda pair: pair[1]["projected_evaluate_s"])
     shapes = [stacked(one, block, n) for n in BLOCKS]
     settings.progress(2, 3, "what was measured")
     found = checks(records.latest(), table)
@@ -74,20 +91,39 @@ def project(settings: Settings) -> Record:
         "projected_error": [c["projected_over_measured"] for c in found if c["projected_over_measured"] is not None],
         "assumptions": [*ASSUMPTIONS, _price(table)],
     }
-    given = {**params.to_json(), "costs": table.name, "refreshed": list(sites), "block": asdict(block)}
+    given = {
+        **choice.params.to_json(),
+        "costs": table.name,
+        "refreshed": list(choice.sites),
+        "merged_scores": choice.merge,
+        "style": asdict(choice.style),
+        "block": asdict(block),
+        "projected_evaluate_s_of_other_layout": max(one["projected_evaluate_s"] for _, one in tried),
+    }
     return records.record(NAME, metrics=metrics, params=given, threads=THREADS)
 
 
 def _price(table: CostTable) -> str:
     if table.ms.get("refresh"):
         return f"a refresh costs what {table.name} says"
-    return "a refresh costs the compiler's estimate, 27 thread-seconds at 23 levels: one was measured on a busy machine (benchmarks/NOTES.md)"
+    return "a refresh costs what the nearest measured one says (`bench run ops-refresh`), scaled by its limb operations"
 
 
-def refreshes(block: Shape, table: CostTable) -> tuple[Params, tuple[str, ...]]:
-    """The chain and the values whose refreshes cost least; the stream behind a block is always among them.
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A chain, the values that are refreshed, how scores lie (`wide.lowered`) and how sums are carried out."""
 
-    Depths are those of one group of heads and one ciphertext of each layer, so that every choice is tried.
+    params: Params
+    sites: tuple[str, ...]
+    merge: bool
+    style: Style
+
+
+def choose(block: Shape, table: CostTable, merge: bool) -> Choice:
+    """The chain, the values whose refreshes cost least, and how sums are carried out; the stream behind a block is always refreshed.
+
+    Every choice is tried on one group of heads and one ciphertext of each layer, which are as deep, with the number of ciphertexts of
+    the whole block.
 
     Raises:
         LevelError: no chain is long enough for any choice.
@@ -96,28 +132,37 @@ def refreshes(block: Shape, table: CostTable) -> tuple[Params, tuple[str, ...]]:
     for params in chains(LOG_N, False):
         if (params.refresh_encode, params.refresh_decode) != BUDGET:
             continue
-        group, count = block.groups(params.slots)[0], block.ciphertexts(params.slots)
-        small = replace(block, blocks=1, width=group.heads * group.channels, heads=group.heads, hidden=group.positions)
+        build = wide.lowered(block.narrow(params.slots), params, table, merge)
+        count = _ciphertexts(block, build, params)
         price = table.seconds("refresh", params, params.refresh_input)
-        for size in range(len(large.SITES)):
-            for others in itertools.combinations(large.SITES[:-1], size):
-                sites = (*others, large.SITES[-1])
+        for size in range(len(count)):
+            for others in itertools.combinations([site for site in count if site != "out"], size):
+                sites = (*others, "out")
                 seconds = price * sum(count[s] for s in sites)
                 if best is not None and seconds >= best[0]:
                     continue
                 try:
-                    circuit = large.write(small, params, table, refreshed=sites)
+                    top = wide.leveled(wide.refreshed(build, sites), params).ops[0].level
                 except LevelError:
                     continue
-                if (
-                    circuit.ops[0].level <= params.refresh_output
-                ):  # the input is the refreshed stream of the block before
+                if top <= params.refresh_output:  # the input is the refreshed stream of the block before
                     best = seconds, params, sites
     if best is None:
-        raise LevelError(
-            "no choice of refreshed values leaves a block enough levels; add one to benchmarks.large.SITES"
-        )
-    return best[1], best[2]
+        raise LevelError("no choice of refreshed values leaves a block enough levels; add one to benchmarks.wide.SITES")
+    _, params, sites = best
+    build = wide.lowered(block.narrow(params.slots), params, table, merge)
+    style = wide.best_style(wide.leveled(wide.refreshed(build, sites), params), params, table)
+    return Choice(params=params, sites=sites, merge=merge, style=style)
+
+
+def _ciphertexts(block: Shape, narrow: Lowered, params: Params) -> dict[str, int]:
+    """Site -> ciphertexts of the whole block: those of one group times the groups, and as many as a layer fills."""
+    heads = block.geometry(params.slots)
+    stream = len(feature_tiles(block.width, heads.positions))
+    return {
+        site: stream if site in ("mixed", "out") else heads.groups * wide.ciphertexts(narrow, site)
+        for site in wide.SITES
+    }
 
 
 def projected(
@@ -125,18 +170,20 @@ def projected(
     params: Params,
     table: CostTable,
     *,
-    refreshed: Collection[str] = (),
+    sites: Collection[str] = (),
     bottom: int = 0,
     plaintext_budget: int,
     threads: int = THREADS,
+    style: Style | None = None,
+    merge: bool | None = None,
 ) -> dict[str, Any]:
     """Projected figures of a whole shape; seconds by operator and primitive are thread-seconds.
 
     Args:
-        refreshed, bottom: see `large.write`.
+        sites, bottom, style, merge: see `wide.circuit`.
         plaintext_budget: bytes of weights encoded before the request.
     """
-    circuit = large.write(shape, params, table, refreshed=refreshed, bottom=bottom)
+    circuit = wide.circuit(shape, params, table, sites=sites, bottom=bottom, style=style, merge=merge)
     traced = trace(circuit)
     cost = forecast(traced, params, table, threads=threads, plaintext_budget=plaintext_budget)
     operators: dict[str, float] = defaultdict(float)
@@ -221,7 +268,7 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
         names = Params.__dataclass_fields__
         params = Params.from_json({k: v for k, v in record["params"].items() if k in names})
         threads = record["machine"]["threads"]
-        found = projected(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
+        found = _fitting(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
         measured = record["metrics"]
         counts = measured.get("counts", {})
         rows.append(
@@ -243,6 +290,14 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def _fitting(shape: Shape, params: Params, table: CostTable, **how: Any) -> dict[str, Any]:
+    """Projected with the layout that the compiler thinks cheapest, or, where its levels are not there, with folded scores."""
+    try:
+        return projected(shape, params, table, **how)
+    except LevelError:
+        return projected(shape, params, table, merge=False, **how)
 
 
 def _demo(record: Record) -> tuple[Shape, int, int]:

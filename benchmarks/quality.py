@@ -140,7 +140,7 @@ def line(
         if reason:
             why[figure] = reason
     try:
-        mixer = build(made).blocks[0].mixer
+        mixer: Any = build(made).blocks[0].mixer
         found |= {"degree": mixer.degree, "depth": mixer.depth}
     except ValueError as error:
         why |= dict.fromkeys(("degree", "depth", *COST), str(error))

@@ -54,7 +54,7 @@ class Target:
     backend: str = "openfhe"
     max_memory_gb: float = 19.0
     max_latency_s: float | None = None
-    max_error: float = 0.05
+    max_error: float = 0.01
     threads: int = 2
     insecure_log_n: int | None = None
     costs: Path | None = None

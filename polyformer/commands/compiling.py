@@ -53,7 +53,7 @@ InsecureRing = Annotated[int | None, typer.Option(min=10, max=17, help="Ring 2^k
 Approximate = Annotated[
     bool, typer.Option("--approximate", help="Fit activations that are no polynomials on calibrated ranges.")
 ]
-MAX_ERROR = 0.05  # the compiler's default
+MAX_ERROR = 0.01  # the compiler's default
 
 
 def plan(

@@ -1,0 +1,82 @@
+"""Cost against size: fits, the projection against compiled models, and records that can be shown."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import models, projection, registry, scaling, wide
+from compiler import Target, compile_onnx
+from compiler.cost import CostTable
+from he_backend.base import LevelError
+from he_backend.params import Params
+from he_backend.trace import trace
+
+NAMES = ("encrypted-scaling", "projection-1.4b", "quality-beside-cost")
+
+
+@pytest.mark.parametrize("e", [0.5, 1.0, 2.0])
+def test_exponent_of_a_power_law(e: float) -> None:
+    points = [{"tokens": n, "seconds": 0.3 * n**e} for n in (16, 32, 64)] + [{"tokens": 128, "seconds": None}]
+    found = scaling.exponent(points, "tokens", "seconds")
+    assert found is not None and math.isclose(found, e, rel_tol=1e-9)
+    assert scaling.exponent(points[-2:], "tokens", "seconds") is None
+
+
+@pytest.mark.parametrize(("blocks", "tokens"), [(1, 8), (2, 16)], ids=["one block", "two blocks"])
+def test_projected_circuit_counts_what_a_compiled_one_counts(blocks: int, tokens: int, tmp_path) -> None:
+    """Products of ciphertexts; the model that is compiled has a head on its first token besides."""
+    path, x = models.encoder(tmp_path, blocks=blocks, width=16, heads=2, hidden=64, tokens=tokens)
+    compiled = compile_onnx(path, x, target=Target(insecure_log_n=10)).circuit
+    table = CostTable.load()
+    shape = wide.Shape(blocks=blocks, width=16, heads=2, hidden=64, tokens=tokens)
+    circuit = wide.circuit(shape, compiled.params, table, bottom=1)
+    mine, theirs = (dict.fromkeys(("mul", "square"), 0) for _ in range(2))
+    for counts, c in ((mine, circuit), (theirs, compiled)):
+        for node in trace(c).nodes:
+            if node.op in counts:
+                counts[node.op] += 1
+    assert mine == theirs and sum(mine.values()) > 0
+    blocks_of = {op.source.partition(".")[0] for op in circuit.ops if op.kind == "linear"}
+    assert {str(i) for i in range(blocks)} <= blocks_of
+
+
+def test_refreshes_make_any_depth_fit_and_too_few_are_refused() -> None:
+    params = Params(
+        log_n=11,
+        levels=24,
+        scale_bits=54,
+        first_bits=60,
+        digits=4,
+        secret="sparse192",
+        insecure=True,
+        refresh_encode=2,
+        refresh_decode=2,
+    )
+    table, shape = CostTable.load(), wide.Shape(blocks=3, width=16, heads=2, hidden=16, tokens=8)
+    circuit = wide.circuit(shape, params, table, sites=("mixed", "out"))
+    kinds = [op.kind for op in circuit.ops]
+    assert kinds.count("refresh") == 2 * 3
+    with pytest.raises(LevelError, match="refresh more values"):
+        wide.circuit(shape, params, table)
+
+
+def test_blocks_add_up() -> None:
+    table = CostTable.load()
+    params = Params(log_n=11, levels=24, scale_bits=40, first_bits=46, digits=4, insecure=True)
+    shape = wide.Shape(blocks=1, width=16, heads=2, hidden=16, tokens=8)
+    one = projection.projected(shape, params, table, plaintext_budget=0)
+    many = projection.stacked(one, shape, 7)
+    assert math.isclose(many["projected_evaluate_s"], 7 * one["projected_evaluate_s"], rel_tol=1e-9)
+    assert np.isfinite(many["projected_peak_gb"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_size_makes_a_record_that_can_be_shown(name: str) -> None:
+    (benchmark,) = registry.select([name])
+    record = benchmark.measure(registry.Settings(repeats=1, quick=True))
+    assert record["name"] == name
+    blocks = benchmark.blocks(record)
+    assert blocks
+    for block in blocks:
+        assert block.html() and block.markdown()

@@ -151,7 +151,7 @@ def _scatter(rows: Sequence[Mapping[str, Any]]) -> Picture:
 
 
 def _mean(figure: Mapping[str, Any] | None) -> str | None:
-    return None if figure is None else f"{figure['mean']:.3f} ± {figure["deviation"]:.3f}"
+    return None if figure is None else f"{figure['mean']:.3f} ± {figure['deviation']:.3f}"
 
 
 def _recall(figure: Mapping[str, float] | None) -> str | None:

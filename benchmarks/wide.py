@@ -27,12 +27,12 @@ from he_backend.kernels import depth
 from he_backend.params import Params
 from he_backend.trace import trace
 
-# Groups of tensors of a block that may be refreshed.
+# Groups of tensors of a block that may be refreshed, by the last name that each has: reshapes and transposes are no ops.
 SITES = {
-    "heads": ("q", "k", "v"),
+    "heads": ("q.heads", "kt", "v.heads"),
     "powers": ("powers",),
     "sum": ("sum",),
-    "attended": ("attended",),
+    "attended": ("merged",),
     "mixed": ("mixed",),
     "out": ("out",),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from . import noise, records, registry
 
 def main(name: str, settings: Mapping[str, Any], descriptor: int) -> int:
     """Run, write the record, say where it is; 0 if that worked, 1 for an error that a sentence explains."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where a shell started us in the background and ignores it
     with os.fdopen(descriptor, "w", buffering=1) as pipe:
 
         def tell(**message: Any) -> None:

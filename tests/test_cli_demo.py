@@ -175,6 +175,7 @@ def test_the_whole_path_on_a_test_ring(tmp_path: Path) -> None:
     assert set(metrics) == {
         *(
             "evaluate_s",
+            "predicted_evaluate_s",
             "total_s",
             "keygen_s",
             "peak_gb",

@@ -1,4 +1,4 @@
-"""The security table of `he_backend/security.py` from lattice estimates: `polyformer bench security`.
+"""The security table of `he_backend/security.py` from lattice estimates: `polyformer bench run security`.
 
 The attacks and cost models are in `lattice.py`. For each ring and secret the record holds every attack's bits, and the largest
 log2(Q·P) at which all stay above 128.

@@ -1,6 +1,6 @@
 """Predicted time and memory of primitives, from a table measured on a machine.
 
-`polyformer bench ops` writes the tables in `benchmarks/costs/`. A table holds milliseconds for one set of parameters; other rings,
+`polyformer bench run ops` writes the tables in `benchmarks/costs/`. A table holds milliseconds for one set of parameters; other rings,
 chains and digit counts are reached by the ratio of limb operations, which is how hybrid key switching scales (Han and Ki, eprint
 2019/688): with n limbs, K special limbs and B digits in use, a decomposition transforms n + B (n + K) limbs, a product with a key
 passes 2 B (n + K), a mod-down transforms 2 (n + K).
@@ -81,7 +81,7 @@ class CostTable:
                 refreshes=measured_refreshes(data["cpu"]),
             )
         except (OSError, ValueError, KeyError, AttributeError, HEError) as error:
-            raise HEError(f"{path} is no cost table ({error!r}); measure one with: polyformer bench ops") from error
+            raise HEError(f"{path} is no cost table ({error!r}); measure one with: polyformer bench run ops") from error
 
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""

@@ -48,7 +48,7 @@ class Target:
     max_latency_s    largest tolerable predicted evaluation; None for any
     max_error        largest tolerable |encrypted - clear| of an output element
     insecure_log_n   a test-size ring 2^n that protects nothing; None for 128 bits
-    costs            a table of `polyformer bench ops`; None for the reference machine's
+    costs            a table of `polyformer bench run ops`; None for the reference machine's
     """
 
     backend: str = "openfhe"

@@ -12,7 +12,7 @@ The limits are on log2(Q·P), the largest modulus under which anything is publis
 
 Uniform: the homomorphic encryption standard (Albrecht et al., eprint 2019/939; Bossuat et al., eprint 2024/463),
 classical attacks. Weight 192: our own estimate, sigma = 3.19, method in `benchmarks/lattice.py`, every figure in
-`benchmarks/results/security-estimate.json` (`polyformer bench security`), discussed in `benchmarks/NOTES-security.md`. Bits at
+`benchmarks/results/security-estimate.json` (`polyformer bench run security`), discussed in `benchmarks/NOTES-security.md`. Bits at
 the limit, in the stricter of two cost models (MATZOV):
 
     ring, log2(QP)    usvp    dual   dual hybrid   dual + mitm   drop and solve   primal + mitm
@@ -98,11 +98,6 @@ def status(params: Params, moduli: Sequence[int] | None = None) -> str:
     if params.insecure:
         return f"INSECURE test ring N=2^{params.log_n}, log2(QP)={log_qp:.0f}: protects nothing"
     return f"128-bit classical: N=2^{params.log_n}, log2(QP)={log_qp:.0f} of {limit(params)} allowed, {params.secret} secret"
-
-
-def secret_norm(params: Params) -> float:
-    """Euclidean norm of the secret: sqrt(2N/3) for uniform ternary, sqrt(h) for weight h."""
-    return math.sqrt(WEIGHT.get(params.secret, (2 << params.log_n) / 3))
 
 
 def decryption_failure(params: Params, *, bound: float, noise_bits: float = FRESH_NOISE_BITS) -> float:

@@ -61,6 +61,14 @@ def test_refreshes_make_any_depth_fit_and_too_few_are_refused() -> None:
         wide.circuit(shape, params, table)
 
 
+def test_every_site_of_a_block_has_ciphertexts() -> None:
+    """A site whose tensors are called otherwise would be refreshed nowhere, and cost nothing."""
+    params = Params(log_n=11, levels=24, scale_bits=40, first_bits=46, digits=4, insecure=True)
+    shape = wide.Shape(blocks=2, width=16, heads=2, hidden=16, tokens=8)
+    build = wide.lowered(shape, params, CostTable.load())
+    assert all(wide.ciphertexts(build, site) > 0 for site in wide.SITES)
+
+
 def test_blocks_add_up() -> None:
     table = CostTable.load()
     params = Params(log_n=11, levels=24, scale_bits=40, first_bits=46, digits=4, insecure=True)

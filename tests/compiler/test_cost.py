@@ -39,7 +39,7 @@ def test_the_newest_table_of_this_processor_is_taken_else_the_reference(tmp_path
 )
 def test_what_is_no_table_says_how_to_make_one(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(HEError, match="bench ops"):
+    with pytest.raises(HEError, match="bench run ops"):
         CostTable.load(tmp_path / "t.json")
 
 

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from compiler import Target, compile_onnx
-from he_backend import keys, security
+from he_backend import security
 from he_backend.circuit import Circuit, Op, Signature
-from he_backend.execute import Executor
 from he_backend.simulator import simulate
 from he_backend.trace import trace
 
 from . import records
+from .parties import parties
 from .registry import Progress
-from .requests import CACHE_BYTES, request
 
 
 def cut(circuit: Circuit, prefix: str, tensors: dict[str, np.ndarray]) -> tuple[Circuit, np.ndarray, np.ndarray]:
@@ -54,18 +53,10 @@ def cut(circuit: Circuit, prefix: str, tensors: dict[str, np.ndarray]) -> tuple[
     for op in chosen:
         ids[op.id] = len(ops)
         ops.append(replace(op, id=len(ops), args=tuple(ids[a] for a in op.args)))
+    bottom = min(circuit.ops[a].level for a in leave)
     for part, a in enumerate(leave):
-        level = circuit.ops[a].level
-        ops.append(
-            Op(
-                id=len(ops),
-                kind="output",
-                args=(ids[a],),
-                attrs={"name": "y", "part": part},
-                level=level,
-                source=prefix,
-            )
-        )
+        attrs = {"name": "y", "part": part}
+        ops.append(Op(id=len(ops), kind="output", args=(ids[a],), attrs=attrs, level=bottom, source=prefix))
     values = simulate(circuit, tensors).values
     x, y = (np.stack([values[a] for a in ends]) for ends in (enter, leave))
     layouts = {
@@ -81,7 +72,7 @@ def cut(circuit: Circuit, prefix: str, tensors: dict[str, np.ndarray]) -> tuple[
         ops=tuple(ops),
         client_arrays=layouts,
         inputs=(signature("x", "input", x, top),),
-        outputs=(signature("y", "output", y, 0),),
+        outputs=(signature("y", "output", y, bottom),),
         embedding=False,
     )
     traced = trace(piece)
@@ -98,46 +89,32 @@ def measure(
         compile_s, keygen_s, key_gb, peak_gb (compiler, client and server in one process). Projected: projected_evaluate_s and
         projected_refreshes, `blocks` times the block's. Predicted by the plan for the whole circuit: predicted_evaluate_s.
     """
-    progress(0, 4, "compile")
+    progress(0, 3, "compile")
     start = time.perf_counter()
     whole = compile_onnx(path, calibration[:-1], target=target).circuit
     compile_s = time.perf_counter() - start
     circuit, x, y = cut(whole, f"{blocks // 2}.", {whole.inputs[0].name: calibration[-1].astype(np.float64)})
     params = circuit.params
-    progress(1, 4, "keys")
-    module = keys.backend(params.backend)
-    client = module.Client(params, allow_insecure=params.insecure)
-    server = module.Evaluator(params, key_id=client.key_id, allow_insecure=params.insecure)
-    try:
-        start = time.perf_counter()
-        for kind, k, level in keys.wanted(circuit.spec()):
-            server.load_key(kind, k, level, client.make_key(kind, k, level))
-        keygen_s = time.perf_counter() - start
-        progress(2, 4, "weights")
-        budget = min(CACHE_BYTES, int(whole.predicted["plaintext_bytes"]))
-        executor = Executor(circuit, server, threads=target.threads, plaintext_budget=budget)
-        executor.prepare()
-        progress(3, 4, "evaluate")
-        run, result = request(circuit, client, server, executor, x)
-    finally:
-        server.close()
-    progress(4, 4, "done")
-    refreshes = sum(op.kind == "refresh" for op in circuit.ops)
+    progress(1, 3, "keys and weights")
+    with parties(circuit, threads=target.threads) as both:
+        progress(2, 3, "evaluate")
+        result, timing = both.ask({"x": x})
+    progress(3, 3, "done")
     metrics = {
-        "block_evaluate_s": run.timing.wall_s,
-        "block_refreshes": refreshes,
-        "projected_evaluate_s": blocks * run.timing.wall_s,
-        "projected_refreshes": blocks * refreshes,
+        "block_evaluate_s": timing.wall_s,
+        "block_refreshes": circuit.refreshes,
+        "projected_evaluate_s": blocks * timing.wall_s,
+        "projected_refreshes": blocks * circuit.refreshes,
         "predicted_evaluate_s": whole.predicted["evaluate_s"],
         "max_abs_error": float(f"{np.max(np.abs(result - y)):.1e}"),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "compile_s": compile_s,
-        "keygen_s": keygen_s,
+        "keygen_s": both.keygen_s,
         "key_gb": sum(params.key_bytes(level) for level in circuit.keys.values()) / 1e9,
         "logqp": params.log_qp,
         "logqp_limit": None if params.insecure else security.limit(params),
-        "primitives_s": dict(run.timing.primitives),
-        "counts": dict(run.timing.counts),
+        "primitives_s": dict(timing.primitives),
+        "counts": dict(timing.counts),
         "weights": "random, seed 0",
         "parameters": params.name,
     }

@@ -25,8 +25,8 @@ from he_backend.params import Params
 from he_backend.trace import Trace, trace
 
 from . import records, wide
+from .parties import CACHE_BYTES
 from .registry import Record, Settings
-from .requests import CACHE_BYTES
 from .wide import Shape
 
 NAME = "projection-1.4b"

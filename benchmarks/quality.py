@@ -216,7 +216,7 @@ def cost(made: ModelConfig, log_n: int | None) -> dict[str, Any]:
         return {"why": dict.fromkeys(COST, str(error).splitlines()[0])}
     circuit = compiled.circuit
     return {
-        "refreshes": sum(op.kind == "refresh" for op in circuit.ops),
+        "refreshes": circuit.refreshes,
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "model_degree": compiled.certificate.degree,
         "circuit_levels": circuit.ops[0].level,

@@ -1,6 +1,6 @@
 """One encrypted request of a model, measured whole: compile, keys, encrypt, evaluate, decrypt, and the errors of all of it.
 
-Client and server are two objects of one process that share bytes only, so that `peak_gb` is that of both together.
+Client and server are `parties` of one process, so that `peak_gb` is that of both together.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ import numpy as np
 from compiler import Target, compile_onnx
 from compiler.cost import CostTable
 from compiler.ir import evaluate as evaluate_graph
-from he_backend import efficiency, keys, security
-from he_backend.circuit import Circuit
-from he_backend.execute import Executor, Run
-from he_backend.simulator import input_slots, output_tensors
+from he_backend import efficiency, security
 
 from . import operators, records
+from .parties import CACHE_BYTES, parties
 
 Step = Callable[[int, int, str], None]
-CACHE_BYTES = 4 << 30  # of weights encoded ahead, at most
 
 
 def measure(
@@ -56,54 +53,41 @@ def measure(
         `operators` and `primitives` (see `he_backend.efficiency`; of the run of median time), logqp, logqp_limit, refreshes,
         predicted_evaluate_s, compile_s, keygen_s, key_gb, agreement.
     """
-    progress(0, 4, "compile")
+    progress(0, 3, "compile")
     start = time.perf_counter()
     compiled = compile_onnx(path, calibration[:-1], target=target)
     compile_s = time.perf_counter() - start
     circuit = compiled.circuit
     params = circuit.params
-    progress(1, 4, "keys")
-    module = keys.backend(params.backend)
-    client = module.Client(params, allow_insecure=params.insecure)
-    server = module.Evaluator(params, key_id=client.key_id, allow_insecure=params.insecure)
-    try:
-        start = time.perf_counter()
-        for kind, k, level in keys.wanted(circuit.spec()):
-            server.load_key(kind, k, level, client.make_key(kind, k, level))
-        keygen_s = time.perf_counter() - start
-        progress(2, 4, "weights")
-        executor = Executor(circuit, server, threads=target.threads, plaintext_budget=_budget(circuit, cache_bytes))
-        executor.prepare()
-        x = calibration[-1] if compiled.embedding is None else compiled.embedding(calibration[-1])
-        x = x.astype(np.float64)
-        runs, totals, result = [], [], np.zeros(0)
+    x = calibration[-1] if compiled.embedding is None else compiled.embedding(calibration[-1])
+    x = x.astype(np.float64)
+    progress(1, 3, "keys and weights")
+    timings, totals, result = [], [], np.zeros(0)
+    with parties(circuit, threads=target.threads, cache_bytes=cache_bytes) as both:
         for i in range(repeats + (repeats > 1)):  # one to warm up, where there are several
-            progress(3, 4, f"request {i + 1}")
+            progress(2, 3, f"request {i + 1}")
             start = time.perf_counter()
-            run, result = request(circuit, client, server, executor, x)
+            result, timing = both.ask({circuit.inputs[0].name: x})
             totals.append(time.perf_counter() - start)
-            runs.append(run)
-        peak_gb = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        )  # before the probes, which keep more values alive
-        errors = operators.errors(circuit, client, server, x, threads=target.threads) if probe else None
-    finally:
-        server.close()
+            timings.append(timing)
+        # Before the probes, which keep more values alive.
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        errors = operators.errors(circuit, both.client, both.server, x, threads=target.threads) if probe else None
     if repeats > 1:
-        runs, totals = runs[1:], totals[1:]
-    progress(4, 4, "done")
+        timings, totals = timings[1:], totals[1:]
+    progress(3, 3, "done")
     clear = evaluate_graph(compiled.graph, x[None])[compiled.graph.output][0]
-    evaluate = statistics.median(r.timing.wall_s for r in runs)
+    evaluate = statistics.median(t.wall_s for t in timings)
     costs = CostTable.load(target.costs).measured(params)
     tables = efficiency.tables(
         [{"id": op.id, "kind": op.kind, "source": op.source, "level": op.level} for op in circuit.ops],
-        [asdict(r.timing) for r in runs],
+        [asdict(t) for t in timings],
         table=costs,
         errors=errors,
     )
     metrics = {
         "evaluate_s": evaluate,
-        "evaluate_spread_s": max(r.timing.wall_s for r in runs) - min(r.timing.wall_s for r in runs),
+        "evaluate_spread_s": max(t.wall_s for t in timings) - min(t.wall_s for t in timings),
         "total_s": statistics.median(totals),
         "peak_gb": peak_gb,
         # Two digits: an unrounded difference of a decryption belongs into no file.
@@ -118,14 +102,14 @@ def measure(
         "refreshes": circuit.refreshes,
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "compile_s": compile_s,
-        "keygen_s": keygen_s,
+        "keygen_s": both.keygen_s,
         "key_gb": circuit.predicted["key_bytes"] / 1e9,
         "operators": tables["operators"],
         "primitives": tables["primitives"],
-        "encoded_ahead": runs[0].timing.encoded_ahead,
-        "primitives_s": dict(runs[0].timing.primitives),
-        "counts": dict(runs[0].timing.counts),
-        "by_op": [{k: row[k] for k in ("source", "kind", "level", "seconds")} for row in runs[0].timing.ops],
+        "encoded_ahead": timings[0].encoded_ahead,
+        "primitives_s": dict(timings[0].primitives),
+        "counts": dict(timings[0].counts),
+        "by_op": [{k: row[k] for k in ("source", "kind", "level", "seconds")} for row in timings[0].ops],
         "weights": weights,
         "parameters": params.name,
     }
@@ -137,24 +121,3 @@ def measure(
         seed=0,
         repeats=repeats,
     )
-
-
-def request(circuit: Circuit, client: Any, server: Any, executor: Executor, x: np.ndarray) -> tuple[Run, np.ndarray]:
-    """Encrypt, send, evaluate, send back, decrypt."""
-    level = circuit.inputs[0].level
-    sent = {
-        part: server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=level)), level=level)
-        for part, slots in input_slots(circuit, {circuit.inputs[0].name: x}).items()
-    }
-    run = executor.run(sent)
-    back = {
-        part: client.decrypt(
-            client.import_ciphertext(server.export_ciphertext(c), level=c.level), scale=run.scales[part]
-        )
-        for part, c in run.outputs.items()
-    }
-    return run, output_tensors(circuit, back)[circuit.outputs[0].name]
-
-
-def _budget(circuit: Circuit, most: int) -> int:
-    return min(most, int(circuit.predicted["plaintext_bytes"]))

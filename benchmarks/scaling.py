@@ -111,7 +111,7 @@ def predicted(size: Size, grid: Grid) -> dict[str, Any]:
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "predicted_peak_gb": circuit.predicted["memory_gb"],
         "parameters": circuit.params.name,
-        "refreshes": sum(op.kind == "refresh" for op in circuit.ops),
+        "refreshes": circuit.refreshes,
     }
 
 

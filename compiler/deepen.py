@@ -24,8 +24,9 @@ from he_backend.simulator import peaks
 from .cost import CostTable
 from .factors import fold_factors
 from .lower import Lowered
+from .passes.bases import BASES
 from .placement_problem import Placement, RefreshTimes
-from .plan import BACKENDS, STYLES, Candidate, Style, Target, as_circuit, best_style, predicted_error, with_style
+from .plan import BACKENDS, Candidate, Style, Target, as_circuit, best_style, predicted_error, with_style
 from .refreshes import Refreshing, period, place_refreshes
 from .step_lower import LoweredStep
 
@@ -35,6 +36,7 @@ DIGITS = (4, 6, 9)
 USABLE = range(4, 14)  # levels between two refreshes that are tried
 MARGIN = 1.25  # over the largest slot seen on samples
 SECONDS = 20.0  # of one placement
+STYLES = tuple(Style(basis=basis) for basis in BASES)  # few: a trace of six wide blocks takes 5 seconds
 COSTED = 4  # placements, fastest first, that are costed as a whole: a trace of four blocks takes seconds
 
 
@@ -142,7 +144,8 @@ def deepen(
         report(f"costs, {one.params.name}", len(judged), COSTED)
         if (row := best_style(one.program, one.params, target, table, styles=styles)) is not None:
             judged.append((replace(row, why=f"{row.why}, {one.note}" if row.why else one.note), one))
-            styles = (row.style,)  # what is best for one placement of a program is taken for all: a trace takes seconds
+            if row.forecast is not None:
+                styles = (row.style,)  # what is best for one placement of a program is taken for all
     judged.sort(key=lambda pair: (pair[0].forecast is None, pair[0].evaluate_s))
     rows += [row for row, _ in judged]
     for row, one in judged:

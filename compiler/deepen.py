@@ -26,7 +26,18 @@ from .factors import fold_factors
 from .lower import Lowered
 from .passes.bases import BASES
 from .placement_problem import Placement, RefreshTimes
-from .plan import BACKENDS, Candidate, Style, Target, as_circuit, best_style, predicted_error, with_style
+from .plan import (
+    BACKENDS,
+    PROCESS_BYTES,
+    Candidate,
+    Style,
+    Target,
+    as_circuit,
+    best_style,
+    few,
+    predicted_error,
+    with_style,
+)
 from .refreshes import Refreshing, period, place_refreshes
 from .step_lower import LoweredStep
 
@@ -58,6 +69,13 @@ class _Placed:
     params: Params
     program: Lowered
     placement: Placement
+
+    @property
+    def least_gb(self) -> float:
+        """Memory without the keys of the circuit's own rotations, which only a trace knows."""
+        fixed = refresh.matrix_bytes(self.params) + refresh.working_bytes(self.params)
+        keys = sum(self.params.key_bytes(level, kind) for kind, level in refresh.own_keys(self.params).items())
+        return (PROCESS_BYTES + fixed + keys + self.placement.peak_bytes) / 1e9
 
     @property
     def note(self) -> str:
@@ -135,6 +153,12 @@ def deepen(
     # Without pairs, complex slots are nothing but slower.
     placed = [p for p in placed if not p.params.refresh_complex or any(s.kind == "pair" for s in p.placement.sites)]
     placed.sort(key=lambda p: (p.placement.seconds, refresh.matrix_bytes(p.params)))
+    if placed:  # the leanest is costed even if it does not fit: a refusal says what would be enough
+        leanest = min(one.least_gb for one in placed)
+        for one in [p for p in placed if p.least_gb > max(target.max_memory_gb, leanest)]:
+            why = f"needs at least {one.least_gb:.1f} GB of {target.max_memory_gb:.1f}, {one.note}"
+            rows.append(_row(one.params, insecure, why))
+            placed.remove(one)
     judged: list[tuple[Candidate, _Placed]] = []
     styles: Sequence[Style | None] = STYLES
     for one in placed:
@@ -155,7 +179,7 @@ def deepen(
         circuit = as_circuit(program, row.params)
         report("noise", 0, 1)
         try:
-            promised = predicted_error(circuit, row.trace, samples[:3])
+            promised = predicted_error(circuit, row.trace, few(samples, 3))
             security.check_failure(refresh_failure(circuit))
         except HEError as error:
             rows[rows.index(row)] = replace(row, why=str(error), trace=None)
@@ -205,6 +229,6 @@ def refresh_failure(circuit: Circuit) -> float:
 def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> tuple[Lowered, set[int]]:
     """The program with constants folded, and its ops whose slots stay within [-1, 1] on samples, with margin."""
     circuit = as_circuit(lowered, params)
-    largest = peaks(circuit, samples[:8])
+    largest = peaks(circuit, few(samples, 8))
     folded, m = fold_factors(lowered, largest, 1.0 / MARGIN)
     return folded, {op.id for op in folded.ops if MARGIN * largest[op.id] * m[op.id] <= 1.0 + 1e-6}

@@ -77,6 +77,8 @@ QUICK = (
         insecure_log_n=11,
     ),
 )
+
+
 @dataclass(kw_only=True)
 class Side:
     """One library's part in a model: its circuit, its parties and what their runs gave, by threads."""
@@ -217,6 +219,7 @@ def _figures(side: Side, x: np.ndarray) -> dict[str, Any]:
         "keygen_s": both.keygen_s,
         "prepare_s": both.prepare_s,
         "costs": compiled.plan.costs,
+        "onnx_sha256": circuit.model["onnx_sha256"],
         "params": params.to_json(),
     }
 
@@ -253,14 +256,14 @@ def primitives(ring: Mapping[str, Params], *, repeats: int) -> dict[str, dict[st
     seen: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in ring}
     for _ in range(ROUNDS):
         for name, params in ring.items():
-            table = ops.measure(
-                params, levels, repeats=repeats, two_threads=False, allow_insecure=params.insecure
-            )
+            table = ops.measure(params, levels, repeats=repeats, two_threads=False, allow_insecure=params.insecure)
             seen[name].append(table["ms"])
     names = dict.fromkeys(p for rounds in seen.values() for p in rounds[0])
     return {
         p: {
-            str(level): {name: _middle([ms.get(p, {}).get(str(level)) for ms in rounds]) for name, rounds in seen.items()}
+            str(level): {
+                name: _middle([ms.get(p, {}).get(str(level)) for ms in rounds]) for name, rounds in seen.items()
+            }
             for level in levels
         }
         for p in names

@@ -42,7 +42,9 @@ def show(record: Record) -> Sequence[Block]:
     blocks: list[Block] = [bars(rows)] if rows else []
     blocks.append(requests(rows, m))
     blocks.append(side_by_side(rows, "operators", "By node of the model, one thread: thread-seconds of one request"))
-    caption = "By CKKS primitive, the same runs, each library at its own ring; OpenFHE splits rotations, so compare the sum"
+    caption = (
+        "By CKKS primitive, the same runs, each library at its own ring; OpenFHE splits rotations, so compare the sum"
+    )
     blocks.append(side_by_side(rows, "primitives", caption))
     if m.get("primitives_ms"):
         blocks.append(at_one_ring(m))
@@ -100,7 +102,9 @@ def side_by_side(rows: Sequence[Mapping[str, Any]], table: str, caption: str) ->
             a, b = (mine[name].get(part, {}) for name in SIDES)
             first, second = a.get("seconds"), b.get("seconds")
             ratio = second / first if first and second is not None else None
-            lines.append((row["name"], part, a.get("count"), b.get("count"), first, second, ratio, _levels(a), _levels(b)))
+            lines.append(
+                (row["name"], part, a.get("count"), b.get("count"), first, second, ratio, _levels(a), _levels(b))
+            )
     columns = (
         "model",
         "part",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from benchmarks.registry import Benchmark, Record, Settings
 
-
 # (log N, levels, bits of the first prime, digits): OpenFHE's largest ring with a comfortable chain; SEAL's largest ring, all levels that
 # 128 bits leave there, and the one digit a prime that it knows.
 CHAINS = {"openfhe": (16, 30, 46, 5), "tenseal": (15, 19, 60, 20)}

@@ -54,7 +54,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         clear = np.concatenate([session.run(None, {"tokens": p[None]})[0] for p in prompts]).astype(np.float64)
     settings.progress(1, count + 2, "keys and weights")
     found, seconds, spec = [], [], circuit.spec()
-    with parties(circuit, threads=target.threads, cache_bytes=6 << 30) as both:
+    with parties(circuit, threads=target.threads) as both:
         for i, prompt in enumerate(prompts):
             settings.progress(i + 2, count + 2, f"prompt {i + 1}")
             logits, timing = both.ask({circuit.inputs[0].name: spec.embed(prompt)})

@@ -54,7 +54,7 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
         clear = model.double()(torch.from_numpy(tokens[None]))[0, :steps].numpy()
     settings.progress(1, steps + 2, "keys and weights")
     found, evaluate, total, timing = [], [], [], None
-    with parties(circuit, threads=target.threads, cache_bytes=6 << 30) as both:
+    with parties(circuit, threads=target.threads) as both:
         for step in range(steps):
             settings.progress(step + 2, steps + 2, f"token {step + 1}")
             start = time.perf_counter()

@@ -63,7 +63,6 @@ def measure(*, quick: bool, repeats: int, progress: Callable[[int, int, str], No
             repeats=repeats,
             progress=progress,
             weights=f"trained on the package's text, {steps}, seed 0",
-            cache_bytes=12 << 30,
             probe=True,
         )
 

@@ -14,8 +14,6 @@ from he_backend import keys, wire
 from he_backend.circuit import Circuit, Signature, pack, unpack
 from he_backend.execute import Executor, Timing
 
-CACHE_BYTES = 4 << 30  # of weights encoded ahead, at most; a plan that promises less gets less
-
 
 @dataclass(kw_only=True)
 class Parties:
@@ -64,8 +62,8 @@ class Parties:
 
 
 @contextmanager
-def parties(circuit: Circuit, *, threads: int, cache_bytes: int = CACHE_BYTES) -> Iterator[Parties]:
-    """Make keys, load them, encode weights, `cache_bytes` of them at most; everything is forgotten at the end."""
+def parties(circuit: Circuit, *, threads: int) -> Iterator[Parties]:
+    """Make keys, load them, encode weights, as many as the plan has memory for; everything is forgotten at the end."""
     module = keys.backend(circuit.params.backend)
     client = module.Client(circuit.params, allow_insecure=circuit.params.insecure)
     server = module.Evaluator(circuit.params, key_id=client.key_id, allow_insecure=circuit.params.insecure)
@@ -76,7 +74,7 @@ def parties(circuit: Circuit, *, threads: int, cache_bytes: int = CACHE_BYTES) -
             key_bytes += body.nbytes
             server.load_key(kind, k, level, body)
         keygen_s = time.perf_counter() - start
-        budget = min(cache_bytes, int(circuit.predicted["plaintext_bytes"]))
+        budget = int(circuit.predicted["plaintext_bytes"])
         executor = Executor(circuit, server, threads=threads, plaintext_budget=budget)
         start = time.perf_counter()
         executor.prepare()

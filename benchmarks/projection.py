@@ -25,7 +25,6 @@ from he_backend.params import Params
 from he_backend.trace import Trace, trace
 
 from . import records, wide
-from .parties import CACHE_BYTES
 from .registry import Record, Settings
 from .wide import Shape
 
@@ -39,12 +38,13 @@ QUICK_BLOCK = Shape(blocks=1, width=512, heads=4, hidden=512, tokens=128)  # of 
 BUDGET = (3, 3)  # levels of a refresh's transforms: those that one was measured with
 LIVE_MARGIN = 1.15  # as the compiler's plan
 
-# Measured requests by record: shape, level of the encoder's result, bytes of plaintexts that the run kept ready.
-REQUESTS: Mapping[str, tuple[Shape, int, int]] = {
-    "request-2x128x128": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=128), 1, CACHE_BYTES),
-    "request-2x128x32": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=32), 1, CACHE_BYTES),
+# Measured requests by record: shape, level of the encoder's result.
+REQUESTS: Mapping[str, tuple[Shape, int]] = {
+    "request-2x128x128": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=128), 1),
+    "request-2x128x32": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=32), 1),
 }
 DEMO_KEPT = int(11 * GB)  # of 16.5 GB: benchmarks/NOTES.md, 2026-11-24
+OLD_KEPT_GB = 4.3  # of weights encoded ahead, in records that do not say it
 
 ASSUMPTIONS = (
     "PowerSoftmax with p = 2, quadratic reciprocal and activation, norms that fold, every key visible: 10 levels a block",
@@ -264,12 +264,13 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
         if record.get("quick"):
             rows.append(row | {"why": f"{record['file']} is of a quick run"})
             continue
-        shape, bottom, kept = _demo(record) if name == "demo" else REQUESTS[name]
+        shape, bottom = _demo(record) if name == "demo" else REQUESTS[name]
         names = Params.__dataclass_fields__
         params = Params.from_json({k: v for k, v in record["params"].items() if k in names})
         threads = record["machine"]["threads"]
-        found = _fitting(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
         measured = record["metrics"]
+        kept = DEMO_KEPT if name == "demo" else int(measured.get("encoded_gb", OLD_KEPT_GB) * GB)
+        found = _fitting(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
         counts = measured.get("counts", {})
         rows.append(
             row
@@ -300,7 +301,7 @@ def _fitting(shape: Shape, params: Params, table: CostTable, **how: Any) -> dict
         return projected(shape, params, table, merge=False, **how)
 
 
-def _demo(record: Record) -> tuple[Shape, int, int]:
+def _demo(record: Record) -> tuple[Shape, int]:
     """The demo's model: causal, and a head on every token."""
     m = record["params"]["model"]
     shape = Shape(
@@ -312,4 +313,4 @@ def _demo(record: Record) -> tuple[Shape, int, int]:
         causal=True,
         head=m["vocab"],
     )
-    return shape, 0, DEMO_KEPT
+    return shape, 0

@@ -22,7 +22,7 @@ from he_backend import efficiency, security
 from he_backend.execute import Timing
 
 from . import operators, records
-from .parties import CACHE_BYTES, parties
+from .parties import parties
 
 Step = Callable[[int, int, str], None]
 
@@ -36,7 +36,6 @@ def measure(
     repeats: int,
     progress: Step,
     weights: str,
-    cache_bytes: int = CACHE_BYTES,
     probe: bool = False,
 ) -> dict[str, Any]:
     """Measure one request of an ONNX file.
@@ -45,7 +44,6 @@ def measure(
         calibration: inputs [n, ...]; the last one is the request, the others calibrate.
         repeats: evaluations; the median of evaluate and total is reported.
         weights: where the weights come from, for the record.
-        cache_bytes: of weights encoded ahead, at most.
         probe: measure the error after every node too, in one run more.
 
     Returns:
@@ -64,7 +62,7 @@ def measure(
     x = x.astype(np.float64)
     progress(1, 3, "keys and weights")
     timings, totals, result = [], [], np.zeros(0)
-    with parties(circuit, threads=target.threads, cache_bytes=cache_bytes) as both:
+    with parties(circuit, threads=target.threads) as both:
         for i in range(repeats + (repeats > 1)):  # one to warm up, where there are several
             progress(2, 3, f"request {i + 1}")
             start = time.perf_counter()
@@ -141,6 +139,8 @@ def figures(
         "operators": tables["operators"],
         "primitives": tables["primitives"],
         "encoded_ahead": timings[0].encoded_ahead,
+        "encoded_gb": circuit.predicted["plaintext_bytes"] / 1e9,
+        "predicted_memory_gb": circuit.predicted["memory_gb"],
         "primitives_s": dict(timings[0].primitives),
         "counts": dict(timings[0].counts),
         "by_op": [{k: row[k] for k in ("source", "kind", "level", "seconds")} for row in timings[0].ops],

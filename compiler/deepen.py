@@ -25,7 +25,7 @@ from .cost import CostTable
 from .factors import fold_factors
 from .lower import Lowered
 from .placement_problem import Placement, RefreshTimes
-from .plan import BACKENDS, Candidate, Target, as_circuit, judge, predicted_error
+from .plan import BACKENDS, STYLES, Candidate, Style, Target, as_circuit, best_style, predicted_error, with_style
 from .refreshes import Refreshing, period, place_refreshes
 from .step_lower import LoweredStep
 
@@ -134,19 +134,22 @@ def deepen(
     placed = [p for p in placed if not p.params.refresh_complex or any(s.kind == "pair" for s in p.placement.sites)]
     placed.sort(key=lambda p: (p.placement.seconds, refresh.matrix_bytes(p.params)))
     judged: list[tuple[Candidate, _Placed]] = []
+    styles: Sequence[Style | None] = STYLES
     for one in placed:
         if sum(row.forecast is not None for row, _ in judged) == COSTED:
             rows.append(_row(one.params, insecure, f"{one.placement.seconds:.0f} thread-seconds, {one.note}"))
             continue
         report(f"costs, {one.params.name}", len(judged), COSTED)
-        if (row := judge(one.program, one.params, target, table)) is not None:
+        if (row := best_style(one.program, one.params, target, table, styles=styles)) is not None:
             judged.append((replace(row, why=f"{row.why}, {one.note}" if row.why else one.note), one))
+            styles = (row.style,)  # what is best for one placement of a program is taken for all: a trace takes seconds
     judged.sort(key=lambda pair: (pair[0].forecast is None, pair[0].evaluate_s))
     rows += [row for row, _ in judged]
     for row, one in judged:
         if row.trace is None:
             continue
-        circuit = as_circuit(one.program, row.params)
+        program = with_style(one.program, row.params, table, row.style)
+        circuit = as_circuit(program, row.params)
         report("noise", 0, 1)
         try:
             promised = predicted_error(circuit, row.trace, samples[:3])
@@ -155,7 +158,7 @@ def deepen(
             rows[rows.index(row)] = replace(row, why=str(error), trace=None)
             continue
         if promised <= target.max_error:
-            return Deepened(rows=rows, candidate=row, circuit=circuit, lowered=one.program, error=promised)
+            return Deepened(rows=rows, candidate=row, circuit=circuit, lowered=program, error=promised)
         why = f"predicted error {promised:.2g} above {target.max_error:.2g}, {one.note}"
         rows[rows.index(row)] = replace(row, why=why, trace=None)
     return Deepened(rows=rows)

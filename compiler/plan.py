@@ -152,36 +152,55 @@ def choose(build: Lowered, levels: int, log_n: int, target: Target, table: CostT
     Args:
         build: the lowered circuit with levels assigned.
     """
-    secure = target.insecure_log_n is None
-    rows = []
     traces: dict[object, Trace] = {}
-    double = "double_hoisting" in BACKENDS[target.backend]
-    for params in candidates(target.backend, log_n, levels, not secure):
-        tried: set[object] = set()
-        best: Candidate | None = None
-        for style in STYLES if double else (None,):
-            styled = with_style(build, params, table, style)
-            key = tuple((tuple(op.attrs.get("runs", ())), op.attrs.get("basis")) for op in styled.ops)
-            if key in tried:
-                continue
-            tried.add(key)
-            row = judge(styled, params, target, table, traces.get(key))
-            if row is None:
-                break
-            if row.trace is not None:
-                traces[key] = row.trace
-            if best is None or _rank(row) < _rank(best):
-                best = replace(row, style=style)
-            if row.trace is None and row.forecast is None and not row.memory_gb:
-                break  # no style makes it secure
-        if best is not None:
-            rows.append(best)
-    return sorted(rows, key=_rank)
+    rows = [
+        best_style(build, params, target, table, traces=traces)
+        for params in candidates(target.backend, log_n, levels, target.insecure_log_n is not None)
+    ]
+    return sorted((row for row in rows if row is not None), key=_rank)
 
 
-def _rank(c: Candidate) -> tuple[bool, int, int]:
-    """Fastest first; of those that differ by no more than the costs are known, the most precise."""
-    return c.forecast is None, round(math.log(c.evaluate_s) / ALIKE) if c.evaluate_s else 0, -c.params.scale_bits
+def best_style(
+    build: Lowered,
+    params: Params,
+    target: Target,
+    table: CostTable,
+    *,
+    styles: Sequence[Style | None] = STYLES,
+    traces: dict[object, Trace] | None = None,
+) -> Candidate | None:
+    """Predicted figures of a circuit carried out in the fastest style that fits; None as in `judge`.
+
+    Args:
+        styles: to be tried, where the backend has a choice.
+        traces: those of the same program by style, which do not depend on parameters; what is made is added.
+    """
+    traces = {} if traces is None else traces
+    tried: set[object] = set()
+    best: Candidate | None = None
+    for style in styles if "double_hoisting" in BACKENDS[target.backend] else (None,):
+        styled = with_style(build, params, table, style)
+        key = tuple((tuple(op.attrs.get("runs", ())), op.attrs.get("basis")) for op in styled.ops)
+        if key in tried:
+            continue
+        tried.add(key)
+        row = judge(styled, params, target, table, traces.get(key))
+        if row is None:
+            break
+        if row.trace is not None:
+            traces[key] = row.trace
+        if best is None or _rank(row) < _rank(best):
+            best = replace(row, style=style)
+        if row.trace is None and row.forecast is None and not row.memory_gb:
+            break  # no style makes it secure
+    return best
+
+
+def _rank(c: Candidate) -> tuple[bool, float, int]:
+    """Fastest first; of those that differ by no more than the costs are known, the most precise. Last what lacks least memory."""
+    if c.forecast is None:
+        return True, c.memory_gb, -c.params.scale_bits
+    return False, round(math.log(c.evaluate_s) / ALIKE) if c.evaluate_s else 0, -c.params.scale_bits
 
 
 def larger_ring_may_win(found: Candidate, target: Target, table: CostTable) -> bool:

@@ -111,9 +111,9 @@ def measure(settings: Settings) -> Record:
         Metrics: models, one entry a model with name, about, libraries {library: what `requests.figures` says of one thread, and
         evaluate_2_threads_s, levels, log_n, scale_bits, digits, rotation_keys, key_bytes (as they travel), request_bytes, memory_gb
         (peak above what was resident before this library began), compile_s, keygen_s, prepare_s}, ratio (TenSEAL over OpenFHE, of
-        neighbouring turns: median, least, most) and peak_gb of both together; levels, {library: most at its largest ring};
-        too_deep, what the compiler says of a second block; ring, {library: parameters}, and primitives_ms {primitive: {level:
-        {library: ms}}} there.
+        neighbouring turns: median, least, most) and peak_gb (of the process; SEAL's pool keeps what the models before had); levels,
+        {library: most at its largest ring}; too_deep, what the compiler says of a second block; ring, {library: parameters}, and
+        primitives_ms {primitive: {level: {library: ms}}} there.
     """
     chosen = QUICK if settings.quick else MODELS
     rows: list[dict[str, Any]] = []

@@ -56,9 +56,10 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
     drawing, ax = axes()
     kinds = [(name, key) for name in SIDES for key in ("evaluate_s", "evaluate_2_threads_s")]
     width = 0.8 / len(kinds)
+    seconds = [row["libraries"][name][key] for name, key in kinds for row in rows]
     for i, (name, key) in enumerate(kinds):
         threads = "1 thread" if key == "evaluate_s" else "2 threads"
-        ax.bar(
+        drawn = ax.bar(
             [at + (i - (len(kinds) - 1) / 2) * width for at in range(len(rows))],
             [row["libraries"][name][key] for row in rows],
             width,
@@ -66,8 +67,10 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
             alpha=1.0 if key == "evaluate_s" else 0.55,
             label=f"{NAMES[name]}, {threads}",
         )
+        ax.bar_label(drawn, fmt="%.2g", fontsize=7)
     ax.set_xticks(range(len(rows)), [row["name"] for row in rows])
     ax.set_yscale("log")
+    ax.set_ylim(bottom=min(seconds) / 3)  # or the shortest bar has no height
     ax.set_ylabel("seconds, encrypted")
     ax.legend(fontsize=8, frameon=False)
     return picture(drawing, "Seconds of one encrypted evaluation, the same model in both libraries, logarithmic")

@@ -79,7 +79,7 @@ BENCHMARKS = (
         group="primitives",
         measures="thread-milliseconds of every primitive of the other library at every level: its cost table",
         conditions="TenSEAL (SEAL), N = 2^15, 19 levels, one thread: its binding keeps the interpreter's lock",
-        minutes=10,
+        minutes=5,
         memory_gb=3,
         run=partial(_ops, backend="tenseal"),
         save=_save,

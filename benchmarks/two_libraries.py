@@ -87,7 +87,7 @@ class Side:
     compile_s: float
     target: Target
     both: Parties | None = None
-    memory: memory.Peak = field(default_factory=memory.Peak)
+    peak: memory.Peak = field(default_factory=memory.Peak)
     timings: dict[int, list[Timing]] = field(default_factory=lambda: {n: [] for n in THREADS})
     totals: dict[int, list[float]] = field(default_factory=lambda: {n: [] for n in THREADS})
     results: list[np.ndarray] = field(default_factory=list)
@@ -169,10 +169,10 @@ def request(model: Model, say: Callable[[str], None]) -> dict[str, Any]:
     with ExitStack() as stack:
         for name, side in sides.items():
             say(f"keys and weights of {name}")
-            with memory.watch() as side.memory:
+            with memory.watch() as side.peak:
                 side.both = stack.enter_context(parties(side.compiled.circuit, threads=THREADS[0]))
                 side.ask(x, THREADS[0], keep=False)  # to warm up
-            peaks.append(side.memory)
+            peaks.append(side.peak)
         with memory.watch() as during:
             for turn in range(model.repeats):
                 for threads in THREADS:
@@ -214,7 +214,7 @@ def _figures(side: Side, x: np.ndarray) -> dict[str, Any]:
         "rotation_keys": len(circuit.keys),
         "key_bytes": both.key_bytes,
         "request_bytes": both.traffic(circuit.inputs),
-        "memory_gb": side.memory.grown_gb,
+        "memory_gb": side.peak.grown_gb,
         "compile_s": side.compile_s,
         "keygen_s": both.keygen_s,
         "prepare_s": both.prepare_s,

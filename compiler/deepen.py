@@ -24,8 +24,20 @@ from he_backend.simulator import peaks
 from .cost import CostTable
 from .factors import fold_factors
 from .lower import Lowered
+from .passes.bases import BASES
 from .placement_problem import Placement, RefreshTimes
-from .plan import BACKENDS, STYLES, Candidate, Style, Target, as_circuit, best_style, predicted_error, with_style
+from .plan import (
+    BACKENDS,
+    PROCESS_BYTES,
+    Candidate,
+    Style,
+    Target,
+    as_circuit,
+    best_style,
+    few,
+    predicted_error,
+    with_style,
+)
 from .refreshes import Refreshing, period, place_refreshes
 from .step_lower import LoweredStep
 
@@ -35,6 +47,7 @@ DIGITS = (4, 6, 9)
 USABLE = range(4, 14)  # levels between two refreshes that are tried
 MARGIN = 1.25  # over the largest slot seen on samples
 SECONDS = 20.0  # of one placement
+STYLES = tuple(Style(basis=basis) for basis in BASES)  # few: a trace of six wide blocks takes 5 seconds
 COSTED = 4  # placements, fastest first, that are costed as a whole: a trace of four blocks takes seconds
 
 
@@ -56,6 +69,13 @@ class _Placed:
     params: Params
     program: Lowered
     placement: Placement
+
+    @property
+    def least_gb(self) -> float:
+        """Memory without the keys of the circuit's own rotations, which only a trace knows."""
+        fixed = refresh.matrix_bytes(self.params) + refresh.working_bytes(self.params)
+        keys = sum(self.params.key_bytes(level, kind) for kind, level in refresh.own_keys(self.params).items())
+        return (PROCESS_BYTES + fixed + keys + self.placement.peak_bytes) / 1e9
 
     @property
     def note(self) -> str:
@@ -133,6 +153,12 @@ def deepen(
     # Without pairs, complex slots are nothing but slower.
     placed = [p for p in placed if not p.params.refresh_complex or any(s.kind == "pair" for s in p.placement.sites)]
     placed.sort(key=lambda p: (p.placement.seconds, refresh.matrix_bytes(p.params)))
+    if placed:  # the leanest is costed even if it does not fit: a refusal says what would be enough
+        leanest = min(one.least_gb for one in placed)
+        for one in [p for p in placed if p.least_gb > max(target.max_memory_gb, leanest)]:
+            why = f"needs at least {one.least_gb:.1f} GB of {target.max_memory_gb:.1f}, {one.note}"
+            rows.append(_row(one.params, insecure, why))
+            placed.remove(one)
     judged: list[tuple[Candidate, _Placed]] = []
     styles: Sequence[Style | None] = STYLES
     for one in placed:
@@ -142,7 +168,8 @@ def deepen(
         report(f"costs, {one.params.name}", len(judged), COSTED)
         if (row := best_style(one.program, one.params, target, table, styles=styles)) is not None:
             judged.append((replace(row, why=f"{row.why}, {one.note}" if row.why else one.note), one))
-            styles = (row.style,)  # what is best for one placement of a program is taken for all: a trace takes seconds
+            if row.forecast is not None:
+                styles = (row.style,)  # what is best for one placement of a program is taken for all
     judged.sort(key=lambda pair: (pair[0].forecast is None, pair[0].evaluate_s))
     rows += [row for row, _ in judged]
     for row, one in judged:
@@ -152,7 +179,7 @@ def deepen(
         circuit = as_circuit(program, row.params)
         report("noise", 0, 1)
         try:
-            promised = predicted_error(circuit, row.trace, samples[:3])
+            promised = predicted_error(circuit, row.trace, few(samples, 3))
             security.check_failure(refresh_failure(circuit))
         except HEError as error:
             rows[rows.index(row)] = replace(row, why=str(error), trace=None)
@@ -202,6 +229,6 @@ def refresh_failure(circuit: Circuit) -> float:
 def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> tuple[Lowered, set[int]]:
     """The program with constants folded, and its ops whose slots stay within [-1, 1] on samples, with margin."""
     circuit = as_circuit(lowered, params)
-    largest = peaks(circuit, samples[:8])
+    largest = peaks(circuit, few(samples, 8))
     folded, m = fold_factors(lowered, largest, 1.0 / MARGIN)
     return folded, {op.id for op in folded.ops if MARGIN * largest[op.id] * m[op.id] <= 1.0 + 1e-6}

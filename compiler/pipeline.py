@@ -31,7 +31,7 @@ from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
 from .passes.linear_chains import linear_chains
-from .plan import Candidate, Plan, Target, with_bounds
+from .plan import Candidate, Plan, Target, few, with_bounds
 from .search import Progress, search
 
 SAMPLES = 48  # windows that ranges are calibrated on
@@ -124,7 +124,7 @@ def compile_onnx(
     verify.levels(found.circuit)
     verified = verify.against_graph(found.circuit, found.lowered, graph, samples[:2])
     chosen = found.plan.chosen
-    circuit = _finish(with_bounds(found.circuit, samples[:8]), chosen, found.error, embedding, graph, path)
+    circuit = _finish(with_bounds(found.circuit, few(samples, 8)), chosen, found.error, embedding, graph, path)
     verify.finished(circuit, graph, samples[:1])
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
     assert chosen.forecast is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from he_backend import refresh, security
 from he_backend.base import CapabilityError, ParamsError
 from he_backend.circuit import Circuit, Op
 from he_backend.params import Params
-from he_backend.simulator import peaks, simulate, simulate_noise
+from he_backend.simulator import SIMULATIONS, peaks, simulate, simulate_noise
 from he_backend.trace import Trace, trace
 
 from .cost import CostTable, live_bytes
@@ -37,6 +38,7 @@ BACKENDS = {
 LARGEST_RING = {"openfhe": 16, "tenseal": 15}
 PROCESS_BYTES = 2.5 * GB  # client and server without keys and ciphertexts: libraries, context, circuit, heap slack
 ALIKE = 0.03  # relative difference of predicted seconds that decides nothing
+ENOUGH = 1 << 17  # elements of samples
 ERROR_MARGIN = 4.0  # promised error over the largest one of a few simulated runs
 
 
@@ -289,6 +291,11 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
     )
 
 
+def few(samples: Sequence[np.ndarray], most: int) -> Sequence[np.ndarray]:
+    """The first samples: as many as a largest slot or error takes to be seen, `most` of small tensors and two of large ones."""
+    return samples[: min(most, max(2, ENOUGH // samples[0].size))]
+
+
 def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> Circuit:
     """Largest stored slot of every op over samples, times a margin."""
     largest = peaks(circuit, samples)
@@ -318,12 +325,15 @@ def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -
     real primes add.
     """
     name, out = circuit.inputs[0].name, circuit.outputs[0].name
-    worst = 0.0
-    for seed, x in enumerate(samples):
+
+    def largest(seed: int, x: np.ndarray) -> float:
         clear = simulate(circuit, {name: x}, visit=_forget).outputs[out]
         noisy = simulate_noise(circuit, {name: x}, seed=seed, traced=t)[out]
-        worst = max(worst, float(np.max(np.abs(clear - noisy))))
-    return ERROR_MARGIN * worst + mismatch_error(circuit, t)
+        return float(np.max(np.abs(clear - noisy)))
+
+    with ThreadPoolExecutor(SIMULATIONS) as pool:
+        errors = list(pool.map(largest, range(len(samples)), samples))
+    return ERROR_MARGIN * max(errors) + mismatch_error(circuit, t)
 
 
 def refuse(rows: Sequence[Candidate], levels: int, target: Target, cap: float | None = None) -> ParamsError:

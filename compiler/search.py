@@ -29,6 +29,7 @@ from .plan import (
     Target,
     as_circuit,
     choose,
+    few,
     larger_ring_may_win,
     output_room,
     predicted_error,
@@ -121,10 +122,10 @@ def _one_ring(
         report("noise", 0, 1)
         grouped = with_style(lowered, candidate.params, table, candidate.style)
         circuit = as_circuit(grouped, candidate.params)
-        if (room := output_room(circuit, samples[:ERROR_SAMPLES])) >= 1.0:
+        if (room := output_room(circuit, few(samples, ERROR_SAMPLES))) >= 1.0:
             tried[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)
             continue
-        promised = predicted_error(circuit, candidate.trace, samples[:ERROR_SAMPLES])
+        promised = predicted_error(circuit, candidate.trace, few(samples, ERROR_SAMPLES))
         if promised <= target.max_error:
             rows += tried
             plan = Plan(chosen=candidate, others=(), costs=table.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from .kernels import StepRow
 from .params import SPECIAL_PRIME_BITS, Params
 from .trace import Trace, assign_scales, trace
 
+SIMULATIONS = 2  # at once: numpy lets other threads run while it works on a slot vector
 ERROR_STD = 3.19  # standard deviation of the error distribution in every library used here
 
 
@@ -100,14 +102,18 @@ def simulate(
 
 def peaks(circuit: Circuit, samples: Iterable[np.ndarray]) -> Array:
     """Largest |slot| of every op over input tensors, [ops]."""
-    largest: Array = np.zeros(len(circuit.ops))
 
-    def visit(op: Op, value: Array) -> None:
-        largest[op.id] = max(largest[op.id], float(np.max(np.abs(value))))
+    def of(x: np.ndarray) -> Array:
+        largest: Array = np.zeros(len(circuit.ops))
 
-    for x in samples:
+        def visit(op: Op, value: Array) -> None:
+            largest[op.id] = float(np.max(np.abs(value)))
+
         simulate(circuit, {circuit.inputs[0].name: x}, visit=visit)
-    return largest
+        return largest
+
+    with ThreadPoolExecutor(SIMULATIONS) as pool:
+        return np.max(list(pool.map(of, samples)), axis=0)
 
 
 def _run(op: Op, args: list[Array], circuit: Circuit, step: int) -> Array:

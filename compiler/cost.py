@@ -176,7 +176,7 @@ def default_table(backend: str = "openfhe") -> Path:
     for path in sorted(COSTS.glob("*.json")):
         record = json.loads(path.read_text())
         params = record["params"]
-        if "rotate" not in record["ms"] or params["insecure"] or params["backend"] != backend:
+        if "rotate" not in record["ms"] or params["insecure"] or params.get("backend", "openfhe") != backend:
             continue
         mine = f": {record['cpu']}\n" in here
         if mine or backend != "openfhe":

@@ -25,6 +25,7 @@ class Parties:
     executor: Executor
     keygen_s: float
     prepare_s: float
+    key_bytes: int  # of the evaluation keys as they travel
     kept: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     def ask(self, tensors: Mapping[str, np.ndarray], *, step: int = 0) -> tuple[np.ndarray, Timing]:
@@ -67,9 +68,11 @@ def parties(circuit: Circuit, *, threads: int) -> Iterator[Parties]:
     client = module.Client(circuit.params, allow_insecure=circuit.params.insecure)
     server = module.Evaluator(circuit.params, key_id=client.key_id, allow_insecure=circuit.params.insecure)
     try:
-        start = time.perf_counter()
+        start, key_bytes = time.perf_counter(), 0
         for kind, k, level in keys.wanted(circuit.spec()):
-            server.load_key(kind, k, level, client.make_key(kind, k, level))
+            body = client.make_key(kind, k, level)
+            key_bytes += body.nbytes
+            server.load_key(kind, k, level, body)
         keygen_s = time.perf_counter() - start
         budget = int(circuit.predicted["plaintext_bytes"])
         executor = Executor(circuit, server, threads=threads, plaintext_budget=budget)
@@ -77,7 +80,13 @@ def parties(circuit: Circuit, *, threads: int) -> Iterator[Parties]:
         executor.prepare()
         prepare_s = time.perf_counter() - start
         made = Parties(
-            circuit=circuit, client=client, server=server, executor=executor, keygen_s=keygen_s, prepare_s=prepare_s
+            circuit=circuit,
+            client=client,
+            server=server,
+            executor=executor,
+            keygen_s=keygen_s,
+            prepare_s=prepare_s,
+            key_bytes=key_bytes,
         )
         made.start()
         yield made

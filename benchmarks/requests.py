@@ -8,17 +8,18 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compiler import Target, compile_onnx
+from compiler import Compiled, Target, compile_onnx
 from compiler.cost import CostTable
 from compiler.ir import evaluate as evaluate_graph
 from he_backend import efficiency, security
+from he_backend.execute import Timing
 
 from . import operators, records
 from .parties import parties
@@ -75,19 +76,55 @@ def measure(
         timings, totals = timings[1:], totals[1:]
     progress(3, 3, "done")
     clear = evaluate_graph(compiled.graph, x[None])[compiled.graph.output][0]
+    metrics = {
+        **figures(compiled, timings, totals, result, clear, target=target, errors=errors),
+        "peak_gb": peak_gb,
+        "compile_s": compile_s,
+        "keygen_s": both.keygen_s,
+        "key_gb": circuit.predicted["key_bytes"] / 1e9,
+        "weights": weights,
+    }
+    return records.record(
+        name,
+        metrics=metrics,
+        params=params.to_json(),
+        threads=target.threads,
+        seed=0,
+        repeats=repeats,
+    )
+
+
+def figures(
+    compiled: Compiled,
+    timings: Sequence[Timing],
+    totals: Sequence[float],
+    result: np.ndarray,
+    clear: np.ndarray,
+    *,
+    target: Target,
+    errors: Mapping[int, float] | None = None,
+) -> dict[str, Any]:
+    """What some runs of one request say, with the metrics of `measure` that come from runs and parameters.
+
+    Args:
+        totals: seconds of encrypt + evaluate + decrypt, one a run.
+        result: the decrypted output; clear: that of the model in the clear.
+        errors: largest error after an op, by op id, where it was measured.
+    """
+    circuit = compiled.circuit
+    params = circuit.params
     evaluate = statistics.median(t.wall_s for t in timings)
-    costs = CostTable.load(target.costs).measured(params)
+    costs = CostTable.load(target.costs, backend=params.backend).measured(params)
     tables = efficiency.tables(
         [{"id": op.id, "kind": op.kind, "source": op.source, "level": op.level} for op in circuit.ops],
         [asdict(t) for t in timings],
         table=costs,
         errors=errors,
     )
-    metrics = {
+    return {
         "evaluate_s": evaluate,
         "evaluate_spread_s": max(t.wall_s for t in timings) - min(t.wall_s for t in timings),
         "total_s": statistics.median(totals),
-        "peak_gb": peak_gb,
         # Two digits: an unrounded difference of a decryption belongs into no file.
         "max_abs_error": float(f"{np.max(np.abs(result - clear)):.1e}"),
         "promised_error": circuit.error_bound,
@@ -99,9 +136,6 @@ def measure(
         "logqp_limit": None if params.insecure else security.limit(params),
         "refreshes": circuit.refreshes,
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
-        "compile_s": compile_s,
-        "keygen_s": both.keygen_s,
-        "key_gb": circuit.predicted["key_bytes"] / 1e9,
         "operators": tables["operators"],
         "primitives": tables["primitives"],
         "encoded_ahead": timings[0].encoded_ahead,
@@ -110,14 +144,5 @@ def measure(
         "primitives_s": dict(timings[0].primitives),
         "counts": dict(timings[0].counts),
         "by_op": [{k: row[k] for k in ("source", "kind", "level", "seconds")} for row in timings[0].ops],
-        "weights": weights,
         "parameters": params.name,
     }
-    return records.record(
-        name,
-        metrics=metrics,
-        params=params.to_json(),
-        threads=target.threads,
-        seed=0,
-        repeats=repeats,
-    )

@@ -76,13 +76,13 @@ class CostTable:
     refreshes: tuple[tuple[Params, float], ...] = ()
 
     @classmethod
-    def load(cls, path: Path | None = None) -> CostTable:
-        """A table by path; without one the newest of a processor of this name, else the reference machine's.
+    def load(cls, path: Path | None = None, *, backend: str = "openfhe") -> CostTable:
+        """A table by path; without one the newest of a processor of this name and this backend, else see `default_table`.
 
         Raises:
             HEError: there is no table, or it is not one.
         """
-        path = path or default_table()
+        path = path or default_table(backend)
         try:
             data = json.loads(path.read_text())
             return cls(
@@ -163,18 +163,25 @@ def measured_refreshes(cpu: str) -> tuple[tuple[Params, float], ...]:
     return tuple((params, seconds) for same, params, seconds in found if same or not mine)
 
 
-def default_table() -> Path:
-    """The newest table of this machine's processor, else the reference."""
+def default_table(backend: str = "openfhe") -> Path:
+    """The newest table of a backend on this machine's processor; one of its on any processor; the reference.
+
+    The reference is OpenFHE's: a ratio of limb operations then stands for another library, which is only as good as that.
+    """
     try:
         here = Path("/proc/cpuinfo").read_text()
     except OSError:
         here = ""
-    mine = []
+    found = []
     for path in sorted(COSTS.glob("*.json")):
         record = json.loads(path.read_text())
-        if "rotate" in record["ms"] and not record["params"]["insecure"] and f": {record['cpu']}\n" in here:
-            mine.append((record["created"], path))
-    return max(mine)[1] if mine else COSTS / REFERENCE
+        params = record["params"]
+        if "rotate" not in record["ms"] or params["insecure"] or params.get("backend", "openfhe") != backend:
+            continue
+        mine = f": {record['cpu']}\n" in here
+        if mine or backend != "openfhe":
+            found.append((mine, record["created"], path))
+    return max(found)[2] if found else COSTS / REFERENCE
 
 
 def plaintext_bytes(node: Node, params: Params) -> int:

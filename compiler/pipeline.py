@@ -108,7 +108,7 @@ def compile_onnx(
     """
     path, target = Path(path), target or Target()
     report = progress or (lambda stage, done, total: None)
-    table = CostTable.load(target.costs)
+    table = CostTable.load(target.costs, backend=target.backend)
     report("import", 0, 1)
     graph, fitted = import_graph(path, approximate=approximate), None
     if approximate:

@@ -23,6 +23,7 @@ from .lower import Lowered, lower
 from .matvec import PlanCost
 from .passes.levels import assign_levels
 from .plan import (
+    BACKENDS,
     Candidate,
     Plan,
     Target,
@@ -82,7 +83,7 @@ def search(
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
         try:
-            lowered = lower(graph, ranges, 1 << (log_n - 1), plan_cost(table, log_n))
+            lowered = lower(graph, ranges, 1 << (log_n - 1), plan_cost(table, log_n, target.backend))
         except UnsupportedOpError as error:
             misfit = error
             continue
@@ -161,15 +162,22 @@ def _smallest_cap(
     return known
 
 
-def plan_cost(table: CostTable, log_n: int) -> PlanCost:
-    """Seconds of a linear map by its counts, at the middle of the table's chain: only the ratios matter for a plan."""
+def plan_cost(table: CostTable, log_n: int, backend: str = "openfhe") -> PlanCost:
+    """Seconds of a linear map by its counts, at the middle of the table's chain: only the ratios matter for a plan.
+
+    A backend without double hoisting rotates once for every baby step as for every giant step, whoever measured the table.
+    """
     params = replace(table.params, log_n=log_n)
     level = params.levels // 2
-    cost = {op: table.seconds(op, params, level) for op in ("hoist", "rotate_extended", "mod_down", "rotate")}
-    term = table.seconds("weighted_sum_extended", params, level)
+    names = ("hoist", "rotate_extended", "mod_down", "rotate", "weighted_sum", "weighted_sum_extended")
+    cost = {op: table.seconds(op, params, level) for op in names}
 
-    def seconds(diagonals: int, babies: int, giants: int, folds: int) -> float:
+    def hoisted(diagonals: int, babies: int, giants: int, folds: int) -> float:
         giant = cost["mod_down"] + cost["hoist"] + cost["rotate_extended"]
+        term = cost["weighted_sum_extended"]
         return diagonals * term + babies * cost["rotate_extended"] + (giants - 1) * giant + folds * cost["rotate"]
 
-    return seconds
+    def plain(diagonals: int, babies: int, giants: int, folds: int) -> float:
+        return diagonals * cost["weighted_sum"] + (max(babies - 1, 0) + giants - 1 + folds) * cost["rotate"]
+
+    return hoisted if "double_hoisting" in BACKENDS[backend] else plain

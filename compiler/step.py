@@ -171,7 +171,7 @@ def search_step(
         report(f"lower at N = 2^{log_n}", 0, 1)
         slots = 1 << (log_n - 1)
         try:
-            lowered = lower_step(sequences.graph, ranges, slots, plan_cost(table, log_n))
+            lowered = lower_step(sequences.graph, ranges, slots, plan_cost(table, log_n, target.backend))
         except UnsupportedOpError as error:
             misfit = error
             continue

@@ -15,16 +15,25 @@ from he_backend.trace import Node, Trace
 PARAMS = Params(log_n=16, levels=20, scale_bits=40, first_bits=46, digits=3)
 
 
-def write(folder: Path, name: str, cpu: str, created: str) -> None:
-    record = {"cpu": cpu, "created": created, "params": PARAMS.to_json(), "ms": {"rotate": {"20": 300.0, "10": 100.0}}}
+SEAL = replace(PARAMS, backend="tenseal", log_n=15, levels=19, first_bits=60, digits=20)
+
+
+def write(folder: Path, name: str, cpu: str, created: str, params: Params = PARAMS) -> None:
+    record = {"cpu": cpu, "created": created, "params": params.to_json(), "ms": {"rotate": {"20": 300.0, "10": 100.0}}}
     (folder / name).write_text(json.dumps(record))
 
 
-def test_the_newest_table_of_this_processor_is_taken_else_the_reference(tmp_path, monkeypatch):
+@pytest.fixture
+def here() -> str:
+    """This machine's processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    here = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
-    if here is None:
+    found = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
+    if found is None:
         pytest.skip("this machine does not name its processor")
+    return found
+
+
+def test_the_newest_table_of_this_processor_is_taken_else_the_reference(tmp_path, monkeypatch, here):
     monkeypatch.setattr(cost, "COSTS", tmp_path)
     monkeypatch.setattr(cost, "REFERENCE", "reference.json")
     write(tmp_path, "reference.json", "another processor", "2026-01-03")
@@ -32,6 +41,23 @@ def test_the_newest_table_of_this_processor_is_taken_else_the_reference(tmp_path
     write(tmp_path, "old.json", here, "2026-01-01")
     write(tmp_path, "new.json", here, "2026-01-02")
     assert CostTable.load().name == "new.json"
+
+
+def test_a_table_is_taken_for_its_own_backend_only(tmp_path, monkeypatch, here):
+    monkeypatch.setattr(cost, "COSTS", tmp_path)
+    monkeypatch.setattr(cost, "REFERENCE", "reference.json")
+    write(tmp_path, "reference.json", "another processor", "2026-01-01")
+    assert (
+        CostTable.load(backend="tenseal").name == "reference.json"
+    )  # by the ratio of work, where there is nothing better
+    write(tmp_path, "seal-elsewhere.json", "another processor", "2026-01-05", SEAL)
+    assert CostTable.load(backend="tenseal").name == "seal-elsewhere.json"
+    write(tmp_path, "seal.json", here, "2026-01-03", SEAL)
+    write(tmp_path, "seal-test-ring.json", here, "2026-01-09", replace(SEAL, insecure=True))
+    assert CostTable.load(backend="tenseal").name == "seal.json"
+    assert CostTable.load().name == "reference.json"  # newer and of this processor, but of the other library
+    write(tmp_path, "mine.json", here, "2026-01-02")
+    assert CostTable.load().name == "mine.json"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from compiler import Target, compile_onnx, plan, search
 from compiler.cost import CostTable
 from compiler.plan import candidates, output_room
+from compiler.search import plan_cost
 from he_backend.openfhe_ring import ring
 from he_backend.params import Params
 from he_backend.simulator import simulate
@@ -84,3 +85,11 @@ def test_small_rings_try_digits_of_two_primes_with_one_special_prime():
     found = candidates("openfhe", 13, 3, False)
     assert any(p.digit_limbs == 2 and p.special_limbs == 1 for p in found)
     assert {p.scale_bits for p in candidates("openfhe", 15, 3, False)} == set(plan.SCALES)
+
+
+def test_without_hoisting_a_baby_step_costs_a_rotation():
+    table = CostTable.load()
+    plain, hoisted = plan_cost(table, 14, "tenseal"), plan_cost(table, 14)
+    assert plain(9, 9, 1, 0) == plain(9, 1, 9, 0) > plain(9, 3, 3, 0)
+    assert hoisted(9, 9, 1, 0) < hoisted(9, 1, 9, 0)
+    assert plain(0, 1, 1, 1) == table.seconds("rotate", replace(table.params, log_n=14), table.params.levels // 2)

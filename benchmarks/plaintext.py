@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
 import statistics
 import tempfile
 import time
@@ -85,9 +84,9 @@ def growth(
         model = Transformer(config(name, length)).eval()
         tokens = torch.randint(0, 1024, (1, length))
         gc.collect()
-        before = _peak_gb()
+        before = records.peak_gb()
         forward = _median(partial(_pass, model, tokens), repeats)
-        peak = _peak_gb()
+        peak = records.peak_gb()
         points.append({"tokens": length, "forward_s": forward, "forward_gb": peak - before})
     return {"name": name, "points": points, "stopped": stopped, "exponent": exponent(points)}
 
@@ -280,7 +279,3 @@ def _median(run: Callable[[], object], repeats: int) -> float:
         if sum(times) > LIMIT_S:
             break
     return statistics.median(times)
-
-
-def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -30,7 +30,7 @@ from benchmarks.substitution import (
     targets,
     train_ranges,
 )
-from benchmarks.train_runs import Budget, Keep, Row, Text, fit, language_config, load_text, sweep
+from benchmarks.train_runs import Budget, Keep, Row, Text, fit, load_text, sweep, trained
 from polyformer.model import Transformer
 from training.evaluate import language
 from training.substitution import KINDS, with_config, with_rows
@@ -93,12 +93,12 @@ class Models:
         if (power, seed) not in self._kept:
             s = self.setup
             torch.manual_seed(seed)  # the same first weights: all attention has the same parameters
-            kind = {"mixer": "power_softmax", "power": power, "eps": s.eps} if power else {"mixer": "softmax"}
-            model = Transformer(
-                language_config(s.budget, self.corpus.vocab, width=s.width, blocks=s.blocks, heads=s.heads, **kind)
+            kind: dict[str, Any] = (
+                {"mixer": "power_softmax", "power": power, "eps": s.eps} if power else {"mixer": "softmax"}
             )
-            fit(model, self.corpus.sampler(s.budget, seed), s.budget)
-            self._kept[power, seed] = model
+            self._kept[power, seed], _ = trained(
+                self.corpus, s.budget, seed, width=s.width, blocks=s.blocks, heads=s.heads, **kind
+            )
         return self._kept[power, seed]
 
 

@@ -91,9 +91,9 @@ def growth(
     return {"name": name, "points": points, "stopped": stopped, "exponent": exponent(points)}
 
 
-def _pass(model: Transformer, tokens: Tensor) -> None:
+def _pass(model: Callable[[Tensor], Any], x: Tensor) -> None:
     with torch.no_grad():
-        model(tokens)
+        model(x)
 
 
 def _too_much(points: Sequence[Mapping[str, float]]) -> str:
@@ -236,7 +236,7 @@ def _race(ours: Layer, theirs: Layer, length: int, repeats: int) -> dict[str, An
     with torch.no_grad():
         a, b = ours(x), theirs(x)
     result: dict[str, Any] = {"max_difference": float((a - b).abs().max()), "scale": float(b.abs().max())}
-    for kind, run in (("forward", _forward), ("training", _training)):
+    for kind, run in (("forward", _pass), ("training", _training)):
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
         for i in range(repeats + 1):
             for who, layer in (("ours", ours), ("theirs", theirs)):
@@ -253,11 +253,6 @@ def _race(ours: Layer, theirs: Layer, length: int, repeats: int) -> dict[str, An
             "speedup_most": max(ratios),
         }
     return result
-
-
-def _forward(layer: Layer, x: Tensor) -> None:
-    with torch.no_grad():
-        layer(x)
 
 
 def _training(layer: Layer, x: Tensor) -> None:

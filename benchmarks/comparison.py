@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .blocks import is_number
+
 CONDITIONS = ("version", "commit", "machine", "versions", "params", "seed", "repeats", "quick")
 
 
@@ -75,7 +77,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     ratios = [
         Ratio(name=key, a=float(left[key]), b=float(right[key]))
         for key in left
-        if key in right and _number(left[key]) and _number(right[key])
+        if key in right and is_number(left[key]) and is_number(right[key])
     ]
     conditions = [flat({c: r.get(c) for c in CONDITIONS}) for r in (a, b)]
     differ = {
@@ -97,10 +99,6 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[prefix + str(key)] = value
     return result
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _share(record: Mapping[str, Any]) -> str:

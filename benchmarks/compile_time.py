@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -43,7 +42,7 @@ def measure(name: str, path: Path, calibration: np.ndarray, *, target: Target, p
     metrics = {
         "compile_s": time.perf_counter() - start,
         "stages_s": dict(stages),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": records.peak_gb(),
         "verified": compiled.verified,
         "ops": len(circuit.ops),
         "by_kind": dict(Counter(op.kind for op in circuit.ops)),

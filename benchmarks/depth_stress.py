@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, load_text, outcome, sweep
-from polyformer.model import Transformer
+from benchmarks.train_runs import Budget, Keep, Row, ended, load_text, sweep, trained
 from training.evaluate import language
 
 if TYPE_CHECKING:
@@ -80,21 +79,23 @@ def measure(
 
     def run(case: str, seed: int) -> Row:
         name, layers, rate = cases[case]
-        model = Transformer(
-            language_config(
-                setup.budget, corpus.vocab, width=setup.width, blocks=layers, heads=setup.heads, **MIXERS[name]
-            )
+        model, training = trained(
+            corpus,
+            setup.budget,
+            seed,
+            width=setup.width,
+            blocks=layers,
+            heads=setup.heads,
+            schedule=setup.budget.schedule(lr=rate),
+            **MIXERS[name],
         )
-        training = fit(model, corpus.sampler(setup.budget, seed), setup.budget, schedule=setup.budget.schedule(lr=rate))
         loss = language(model, windows, bytes_per_token=corpus.bytes_per_token).loss
-        became = outcome(training, loss, unigram)
         return {
             "mixer": name,
             "layers": layers,
             "rate": rate,
             "heldout_loss": loss,
-            "outcome": became,
-            "failed": float(became != "trained"),
+            **ended(training, loss, unigram),
             "seconds": training.seconds,
             "curve": training.thinned(),
         }

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, load_text, outcome, sweep, warm_up
-from polyformer.model import Transformer
+from benchmarks.train_runs import Budget, Keep, Row, ended, load_text, sweep, trained, warm_up
 from training.evaluate import language
 
 if TYPE_CHECKING:
@@ -75,21 +74,16 @@ def measure(
     warm_up()
 
     def run(case: str, seed: int) -> Row:
-        model = Transformer(
-            language_config(
-                setup.budget, corpus.vocab, width=setup.width, blocks=setup.blocks, heads=setup.heads, **CASES[case]
-            )
+        model, training = trained(
+            corpus, setup.budget, seed, width=setup.width, blocks=setup.blocks, heads=setup.heads, **CASES[case]
         )
-        training = fit(model, corpus.sampler(setup.budget, seed), setup.budget)
         quality = language(model, windows, bytes_per_token=corpus.bytes_per_token)
-        became = outcome(training, quality.loss, unigram)
         return {
             "heldout_loss": quality.loss,
             "bits_per_byte": quality.bits_per_byte,
             "tokens_per_second": training.tokens_per_second,
             "parameters": model.parameter_count(),
-            "outcome": became,
-            "failed": float(became != "trained"),
+            **ended(training, quality.loss, unigram),
             "curve": training.thinned(),
         }
 

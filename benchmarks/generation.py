@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import tempfile
 import time
@@ -72,7 +71,7 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
         "evaluate_s": statistics.median(evaluate),
         "evaluate_spread_s": max(evaluate) - min(evaluate),
         "total_s": statistics.median(total),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": records.peak_gb(),
         # Two digits: an unrounded difference of a decryption belongs into no file.
         "max_abs_error": float(f"{np.max(np.abs(np.stack(found) - clear)):.1e}"),
         "promised_error": circuit.error_bound,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, Text, data_folder, fit, language_config, load_text, sweep
+from benchmarks.train_runs import Budget, Keep, Row, Text, data_folder, fit, language_config, load_text, sweep, trained
 from polyformer.model import Transformer
 from training.data import IGNORE
 from training.datasets import listops, mnist5k
@@ -218,10 +218,7 @@ def _classes(task: Labelled, s: Setup) -> Callable[[dict[str, Any], int], Row]:
 
 def _language(corpus: Text, windows_NS: Tensor, s: Setup) -> Callable[[dict[str, Any], int], Row]:
     def run(fields: dict[str, Any], seed: int) -> Row:
-        model = Transformer(
-            language_config(s.budget, corpus.vocab, width=s.width, blocks=s.blocks, heads=s.heads, **fields)
-        )
-        fit(model, corpus.sampler(s.budget, seed), s.budget)
+        model, _ = trained(corpus, s.budget, seed, width=s.width, blocks=s.blocks, heads=s.heads, **fields)
         return {"heldout_loss": language(model, windows_NS, bytes_per_token=corpus.bytes_per_token).loss}
 
     return run

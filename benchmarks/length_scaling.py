@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, load_text, outcome, sweep
+from benchmarks.train_runs import Budget, Keep, Row, ended, load_text, sweep, trained
 from polyformer.mixers.pointwise import SCALINGS, Pointwise
 from polyformer.model import Transformer
 from training.evaluate import language
@@ -76,9 +76,10 @@ def measure(
     unigram = corpus.unigram(longest)
 
     def run(case: str, seed: int) -> list[Row]:
-        config = language_config(
+        model, training = trained(
+            corpus,
             s.budget,
-            corpus.vocab,
+            seed,
             width=s.width,
             blocks=s.blocks,
             heads=s.heads,
@@ -86,17 +87,14 @@ def measure(
             rotary=s.width // s.heads,
             **CASES[case],
         )
-        model = Transformer(config)
-        training = fit(model, corpus.sampler(s.budget, seed), s.budget)
         rows = []
         for factor in s.factors:
             length = factor * s.budget.length
-            for scale in (OWN, TRAINED) if config.mixer == "pointwise" else (OWN,):
+            for scale in (OWN, TRAINED) if model.config.mixer == "pointwise" else (OWN,):
                 longer = at_length(model, length, keep_scale=scale == TRAINED)
                 found = language(longer, cut(longest, length), bytes_per_token=corpus.bytes_per_token, batch=16)
-                became = outcome(training, found.loss, unigram)
-                row = {"length": length, "scale": scale, "heldout_loss": found.loss, "outcome": became}
-                rows.append(row | {"failed": float(became != "trained")})
+                row = {"length": length, "scale": scale, "heldout_loss": found.loss}
+                rows.append(row | ended(training, found.loss, unigram))
         return rows
 
     params = {**asdict(s), "text": corpus.name, "unigram_loss": unigram}

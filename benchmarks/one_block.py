@@ -6,7 +6,6 @@ block does not show: what a cold cache of weights costs later blocks, and noise 
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +106,7 @@ def measure(
         "projected_refreshes": blocks * circuit.refreshes,
         "predicted_evaluate_s": whole.predicted["evaluate_s"],
         "max_abs_error": float(f"{np.max(np.abs(result - y)):.1e}"),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": records.peak_gb(),
         "compile_s": compile_s,
         "keygen_s": both.keygen_s,
         "key_gb": sum(params.key_bytes(level) for level in circuit.keys.values()) / 1e9,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
 import statistics
 import tempfile
 import time
@@ -85,16 +84,16 @@ def growth(
         model = Transformer(config(name, length)).eval()
         tokens = torch.randint(0, 1024, (1, length))
         gc.collect()
-        before = _peak_gb()
+        before = records.peak_gb()
         forward = _median(partial(_pass, model, tokens), repeats)
-        peak = _peak_gb()
+        peak = records.peak_gb()
         points.append({"tokens": length, "forward_s": forward, "forward_gb": peak - before})
     return {"name": name, "points": points, "stopped": stopped, "exponent": exponent(points)}
 
 
-def _pass(model: Transformer, tokens: Tensor) -> None:
+def _pass(model: Callable[[Tensor], Any], x: Tensor) -> None:
     with torch.no_grad():
-        model(tokens)
+        model(x)
 
 
 def _too_much(points: Sequence[Mapping[str, float]]) -> str:
@@ -237,7 +236,7 @@ def _race(ours: Layer, theirs: Layer, length: int, repeats: int) -> dict[str, An
     with torch.no_grad():
         a, b = ours(x), theirs(x)
     result: dict[str, Any] = {"max_difference": float((a - b).abs().max()), "scale": float(b.abs().max())}
-    for kind, run in (("forward", _forward), ("training", _training)):
+    for kind, run in (("forward", _pass), ("training", _training)):
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
         for i in range(repeats + 1):
             for who, layer in (("ours", ours), ("theirs", theirs)):
@@ -254,11 +253,6 @@ def _race(ours: Layer, theirs: Layer, length: int, repeats: int) -> dict[str, An
             "speedup_most": max(ratios),
         }
     return result
-
-
-def _forward(layer: Layer, x: Tensor) -> None:
-    with torch.no_grad():
-        layer(x)
 
 
 def _training(layer: Layer, x: Tensor) -> None:
@@ -280,7 +274,3 @@ def _median(run: Callable[[], object], repeats: int) -> float:
         if sum(times) > LIMIT_S:
             break
     return statistics.median(times)
-
-
-def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -19,7 +19,6 @@ from benchmarks.substitution import (
     WANTED,
     Degrees,
     Wanted,
-    in_rows,
     intervals,
     outside,
     substituted,
@@ -30,6 +29,7 @@ from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, sweep
 from polyformer.model import Transformer
 from training.evaluate import answers
 from training.recall import RecallSampler, RecallTask
+from training.substitution import with_rows
 
 if TYPE_CHECKING:
     from benchmarks.blocks import Block
@@ -112,7 +112,7 @@ def measure(
         power = kept.get((name, seed)) or fresh(task, SOURCE, seed)
         b = budget(task)
         seen = task.draw(s.calibration, torch.Generator().manual_seed(7))[0]
-        model = in_rows(power, seen)
+        model = with_rows(power, seen)
         aims = targets(model, seen, s.wanted)
 
         def go_on(made: Transformer, steps: int, first: int) -> None:

@@ -1,10 +1,11 @@
 """Benchmark records: one JSON file `<name>-<date>.json`, written by a program and never edited by hand.
 
-    name, version, status, created, commit, machine, versions, params, seed, repeats, quiet, noise, metrics
+    name, version, status, created, commit, machine, versions, params, seed, repeats, peak_gb, quiet, noise, metrics
 
 `status` is complete, interrupted or crashed (then `metrics` holds what was measured by then). `noise` is what others used of the
 processors meanwhile, `quiet` the verdict (see `noise`); a record from before `noise` existed judged by the load before the run.
-`version` is the benchmark's: figures of two versions cannot be compared.
+`version` is the benchmark's: figures of two versions cannot be compared. `peak_gb` is that of the whole process until the record was
+made; metrics may hold that of a part.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,11 @@ def machine(threads: int) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def peak_gb() -> float:
+    """Largest resident memory of this process so far, in GB (1e9 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # the kernel counts in KiB
 
 
 def _cpu() -> str:
@@ -99,6 +106,7 @@ def record(
         "params": dict(params),
         "seed": seed,
         "repeats": repeats,
+        "peak_gb": round(peak_gb(), 3),
         **(seen.to_json() if seen else {"quiet": None, "noise": None}),
         "metrics": dict(metrics),
     }

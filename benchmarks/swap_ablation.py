@@ -12,7 +12,7 @@ polynomials in place, whose coefficients learn too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,19 @@ import torch
 from benchmarks.registry import Progress, Record
 from benchmarks.substitution import (
     DEGREES,
-    KINDS,
     WANTED,
     Degrees,
     Wanted,
-    in_rows,
     intervals,
     outside,
     substituted,
     targets,
     train_ranges,
-    with_config,
 )
-from benchmarks.train_runs import Budget, Keep, Row, Text, fit, language_config, load_text, sweep
+from benchmarks.train_runs import Budget, Keep, Row, Text, fit, load_text, sweep, trained
 from polyformer.model import Transformer
 from training.evaluate import language
+from training.substitution import KINDS, with_config, with_rows
 
 if TYPE_CHECKING:
     from benchmarks.blocks import Block
@@ -95,12 +93,12 @@ class Models:
         if (power, seed) not in self._kept:
             s = self.setup
             torch.manual_seed(seed)  # the same first weights: all attention has the same parameters
-            kind = {"mixer": "power_softmax", "power": power, "eps": s.eps} if power else {"mixer": "softmax"}
-            model = Transformer(
-                language_config(s.budget, self.corpus.vocab, width=s.width, blocks=s.blocks, heads=s.heads, **kind)
+            kind: dict[str, Any] = (
+                {"mixer": "power_softmax", "power": power, "eps": s.eps} if power else {"mixer": "softmax"}
             )
-            fit(model, self.corpus.sampler(s.budget, seed), s.budget)
-            self._kept[power, seed] = model
+            self._kept[power, seed], _ = trained(
+                self.corpus, s.budget, seed, width=s.width, blocks=s.blocks, heads=s.heads, **kind
+            )
         return self._kept[power, seed]
 
 
@@ -125,16 +123,14 @@ def measure(
 
     def swap(power: int, seed: int) -> list[Row]:
         original = models.trained(0, seed)
-        swapped = with_config(original, mixer="power_softmax", power=power, eps=s.eps)
+        config = replace(original.config, mixer="power_softmax", power=power, eps=s.eps)
+        swapped = with_config(original, config)
         rows: list[Row] = [{"power": power, "share": 0.0, "swapped": loss(swapped), "softmax": loss(original)}]
         rows[0]["scratch"] = loss(models.trained(power, seed))
         for share in s.recovery:
             row: Row = {"power": power, "share": share}
-            for name, changes in (
-                ("swapped", {"mixer": "power_softmax", "power": power, "eps": s.eps}),
-                ("softmax", {}),
-            ):
-                model = with_config(original, **changes).train()
+            for name, kind in (("swapped", config), ("softmax", original.config)):
+                model = with_config(original, kind).train()
                 schedule = s.budget.schedule(steps=max(1, round(share * s.budget.steps)), lr=s.tune_lr)
                 fit(model, corpus.sampler(s.budget, seed + 500), s.budget, schedule=schedule)
                 row[name] = loss(model)
@@ -144,7 +140,7 @@ def measure(
     def ablate(seed: int) -> list[Row]:
         rows = []
         for arm, weight in (("without range training", 0.0), ("with range training", s.wanted.weight)):
-            model = in_rows(models.trained(s.substituted_power, seed), calibration)
+            model = with_rows(models.trained(s.substituted_power, seed), calibration)
             aims = targets(model, calibration, s.wanted)
             schedule = s.budget.schedule(steps=s.range_steps, lr=s.tune_lr)
             train_ranges(model, corpus.sampler(s.budget, seed + 600), s.budget, schedule, aims, weight)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ class Text:
 
 
 def data_folder() -> Path:
-    """Return the folder that `shared/fetch-data` filled: the variable POLYFORMER_DATA, else `data`."""
-    return Path(os.environ.get("POLYFORMER_DATA", "data"))
+    """Return the folder that `shared/fetch-data` filled: the variable POLYFORMER_DATA, else the repository's `data`."""
+    return Path(os.environ.get("POLYFORMER_DATA", records.ROOT / "data"))
 
 
 def load_text(path: Path | None, *, vocab: int, holdout: int = 9) -> Text:
@@ -161,6 +162,22 @@ def fit(
     return Training(seconds=seconds, tokens_per_second=tokens / seconds, finite=not bad, curve=tuple(curve))
 
 
+def trained(
+    corpus: Text,
+    budget: Budget,
+    seed: int,
+    *,
+    width: int,
+    blocks: int,
+    heads: int,
+    schedule: Schedule | None = None,
+    **changes: Any,
+) -> tuple[Transformer, Training]:
+    """Return a small language model after its budget on a text, and how that went; `changes` as in `language_config`."""
+    model = Transformer(language_config(budget, corpus.vocab, width=width, blocks=blocks, heads=heads, **changes))
+    return model, fit(model, corpus.sampler(budget, seed), budget, schedule=schedule)
+
+
 def outcome(training: Training, heldout_loss: float, unigram: float) -> str:
     """Return `diverged` (a loss or gradient that is not finite, or a final loss more than 1 nat above the unigram's),
     `stuck` (no better than the unigram's), or `trained`.
@@ -168,6 +185,12 @@ def outcome(training: Training, heldout_loss: float, unigram: float) -> str:
     if not training.finite or not math.isfinite(heldout_loss) or heldout_loss > unigram + 1.0:
         return "diverged"
     return "trained" if heldout_loss < unigram else "stuck"
+
+
+def ended(training: Training, heldout_loss: float, unigram: float) -> Row:
+    """Return the columns `outcome` and `failed`, whose mean over seeds is the share of runs that did not train."""
+    became = outcome(training, heldout_loss, unigram)
+    return {"outcome": became, "failed": float(became != "trained")}
 
 
 def sweep(
@@ -188,12 +211,14 @@ def sweep(
     Args: `run` returns one row, or several that name what they differ in; `figures` are averaged over seeds `by` the
     values of some columns, see `table`.
     """
-    rows: list[Row] = []
-    pairs = [(case, seed) for seed in seeds for case in cases]
-    done = 0
 
-    def record(status: str) -> dict[str, Any]:
-        made = records.record(
+    def rows_of(case: str, seed: int) -> list[Row]:
+        torch.manual_seed(seed)
+        found = run(case, seed)
+        return [plain({"case": case, "seed": seed, **r}) for r in ([found] if isinstance(found, dict) else found)]
+
+    def record(rows: Sequence[Row]) -> dict[str, Any]:
+        return records.record(
             name,
             metrics={"summary": table(rows, figures, by), "rows": list(rows)},
             params={**params, "seeds": list(seeds), "cases": list(cases)},
@@ -201,26 +226,36 @@ def sweep(
             seed=seeds[0],
             repeats=len(seeds),
         )
-        return made | {"status": status}
 
+    todo = [(f"{case}, seed {seed}", partial(rows_of, case, seed)) for seed in seeds for case in cases]
+    return one_by_one(todo, record, keep=keep, progress=progress)
+
+
+def one_by_one(
+    todo: Sequence[tuple[str, Callable[[], Sequence[Row]]]],
+    record: Callable[[Sequence[Row]], dict[str, Any]],
+    *,
+    keep: Keep | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure one run after another on one thread and return the record of their rows; Ctrl-C ends it with the rows so far.
+
+    Args: `todo` holds (what progress shows, its run); `record` makes a record of rows, which is kept after every run.
+    """
+    rows: list[Row] = []
     with one_thread():
         try:
-            for case, seed in pairs:
+            for done, (what, run) in enumerate(todo):
                 if progress is not None:
-                    progress(done, len(pairs), f"{case}, seed {seed}")
-                torch.manual_seed(seed)
-                found = run(case, seed)
-                rows.extend(
-                    plain({"case": case, "seed": seed, **r}) for r in ([found] if isinstance(found, dict) else found)
-                )
-                done += 1
+                    progress(done, len(todo), what)
+                rows.extend(run())
                 if keep is not None:
-                    keep(record("complete"))  # whoever finds it knows how the run ended
+                    keep(record(rows))  # as complete: whoever finds it knows how the run ended
         except KeyboardInterrupt:
-            return record("interrupted")
+            return record(rows) | {"status": "interrupted"}
     if progress is not None:
-        progress(done, len(pairs), "done")
-    return record("complete")
+        progress(len(todo), len(todo), "done")
+    return record(rows)
 
 
 def plain(value: Any) -> Any:

@@ -12,13 +12,13 @@ a cosine rate, clipped gradients, one product for q, k and v, torch's LayerNorm,
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from benchmarks import records
 from benchmarks.blocks import Block, Table
 from benchmarks.registry import Record, Settings
+from benchmarks.train_runs import one_by_one
 from polyformer.model import ModelConfig, Transformer
 from training.data import Mix, Sampler
 from training.loop import Schedule, run_stage
@@ -80,33 +81,25 @@ QUICK = (Shape(length=24, batch=2, width=16, blocks=1, heads=2, vocab=32, steps=
 
 def measure(settings: Settings) -> Record:
     """Return a record with one row a comparison and shape. `settings.repeats` is the number of rounds."""
-    shapes, rounds, rows = QUICK if settings.quick else SHAPES, max(2, settings.repeats), list[Row]()
+    shapes, rounds = QUICK if settings.quick else SHAPES, max(2, settings.repeats)
     seed = settings.seeds[0]
 
-    made = records.record(
-        "training-speed",
-        metrics={},
-        params={"shapes": [asdict(s) for s in shapes], "rounds": rounds, "powers": list(POWERS)},
-        threads=1,
-        seed=seed,
-        repeats=rounds,
-    )
+    def one(shape: Shape, name: str) -> list[Row]:
+        torch.manual_seed(seed)
+        return [compare(name, shape, rounds, seed)]
 
-    def record(status: str) -> dict[str, Any]:
-        return made | {"metrics": {"rows": list(rows), "least_ratio": least(rows)}, "status": status}
+    def record(rows: Sequence[Row]) -> dict[str, Any]:
+        return records.record(
+            "training-speed",
+            metrics={"rows": list(rows), "least_ratio": least(rows)},
+            params={"shapes": [asdict(s) for s in shapes], "rounds": rounds, "powers": list(POWERS)},
+            threads=1,
+            seed=seed,
+            repeats=rounds,
+        )
 
-    pairs = [(shape, name) for shape in shapes for name in COMPARISONS]
-    with one_thread():
-        try:
-            for done, (shape, name) in enumerate(pairs):
-                settings.progress(done, len(pairs), f"{name}, {shape.length} tokens")
-                torch.manual_seed(seed)
-                rows.append(compare(name, shape, rounds, seed))
-                settings.keep(record("interrupted"))
-        except KeyboardInterrupt:
-            return record("interrupted")
-    settings.progress(len(pairs), len(pairs), "done")
-    return record("complete")
+    todo = [(f"{name}, {shape.length} tokens", partial(one, shape, name)) for shape in shapes for name in COMPARISONS]
+    return one_by_one(todo, record, keep=settings.keep, progress=settings.progress)
 
 
 def compare(name: str, shape: Shape, rounds: int, seed: int) -> Row:
@@ -239,17 +232,6 @@ class PlainBlock(nn.Module):
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTD = x_BTD + self.o(y_BHTK.transpose(1, 2).reshape(b, t, d))
         return x_BTD + self.mlp(self.norm2(x_BTD))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread, then as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def least(rows: Sequence[Row]) -> dict[str, float]:

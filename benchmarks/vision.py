@@ -14,12 +14,11 @@ the variable POLYFORMER_DATA, else `data`. `quick` draws its own pictures and ne
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from benchmarks import records
 from benchmarks.blocks import COLOURS, MARKERS, Block, Table, axes, picture
 from benchmarks.registry import Record, Settings
-from benchmarks.training_speed import one_thread
+from benchmarks.train_runs import data_folder, one_by_one
 from polyformer.model import ModelConfig
 from polyformer.vision import VisionConfig, ViT
 from training import datasets, optimiser
@@ -124,14 +123,9 @@ class Images:
         return Images(train=(moved(self.train[0]), self.train[1]), test=(moved(self.test[0]), self.test[1]))
 
 
-def folder() -> Path:
-    """The folder that `shared/fetch-data` filled."""
-    return Path(os.environ.get("POLYFORMER_DATA", "data"))
-
-
 def digits() -> Images:
     """5,000 digits of MNIST's training side, 4,000 / 1,000."""
-    x, y = datasets.mnist5k(folder())
+    x, y = datasets.mnist5k(data_folder())
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SPLIT_SEED))
     pictures, labels = torch.from_numpy(x)[order], torch.from_numpy(y)[order]
     return scaled((pictures[:4000], labels[:4000]), (pictures[4000:], labels[4000:]))
@@ -139,7 +133,7 @@ def digits() -> Images:
 
 def fashion() -> Images:
     """Fashion-MNIST with its own split."""
-    train, test = datasets.fashion_mnist(folder())
+    train, test = datasets.fashion_mnist(data_folder())
     return scaled(*((torch.from_numpy(x.copy()), torch.from_numpy(y.copy()).long()) for x, y in (train, test)))
 
 
@@ -253,43 +247,33 @@ def sweep(
     held, missing = load(plan[0] for plan in plans)
     if not held:
         raise FileNotFoundError("; ".join(missing.values()))
-    todo = [(seed, plan) for seed in settings.seeds for plan in plans if plan[0] in held]
-    rows: list[Row] = []
 
-    made = records.record(
-        name,
-        metrics={},
-        params={"budget": asdict(budget), "cases": {k: dict(v) for k, v in cases.items()}},
-        threads=1,
-        seed=settings.seeds[0],
-        repeats=len(settings.seeds),
-    )
+    def one(seed: int, plan: Plan) -> list[Row]:
+        data, case, n, shuffled = plan
+        images = held[data] if not n else held[data].first(n, seed)
+        images = images.shuffled() if shuffled else images
+        torch.manual_seed(seed)
+        model = ViT(config(cases[case], budget, images.train[0].shape[-1]))
+        labels = {"data": data, "case": case, "images": len(images.train[1]), "shuffled": shuffled, "seed": seed}
+        return [labels | {"parameters": model.parameter_count()} | fit(model, images, budget, seed)]
 
-    def record(status: str) -> dict[str, Any]:
-        metrics = {"summary": summary(rows), "rows": list(rows), "missing": missing}
-        return made | {"metrics": metrics, "status": status}
+    def record(rows: Sequence[Row]) -> dict[str, Any]:
+        return records.record(
+            name,
+            metrics={"summary": summary(rows), "rows": list(rows), "missing": missing},
+            params={"budget": asdict(budget), "cases": {k: dict(v) for k, v in cases.items()}},
+            threads=1,
+            seed=settings.seeds[0],
+            repeats=len(settings.seeds),
+        )
 
-    with one_thread():
-        try:
-            for done, (seed, (data, case, n, shuffled)) in enumerate(todo):
-                settings.progress(done, len(todo), f"{case}, {data}, seed {seed}")
-                images = held[data] if not n else held[data].first(n, seed)
-                images = images.shuffled() if shuffled else images
-                torch.manual_seed(seed)
-                model = ViT(config(cases[case], budget, images.train[0].shape[-1]))
-                labels = {
-                    "data": data,
-                    "case": case,
-                    "images": len(images.train[1]),
-                    "shuffled": shuffled,
-                    "seed": seed,
-                }
-                rows.append(labels | {"parameters": model.parameter_count()} | fit(model, images, budget, seed))
-                settings.keep(record("interrupted"))
-        except KeyboardInterrupt:
-            return record("interrupted")
-    settings.progress(len(todo), len(todo), "done")
-    return record("complete")
+    todo = [
+        (f"{plan[1]}, {plan[0]}, seed {seed}", partial(one, seed, plan))
+        for seed in settings.seeds
+        for plan in plans
+        if plan[0] in held
+    ]
+    return one_by_one(todo, record, keep=settings.keep, progress=settings.progress)
 
 
 def load(names: Any) -> tuple[dict[str, Images], dict[str, str]]:

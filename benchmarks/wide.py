@@ -17,7 +17,7 @@ from compiler.cost import CostTable
 from compiler.ir import Graph, Node
 from compiler.layout import Heads
 from compiler.lower import Lowered, lower
-from compiler.passes.levels import SHARED_BABIES
+from compiler.passes.levels import shares_rotations
 from compiler.plan import STYLES, Style, as_circuit, with_style
 from compiler.schedule import forecast
 from compiler.search import plan_cost
@@ -185,13 +185,13 @@ def leveled(build: Lowered, params: Params, bottom: int = 0) -> Lowered:
     for _ in range(2):
         level = [bottom if op.kind == "output" else 0 for op in build.ops]
         for op in reversed(build.ops):
-            if _shares(op):
+            if shares_rotations(op):
                 level[op.id] = max(level[op.id], shared.get(op.args[0], 0) - 1)
             need = params.refresh_input if op.kind == "refresh" else level[op.id] + depths[op.id]
             for a in op.args:
                 level[a] = max(level[a], need)
         for op in build.ops:
-            if _shares(op):
+            if shares_rotations(op):
                 shared[op.args[0]] = max(shared.get(op.args[0], 0), level[op.id] + 1)
     for op in build.ops:
         most = params.refresh_output if op.kind == "refresh" else params.levels
@@ -200,10 +200,6 @@ def leveled(build: Lowered, params: Params, bottom: int = 0) -> Lowered:
                 f"op {op.source} ({op.kind}) needs level {level[op.id]}, {params.name} gives it {most}; refresh more values"
             )
     return replace(build, ops=tuple(replace(op, level=level[op.id]) for op in build.ops))
-
-
-def _shares(op: Op) -> bool:
-    return op.kind == "linear" and len({b for _, terms in op.attrs["plan"] for b, _ in terms}) > SHARED_BABIES
 
 
 def best_style(build: Lowered, params: Params, table: CostTable) -> Style:

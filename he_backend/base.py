@@ -17,7 +17,7 @@ number of rescales that a ciphertext can still take (it counts down to 0); rotat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -25,6 +25,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 C = TypeVar("C")
+
+# What each backend can do beside `SlotOps`, known without its library: a circuit is compiled and checked where there is none.
+BACKENDS: Mapping[str, frozenset[str]] = {
+    "openfhe": frozenset({"hoisting", "double_hoisting", "bootstrap"}),
+    "tenseal": frozenset(),
+}
 
 
 class HEError(Exception):

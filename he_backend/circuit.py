@@ -38,6 +38,7 @@ tensor, -1 where the slot means nothing); `source` is the ONNX node that the op 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -235,12 +236,12 @@ class Circuit:
 
     @classmethod
     def load(cls, path: Path) -> Circuit:
-        """Read a circuit and check it: bytes against its own hash, ops against `circuit_check`.
+        """Read a circuit and check it: bytes against its own hash, ops and keys against `circuit_check`.
 
         Raises:
             WireError: the file is not what was written, or breaks a rule; the message names the first one.
         """
-        from .circuit_check import faults
+        from .circuit_check import faults, key_faults
 
         header, arrays, _ = container.read(path)
         with _Parsing(header, "circuit"):
@@ -267,7 +268,7 @@ class Circuit:
                 steps=int(header.get("steps", 0)),
                 states=tuple(_signature(s) for s in header.get("states", ())),
             )
-            for fault in faults(circuit):
+            for fault in itertools.chain(faults(circuit), key_faults(circuit)):
                 raise WireError(f"{path}: {fault}")
         return circuit
 

@@ -1,7 +1,7 @@
 """Rules that every circuit keeps, recomputed from its ops, arrays and parameters: nothing that a circuit says of itself is believed.
 
-`faults` needs the circuit alone and is run whenever one is loaded; `key_faults` also needs its trace. What only the model can tell
-(the meaning of every tensor, the magnitudes) is checked by the compiler, `compiler/verify.py`.
+`faults` and then `key_faults` are asked whenever a circuit is loaded. What only the model can tell (the meaning of every tensor,
+the magnitudes) is checked by the compiler, `compiler/verify.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .base import BACKENDS, HEError
 from .circuit import Circuit, Op, Signature
 from .container import Arrays
 from .kernels import depth
-from .trace import Trace
+from .params import Params
+from .trace import trace
 
 # Number of arguments and the attributes that an op of a kind cannot do without; see the table in `circuit.py`. A refresh of a pair
 # takes two.
@@ -88,14 +90,38 @@ def _repeats(op: Op, circuit: Circuit) -> Iterator[str]:
         yield f"{op}: its slots do not repeat with the refresh's period {period}"
 
 
-def key_faults(circuit: Circuit, trace: Trace) -> Iterator[str]:
-    """Rotations and products whose evaluation key the circuit does not ask its client for, or for too low a level."""
-    for k, level in trace.keys.items():
+def key_faults(circuit: Circuit) -> Iterator[str]:
+    """Evaluation keys that the circuit lacks, or makes its client generate and upload for nothing: its list against its trace.
+
+    Relies on `faults` having found none.
+    """
+    params = circuit.params
+    if params.backend not in BACKENDS:
+        yield f"parameters are for backend {params.backend!r}; known are {', '.join(BACKENDS)}"
+        return
+    try:
+        found = trace(circuit, capabilities=BACKENDS[params.backend])
+    except HEError as error:
+        yield str(error)
+        return
+    for k, level in found.keys.items():
         if circuit.keys.get(k, -1) < level:
             known = f"for level {circuit.keys[k]}" if k in circuit.keys else "missing"
             yield f"rotation by {k} is used at level {level}; its key in the circuit's list is {known}"
-    if circuit.relin_level < trace.relin_level:
-        yield f"a product at level {trace.relin_level} is relinearised; the circuit's key is for level {circuit.relin_level} (-1: none)"
+    if circuit.relin_level < found.relin_level:
+        yield f"a product at level {found.relin_level} is relinearised; the circuit's key is for level {circuit.relin_level} (-1: none)"
+    for k, level in circuit.keys.items():
+        if level > found.keys.get(k, -math.inf):
+            used = f"at most at level {found.keys[k]}" if k in found.keys else "by no op"
+            yield f"rotation by {k} is used {used}; the circuit's list wants {_size(params, level)}: compile again"
+    if circuit.relin_level > found.relin_level:
+        used = f"at most at level {found.relin_level}" if found.relin_level >= 0 else "by no op"
+        yield f"relinearisation is used {used}; the circuit's list wants {_size(params, circuit.relin_level)}: compile again"
+
+
+def _size(params: Params, level: int) -> str:
+    """A key that is too much, with what it costs its client."""
+    return f"a key for level {level}, {params.key_bytes(level) / 1e6:.4g} MB"
 
 
 def _form(op: Op, circuit: Circuit) -> Iterator[str]:
@@ -129,6 +155,10 @@ def _form(op: Op, circuit: Circuit) -> Iterator[str]:
         used = [row for _, terms in op.attrs["plan"] for _, row in terms]
         if not used or not 0 <= min(used) <= max(used) < rows:
             yield f"{op}: its plan reads rows {sorted({*used[:1], *used[-1:]})} of {rows} in array {op.attrs['weights']!r}"
+    if op.kind == "rotate_sum" and "runs" in op.attrs:
+        steps, runs = len(op.attrs["steps"]), op.attrs["runs"]
+        if min(runs, default=0) < 1 or sum(runs) != steps or 1 << max(runs) > circuit.params.slots:
+            yield f"{op}: runs {runs} for {steps} steps: need positive ones that sum to them, of r steps at most, 2^r <= slots"
     if op.kind == "polynomial" and not ("factors" in op.attrs or {"chebyshev", "domain"} <= set(op.attrs)):
         yield f"{op}: a polynomial needs factors, or Chebyshev coefficients and their domain"
     if op.layout:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from . import refresh
-from .base import CapabilityError, ManifestError, WireError
+from .base import BACKENDS, CapabilityError, ManifestError, WireError
 from .circuit import ClientSpec
 from .container import strict_json
 from .params import Params
@@ -38,7 +38,6 @@ KEY_MAGIC = b"POLYFHE-EVALKEY1"
 HEADER = 64
 KINDS = ("relin", "rotation", "conjugation", "encapsulation")
 MAX_MANIFEST = 4 << 20
-BACKENDS = ("openfhe", "tenseal")
 
 Progress = Callable[[int, int, str], None]
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, CapabilityError, HEError, LevelError, MissingKeyError, WireError
+from .base import BACKENDS, Array, CapabilityError, HEError, LevelError, MissingKeyError, WireError
 from .openfhe_bytes import Residues
 from .openfhe_refresh import Refreshing
 from .openfhe_ring import KEY_MAPS, Ring, drop_keys, library, ring
 from .params import Params
 
 NAME = "openfhe"
-CAPABILITIES = frozenset({"hoisting", "double_hoisting", "bootstrap"})
+CAPABILITIES = BACKENDS[NAME]
 KINDS = ("relin", "rotation", "conjugation", "encapsulation")
 _serial = itertools.count(1)  # tags in the library's static maps: one an evaluator, even under the same key
 

@@ -35,7 +35,6 @@ LIMITS: dict[str, dict[int, int]] = {
     "uniform": {12: 109, 13: 218, 14: 438, 15: 881, 16: 1747, 17: 3523},
     "sparse192": {15: 768, 16: 1550},
 }
-WEIGHT = {"sparse192": 192}
 ERROR_STD = 3.19  # of the discrete Gaussian in every fresh ciphertext and key
 # log2 of a coefficient's noise that no circuit amplified, generously: a rescale leaves about 2^6 to 2^8 (the secret's norm
 # over sqrt(12)), an encryption less than 2^11, and key switching adds less than that again.

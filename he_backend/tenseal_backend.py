@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import security
-from .base import Array, CapabilityError, HEError, LevelError, MissingKeyError, ParamsError, WireError
+from .base import BACKENDS, Array, CapabilityError, HEError, LevelError, MissingKeyError, ParamsError, WireError
 from .params import SPECIAL_PRIME_BITS, Params
 
 NAME = "tenseal"
-CAPABILITIES: frozenset[str] = frozenset()
+CAPABILITIES = BACKENDS[NAME]
 MAX_LOG_N = 15
 INSTALL = "pip install 'tenseal>=0.3.16,<0.4'"
 HEADER = struct.Struct("<HBBBBHQ")  # SEAL 4.1: magic, header size, version (2), compression, reserved, bytes in all

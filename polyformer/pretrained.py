@@ -18,7 +18,7 @@ from torch import Tensor
 from polyformer.architectures import Source, family
 from polyformer.architectures.gguf_file import GGUFFile, LlamaNames, llama_config
 from polyformer.architectures.safetensors_file import SafetensorsFiles
-from polyformer.model import ModelConfig, Transformer
+from polyformer.model import Transformer
 
 MAX_DEFAULT_LENGTH = 1024  # every attention layer holds a mask of length^2
 
@@ -43,12 +43,6 @@ def load_pretrained(path: Path, *, length: int | None = None) -> Transformer:
     model = Transformer(config)
     model.load_state_dict(layout.weights(Source(tensors), values, config), assign=False)
     return model.eval()
-
-
-def pretrained_config(path: Path, *, length: int) -> ModelConfig:
-    """Return the config alone, without reading a weight."""
-    values, _ = read_checkpoint(Path(path))
-    return family(values["model_type"]).config(values, length)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:

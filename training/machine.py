@@ -29,11 +29,17 @@ from training.data import Sampler
 from training.loop import Schedule, run_stage
 from training.recipe import Progress
 from training.stages import Continue, Ranges, Rows, Stage, Substitute, Swap, Training, Tune
-from training.substitution import choose_targets, fitted_intervals, levels, ranges_report, substitute, with_rows
+from training.substitution import (
+    KINDS,
+    choose_targets,
+    fitted_intervals,
+    levels,
+    ranges_report,
+    substitute,
+    with_rows,
+)
 from training.swap import swap_attention
 from training.train import heldout_loss
-
-KINDS = ("division", "activation", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,14 @@ def _apply(
     elif isinstance(stage, Rows):
         state.model = with_rows(state.model, material.calibration_NT)
     elif isinstance(stage, Ranges):
-        state.targets, state.weights = choose_targets(state.model, stage, material.calibration_NT), stage
+        state.weights = stage
+        state.targets = choose_targets(
+            state.model,
+            material.calibration_NT,
+            activation_bound=stage.activation_bound,
+            variance_ratio=stage.variance_ratio,
+            denominator_target=stage.denominator_target,
+        )
         steps = _train(state, stage, material, place, log, progress, ranges=True)
         share = _outside(state, material.calibration_NT)
         return {"steps": steps, "met": None if stage.outside is None else share <= stage.outside}

@@ -5,6 +5,7 @@ measures.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,8 +19,25 @@ from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig, Transformer
 from polyformer.norms import Norm
 from polyformer.ranges import Collector, Targets, log_mean_rows, measure, taps
-from training.stages import Ranges, Substitute
+from training.stages import Substitute
 from training.train import heldout_loss
+
+KINDS = ("division", "activation", "norm")  # of functions that a polynomial can replace
+
+
+def with_config(model: Transformer, config: ModelConfig) -> Transformer:
+    """Return a model of another config with the same parameters; what the new one adds keeps its start.
+
+    Raises:
+        ValueError: a model of that config lacks some of the parameters.
+    """
+    made = Transformer(config)
+    _, unexpected = made.load_state_dict(model.state_dict(), strict=False)
+    if unexpected:
+        raise ValueError(
+            f"the changed model has no place for {unexpected[:3]}; choose a mixer with the same parameters"
+        )
+    return made.train(model.training)
 
 
 def with_rows(power: Transformer, calibration: Tensor) -> Transformer:
@@ -27,11 +45,7 @@ def with_rows(power: Transformer, calibration: Tensor) -> Transformer:
 
     A model without PowerSoftmax comes back as a copy.
     """
-    model = Transformer(replace(power.config, form="rows"))
-    missing, unexpected = model.load_state_dict(power.state_dict(), strict=False)
-    if unexpected or any(not name.endswith("row_T") for name in missing):
-        raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
-    model.eval()
+    model = with_config(power, replace(power.config, form="rows")).eval()
     for name, log_T in log_mean_rows(model, calibration).items():
         mixer = model.get_submodule(name)
         assert isinstance(mixer, PowerSoftmax)
@@ -40,19 +54,26 @@ def with_rows(power: Transformer, calibration: Tensor) -> Transformer:
     return model
 
 
-def choose_targets(model: Transformer, stage: Ranges, calibration: Tensor) -> dict[str, tuple[float, float]]:
+def choose_targets(
+    model: Transformer,
+    calibration: Tensor,
+    *,
+    activation_bound: float,
+    variance_ratio: float,
+    denominator_target: tuple[float, float],
+) -> dict[str, tuple[float, float]]:
     """Return the wanted interval of each tap; variances are centred on the geometric mean of what the model has."""
     targets: dict[str, tuple[float, float]] = {}
     with torch.no_grad(), Collector(model) as collector:
         model(calibration)
         for name, value in collector.values.items():
             if collector.kind(name) == "activation":
-                targets[name] = (-stage.activation_bound, stage.activation_bound)
+                targets[name] = (-activation_bound, activation_bound)
             elif collector.kind(name) == "denominator":
-                targets[name] = stage.denominator_target
+                targets[name] = denominator_target
             else:
                 centre = math.exp(float(value.log().mean()))
-                targets[name] = (centre * stage.variance_ratio**-0.5, centre * stage.variance_ratio**0.5)
+                targets[name] = (centre * variance_ratio**-0.5, centre * variance_ratio**0.5)
     return targets
 
 
@@ -64,46 +85,66 @@ def fitted_interval(target: tuple[float, float], stage: Substitute, *, denominat
     return (lo * stage.margin, hi * stage.margin) if lo < 0 else (lo / stage.margin, hi * stage.margin)
 
 
-def polynomial_config(config: ModelConfig, stage: Substitute) -> ModelConfig:
-    """Return the config after a substitution; what is a polynomial as it stands (square, affine) stays."""
-    if stage.division:
-        config = replace(config, reciprocal="polynomial", reciprocal_degree=stage.reciprocal_degree)
-    if stage.activation and config.activation not in ("square", "quartic"):
-        config = replace(config, activation="polynomial", activation_degree=stage.activation_degree)
-    if stage.norm:
-        config = replace(
-            config,
-            norms=tuple(f"{n}_poly" if n in ("rms", "layer") else n for n in config.norms),
-            norm_degree=stage.norm_degree,
-            norm_newton=stage.norm_newton,
-        )
+def polynomial_config(
+    config: ModelConfig, kinds: Collection[str], *, division: int, activation: int, norm: int, newton: int = 0
+) -> ModelConfig:
+    """Return the config after a substitution of some kinds by polynomials of these degrees (`newton`: steps after that
+    of a norm); what is a polynomial as it stands (square, affine) stays.
+    """
+    if "division" in kinds:
+        config = replace(config, reciprocal="polynomial", reciprocal_degree=division)
+    if "activation" in kinds and config.activation not in ("square", "quartic"):
+        config = replace(config, activation="polynomial", activation_degree=activation)
+    if "norm" in kinds:
+        norms = tuple(f"{n}_poly" if n in ("rms", "layer") else n for n in config.norms)
+        config = replace(config, norms=norms, norm_degree=norm, norm_newton=newton)
     return config
 
 
+def with_polynomials(model: Transformer, config: ModelConfig, intervals: Targets) -> Transformer:
+    """Return a copy of a model in a config that has polynomials, each fitted on the interval of its tap; everything
+    else is equal.
+
+    Raises:
+        ValueError: a polynomial has no interval to be fitted on.
+    """
+    made = with_config(model, config)
+    exact = model.config.activation
+    for name in taps(made):
+        layer = made.get_submodule(name)
+        if not any(isinstance(part, PolynomialLayer) for part in layer.children()):
+            continue
+        if name not in intervals:
+            raise ValueError(f"{name} has no target; put a Ranges stage (steps may be 0) before the substitution")
+        if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
+            layer.reciprocal.set(reciprocal(layer.reciprocal.degree, intervals[name]))
+        elif isinstance(layer, Activation) and layer.polynomial is not None and exact in EXACT:
+            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, intervals[name]))
+        elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
+            layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, intervals[name]))
+    return made.eval()
+
+
 def substitute(ranged: Transformer, stage: Substitute, targets: Targets) -> Transformer:
-    """Return a copy of a ranged model with the chosen functions replaced by fitted polynomials; everything else is
-    equal.
+    """Return a copy of a ranged model with the chosen functions replaced by polynomials on its targets, widened.
 
     Raises:
         ValueError: a polynomial has no target, so nothing says on which interval to fit it.
     """
-    model = Transformer(polynomial_config(ranged.config, stage))
-    model.load_state_dict(ranged.state_dict(), strict=False)
-    exact = ranged.config.activation
-    for name in taps(model):
-        layer = model.get_submodule(name)
-        if not any(isinstance(part, PolynomialLayer) for part in layer.children()):
-            continue
-        if name not in targets:
-            raise ValueError(f"{name} has no target; put a Ranges stage (steps may be 0) before the substitution")
-        interval = fitted_interval(targets[name], stage, denominator=isinstance(layer, PowerSoftmax))
-        if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
-            layer.reciprocal.set(reciprocal(layer.reciprocal.degree, interval))
-        elif isinstance(layer, Activation) and layer.polynomial is not None and exact in EXACT:
-            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, interval))
-        elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
-            layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, interval))
-    return model.eval()
+    config = polynomial_config(
+        ranged.config,
+        [kind for kind in KINDS if getattr(stage, kind)],
+        division=stage.reciprocal_degree,
+        activation=stage.activation_degree,
+        norm=stage.norm_degree,
+        newton=stage.norm_newton,
+    )
+    kinds = {name: tap.kind for name, tap in taps(ranged).items()}
+    intervals = {
+        name: fitted_interval(target, stage, denominator=kinds.get(name) == "denominator")
+        for name, target in targets.items()
+    }
+    return with_polynomials(ranged, config, intervals)
 
 
 def fitted_intervals(model: torch.nn.Module) -> dict[str, tuple[float, float]]:

@@ -24,12 +24,12 @@ def assign_levels(ops: Sequence[Op], arrays: Arrays, slots: int) -> tuple[Op, ..
     for _ in range(2):  # the second round applies the shared levels found in the first
         level = [0] * len(ops)
         for op in reversed(ops):
-            if _shares(op):
+            if shares_rotations(op):
                 level[op.id] = max(level[op.id], shared.get(op.args[0], 0) - 1)
             for a in op.args:
                 level[a] = max(level[a], level[op.id] + depths[op.id])
         for op in ops:
-            if _shares(op):
+            if shares_rotations(op):
                 shared[op.args[0]] = max(shared.get(op.args[0], 0), level[op.id] + 1)
     inputs = {op.attrs["name"] for op in ops if op.kind == "input"}
     for op in ops:
@@ -38,5 +38,6 @@ def assign_levels(ops: Sequence[Op], arrays: Arrays, slots: int) -> tuple[Op, ..
     return tuple(replace(op, level=level[op.id]) for op in ops)
 
 
-def _shares(op: Op) -> bool:
+def shares_rotations(op: Op) -> bool:
+    """Whether a linear map has so many baby steps that others of the same value should be at its level."""
     return op.kind == "linear" and len({b for _, terms in op.attrs["plan"] for b, _ in terms}) > SHARED_BABIES

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import released, released_encoder, released_show
 from benchmarks.registry import Settings, benchmarks
+from benchmarks.substitution import widened
 
 
 def test_swap_keeps_partial_records_and_shows_every_arm():
@@ -74,8 +75,6 @@ def test_ranges_are_widened_and_losses_may_be_infinite():
         "act": Range(low=-2.0, high=5.0, below=0, above=0, count=1),
         "norm": Range(low=0.5, high=4.0, below=0, above=0, count=1),
     }
-    found = released_encoder.widened(r, 2.0)
-    assert (found["act"].low, found["act"].high) == (-10.0, 10.0)
-    assert (found["norm"].low, found["norm"].high) == (0.25, 8.0)
+    assert widened(r, 2.0) == {"act": (-10.0, 10.0), "norm": (0.25, 8.0)}
     assert released.perplexity(float("inf")) == {"loss": None, "perplexity": None}
     assert released.perplexity(0.0) == {"loss": 0.0, "perplexity": 1.0}

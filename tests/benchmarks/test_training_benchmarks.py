@@ -8,10 +8,11 @@ import torch
 from benchmarks import depth_stress, equal_budget, las, length_scaling, recall, registry, swap_ablation
 from benchmarks.blocks import Picture, Table
 from benchmarks.entries import language as entries
-from benchmarks.substitution import Degrees, in_rows, intervals, outside, substituted, with_config
+from benchmarks.substitution import Degrees, intervals, outside, substituted
 from benchmarks.train_runs import Budget, language_config
 from polyformer.model import Transformer
 from training.data import IGNORE
+from training.substitution import with_config, with_rows
 
 TOPICS = {
     "equal-budget": equal_budget,
@@ -101,7 +102,7 @@ def test_every_case_of_equal_budget_is_a_model(case):
 
 def test_stable_and_unstable_power_are_one_map():
     stable = body(**equal_budget.CASES["power 12"])
-    exact = with_config(stable, form=equal_budget.CASES["power 12 unstable"]["form"])
+    exact = with_config(stable, replace(stable.config, form=equal_budget.CASES["power 12 unstable"]["form"]))
     assert torch.allclose(stable(tokens()), exact(tokens()), atol=1e-5)
 
 
@@ -115,10 +116,10 @@ def test_swap_changes_the_loss_and_keeps_the_parameters(records):
     first = next(r for r in records("swap-ablation")["metrics"]["rows"] if r.get("share") == 0.0)
     assert first["swapped"] != first["softmax"]
     softmax = body("softmax")
-    swapped = with_config(softmax, mixer="power_softmax", power=2)
+    swapped = with_config(softmax, replace(softmax.config, mixer="power_softmax", power=2))
     assert torch.equal(swapped.blocks[0].mixer.q.weight, softmax.blocks[0].mixer.q.weight)
     with pytest.raises(ValueError, match="no place for"):
-        with_config(softmax, mixer="hyena")
+        with_config(softmax, replace(softmax.config, mixer="hyena"))
 
 
 def test_both_arms_replace_each_function_alone_and_all(records):
@@ -129,7 +130,7 @@ def test_both_arms_replace_each_function_alone_and_all(records):
 
 
 def test_substitution_of_high_degree_is_the_model():
-    model = in_rows(body(power=2), tokens())
+    model = with_rows(body(power=2), tokens())
     degrees = Degrees(division=30, activation=14, norm=30)
     fitted = intervals(model, tokens(), degrees)
     polynomial = substituted(model, fitted, degrees)
@@ -142,11 +143,11 @@ def test_substitution_of_high_degree_is_the_model():
 
 def test_rows_is_an_exact_change_of_form():
     model = body(power=4)
-    assert torch.allclose(in_rows(model, tokens())(tokens()), model(tokens()), atol=1e-5)
+    assert torch.allclose(with_rows(model, tokens())(tokens()), model(tokens()), atol=1e-5)
 
 
 def test_nothing_of_what_was_measured_is_outside_and_more_is():
-    model = in_rows(body(power=2), tokens())
+    model = with_rows(body(power=2), tokens())
     fitted = intervals(model, tokens(), Degrees())
     assert outside(model, tokens(), fitted) == 0.0
     narrow = {name: (lo + 0.4 * (hi - lo), hi - 0.4 * (hi - lo)) for name, (lo, hi) in fitted.items()}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import registry, vision
-from benchmarks.registry import Settings
+from benchmarks.registry import Settings, benchmarks
+from benchmarks.worker import stamped
 from polyformer.vision import ViT
 
 
@@ -79,3 +80,19 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch):
     monkeypatch.setattr(vision, "fit", stop_at_the_third)
     record = vision.vision(Settings(quick=True))
     assert record["status"] == "interrupted" and len(record["metrics"]["rows"]) == 2
+
+
+def test_what_a_crash_leaves_does_not_say_that_somebody_stopped_it(monkeypatch):
+    real, kept = vision.fit, []
+
+    def die_at_the_second(*arguments):
+        if kept:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(vision, "fit", die_at_the_second)
+    with pytest.raises(MemoryError):
+        vision.vision(Settings(quick=True, keep=kept.append))
+    [left] = kept
+    ended = stamped(left, benchmarks()["vision"], None, quick=True, status="crashed")
+    assert ended["status"] == "crashed" and len(ended["metrics"]["rows"]) == 1

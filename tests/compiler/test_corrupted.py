@@ -9,7 +9,7 @@ import pytest
 from compiler import Target, compile_onnx, verify
 from he_backend.base import WireError
 from he_backend.circuit import Circuit
-from he_backend.circuit_check import faults
+from he_backend.circuit_check import faults, key_faults
 
 from .models import norm_mlp
 
@@ -67,6 +67,31 @@ def without(circuit, kind):
     assert circuit.ops[-1].kind == kind
     return replace(circuit, ops=circuit.ops[:-1])
 
+
+def with_dearest_key(circuit, change):
+    """The highest key, so many levels up or down."""
+    k = max(circuit.keys, key=lambda k: circuit.keys[k])
+    return replace(circuit, keys={**circuit.keys, k: circuit.keys[k] + change})
+
+
+def without_key(circuit):
+    return replace(circuit, keys={k: level for k, level in circuit.keys.items() if k != min(circuit.keys)})
+
+
+def higher(circuit):
+    """A whole circuit one level up, where its keys no longer reach."""
+    ops = tuple(replace(op, level=op.level + 1) for op in circuit.ops)
+    inputs, outputs = (tuple(replace(s, level=s.level + 1) for s in door) for door in (circuit.inputs, circuit.outputs))
+    params = replace(circuit.params, levels=circuit.params.levels + 1)
+    return replace(circuit, params=params, ops=ops, inputs=inputs, outputs=outputs)
+
+
+def with_needless_keys(circuit):
+    """Two rotations that no op makes, as if the list were another circuit's."""
+    return replace(circuit, keys={**circuit.keys, 5: 1, 7: 1})
+
+
+KEY_MISSING = r"rotation by \d+ is used at level \d+; its key in the circuit's list is missing"
 
 # What the loader says of a file whose hash is right: somebody wrote it so.
 BY_THE_LOADER = {
@@ -147,6 +172,36 @@ BY_THE_LOADER = {
         lambda c: with_array(c, first(c, "linear").layout or "layout.0", np.zeros(3, dtype=np.int32)),
         r"layout 'layout\.\d+' is int32 \(3,\); need integers of shape \(512,\)",
     ),
+    "runs that lose a step": (
+        lambda c: with_attrs(c, first(c, "rotate_sum"), runs=[1] * (len(first(c, "rotate_sum").attrs["steps"]) - 1)),
+        r"= rotate_sum\(.*: runs \[.*\] for \d+ steps",
+    ),
+    "rotation key missing": (without_key, KEY_MISSING),
+    "rotation key too low": (
+        lambda c: with_dearest_key(c, -1),
+        r"rotation by \d+ is used at level (\d+); its key .* for level \d+",
+    ),
+    "rotation key too high": (
+        lambda c: with_dearest_key(c, 1),
+        r"rotation by \d+ is used at most at level \d+; the circuit's list wants a key for level \d+, \S+ MB: compile again",
+    ),
+    "rotation keys for nothing": (
+        with_needless_keys,
+        r"rotation by 5 is used by no op; the circuit's list wants a key for level 1, \S+ MB: compile again",
+    ),
+    "product key too low": (
+        lambda c: replace(c, relin_level=c.relin_level - 1),
+        r"a product at level \d+ is relinearised; the circuit's key is for level \d+",
+    ),
+    "product key too high": (
+        lambda c: replace(c, relin_level=c.relin_level + 1),
+        r"relinearisation is used at most at level \d+; the circuit's list wants a key for level \d+, \S+ MB: compile again",
+    ),
+    "levels raised above the keys": (higher, r"rotation by \d+ is used at level \d+; its key .* for level \d+"),
+    "a backend of nobody": (
+        lambda c: replace(c, params=replace(c.params, backend="seal")),
+        r"parameters are for backend 'seal'; known are openfhe, tenseal",
+    ),
 }
 
 
@@ -163,39 +218,13 @@ def lowered_bound(circuit):
     return with_op(circuit, op, bound=op.bound / 2)
 
 
-def lower_key(circuit):
-    k = max(circuit.keys, key=lambda k: circuit.keys[k])
-    return replace(circuit, keys={**circuit.keys, k: circuit.keys[k] - 1})
-
-
-def without_key(circuit):
-    return replace(circuit, keys={k: level for k, level in circuit.keys.items() if k != min(circuit.keys)})
-
-
-def higher(circuit):
-    """A whole circuit one level up, where its keys no longer reach."""
-    ops = tuple(replace(op, level=op.level + 1) for op in circuit.ops)
-    inputs, outputs = (tuple(replace(s, level=s.level + 1) for s in door) for door in (circuit.inputs, circuit.outputs))
-    params = replace(circuit.params, levels=circuit.params.levels + 1)
-    return replace(circuit, params=params, ops=ops, inputs=inputs, outputs=outputs)
-
-
 def permuted(layout):
     """Two elements trade places: every index is there, in a wrong slot."""
     return np.where(layout == 3, 7, np.where(layout == 7, 3, layout))
 
 
 BY_THE_VERIFIER = {
-    "rotation key missing": (
-        without_key,
-        r"rotation by \d+ is used at level \d+; its key in the circuit's list is missing",
-    ),
-    "rotation key too low": (lower_key, r"rotation by \d+ is used at level (\d+); its key .* for level \d+"),
-    "product key too low": (
-        lambda c: replace(c, relin_level=c.relin_level - 1),
-        r"a product at level \d+ is relinearised; the circuit's key is for level \d+",
-    ),
-    "levels raised above the keys": (higher, r"rotation by \d+ is used at level \d+; its key .* for level \d+"),
+    "rotation key missing": (without_key, KEY_MISSING),
     "bound lowered": (lowered_bound, r"= mul\(.*: a slot reaches \S+, above its bound \S+"),
     "weights changed": (
         lambda c: with_array(c, weights(c), c.arrays[weights(c)] * 1.001),
@@ -222,7 +251,7 @@ def test_the_verifier_refuses(compiled, name):
 
 def test_a_sound_circuit_passes_both(compiled, tmp_path):
     model, samples = compiled
-    assert list(faults(model.circuit)) == []
+    assert [*faults(model.circuit), *key_faults(model.circuit)] == []
     verify.finished(model.circuit, model.graph, samples)
     model.circuit.save(tmp_path / "c")
     assert Circuit.load(tmp_path / "c").sha256 == model.circuit.sha256

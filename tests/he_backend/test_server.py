@@ -274,3 +274,12 @@ def test_keys_of_another_circuit_are_refused_at_start(site: Site) -> None:
         [sys.executable, *site.command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
     assert "not for this circuit" in done.stderr
+
+
+def test_a_circuit_that_asks_for_keys_in_vain_is_refused_at_start(site: Site) -> None:
+    replace(site.circuit, keys={**site.circuit.keys, 5: 1}).save(site.folder / "circuit")
+    done = subprocess.run(
+        [sys.executable, *site.command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode != 0
+    assert "rotation by 5 is used by no op; the circuit's list wants a key for level 1" in done.stderr

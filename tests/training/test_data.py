@@ -26,7 +26,7 @@ from training.data import (
     train_bpe,
 )
 
-DATA = Path(os.environ.get("POLYFORMER_DATA", "/work/scratch/data"))
+DATA = Path(os.environ.get("POLYFORMER_DATA", "data"))
 
 
 @pytest.fixture(scope="module")

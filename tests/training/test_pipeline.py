@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from polyformer.export import export_onnx
 from polyformer.ranges import measure
 from training import Recipe, calibration_tokens, convert, heldout_tokens, load_model, load_tokenizer, train
-from training.stages import Ranges, Substitute, powersoftmax
+from training.stages import Substitute, powersoftmax
 from training.substitution import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
 
 RECIPE = Recipe.quick().with_(threads=1)
@@ -159,7 +159,8 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
 def test_targets_follow_the_recipe(normed_run):
     tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
     ranged = with_rows(load_model(normed_run, "power"), tokens)
-    targets = choose_targets(ranged, stage_of(NORMED, Ranges), tokens)
+    wanted = {name: getattr(NORMED, name) for name in ("activation_bound", "variance_ratio", "denominator_target")}
+    targets = choose_targets(ranged, tokens, **wanted)
     assert targets["blocks.0.mlp.act"] == (-NORMED.activation_bound, NORMED.activation_bound)
     assert targets["blocks.0.mixer"] == NORMED.denominator_target
     assert targets["norm"][1] / targets["norm"][0] == pytest.approx(NORMED.variance_ratio)

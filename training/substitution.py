@@ -100,7 +100,9 @@ def substitute(ranged: Transformer, stage: Substitute, targets: Targets) -> Tran
         if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
             layer.reciprocal.set(reciprocal(layer.reciprocal.degree, interval))
         elif isinstance(layer, Activation) and layer.polynomial is not None and exact in EXACT:
-            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, interval))
+            layer.polynomial.set(
+                fit_activation(exact, layer.polynomial.degree, interval, spread=stage.activation_spread)
+            )
         elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
             layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, interval))
     return model.eval()

@@ -63,7 +63,7 @@ class Recipe:
     softmax_steps: int = 1200
     power_steps: int = 100
     start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
-    continue_steps: int = 600  # after that swap, in place of `power_steps`
+    continue_steps: int = 100  # after that swap, in place of `power_steps`
     range_steps: int = 50
     tune_steps: int = 1050
     checkpoint_every: int = 200

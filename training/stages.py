@@ -130,8 +130,8 @@ def powersoftmax(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def pointwise(recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the stages of the pointwise recipe: rebuilt with sigma attention scaled by 1/sqrt(L), trained from scratch
-    for as many steps as the other models.
+    """Return the stages of the pointwise recipe: rebuilt with sigma attention scaled by 1/sqrt(L) and trained from
+    scratch, as many steps as the other models in all stages together.
     """
     return (
         Swap(name="pointwise-swap", mixer="pointwise", fresh=recipe.seed),

@@ -1,4 +1,6 @@
-"""The fully polynomial demo model against its softmax twin at an equal number of optimiser steps, with and without LaS."""
+"""A fully polynomial model against its softmax twin at an equal number of optimiser steps, with and without LaS: the demo's
+model of 2 blocks, and a deep one of 6.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,26 @@ from .blocks import Block, Table
 from .registry import Record, Settings
 
 VARIANTS = ("LaS decay", "no decay")
-FIGURES = ("softmax", "power", "polynomial")
+FIGURES = ("softmax", "polynomial")
+
+
+QUICK = Recipe.quick().with_(las_decay=1.0)
 
 
 def measure(settings: Settings) -> Record:
-    """Train and convert the demo recipe for every seed, with its decay of scores and without; the twins follow suit."""
-    recipe = Recipe.quick().with_(las_decay=1.0) if settings.quick else Recipe.demo()
+    """Measure the demo's model."""
+    return _measure(settings, "demo-twin", QUICK if settings.quick else Recipe.demo())
+
+
+def measure_deep(settings: Settings) -> Record:
+    """Measure the deep model; the quick size has its kinds of norms."""
+    deep = Recipe.deep()
+    norms = (deep.exact_norms[0], *deep.exact_norms[-2:])
+    return _measure(settings, "deep-twin", QUICK.with_(exact_norms=norms) if settings.quick else deep)
+
+
+def _measure(settings: Settings, name: str, recipe: Recipe) -> Record:
+    """Train and convert a recipe for every seed, with its decay of scores and without; the twins follow suit."""
     seeds = settings.seeds[:1] if settings.quick else settings.seeds
     runs: list[dict[str, Any]] = []
     for seed in seeds:
@@ -29,8 +45,8 @@ def measure(settings: Settings) -> Record:
             settings.progress(len(runs), len(seeds) * len(VARIANTS), f"seed {seed}, {variant}")
             decay = recipe.las_decay if variant == VARIANTS[0] else 0.0
             runs.append({"variant": variant, **run(replace(recipe, seed=seed, las_decay=decay))})
-            settings.keep(_record(runs, recipe, seeds))
-    return _record(runs, recipe, seeds)
+            settings.keep(_record(name, runs, recipe, seeds))
+    return _record(name, runs, recipe, seeds)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -41,7 +57,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         metrics = convert(out)
     return {
         "seed": recipe.seed,
-        **{name: metrics[f"heldout_loss_{name}"] for name in FIGURES},
+        **{name: metrics[f"heldout_loss_{name}"] for name in (*FIGURES, "power")},
         "levels": metrics["levels"],
         "quality": metrics["quality"],
         "outside_heldout": _largest(metrics["outside_heldout"]),
@@ -75,8 +91,7 @@ def show(record: Record) -> Sequence[Block]:
     rows = [
         (
             variant,
-            *(values[name]["mean"] for name in FIGURES),
-            values["polynomial"]["sd"],
+            *(values[name][figure] for name in FIGURES for figure in ("mean", "sd")),
             values["gap_percent"],
             values["gap_percent_better_twin"],
         )
@@ -85,16 +100,16 @@ def show(record: Record) -> Sequence[Block]:
     steps = record["params"]["softmax_steps"]
     caption = (
         f"Held-out loss in nats a token, mean over seeds {', '.join(map(str, record['params']['seeds']))}; softmax {steps:,} steps, "
-        "polynomial as many in all its stages together"
+        "polynomial as many in all its stages together, and as much text in each"
     )
     columns = (
-        *("attention", "softmax twin", "power, exact", "polynomial", "sd", "gap to its twin, %"),
+        *("attention", "softmax twin", "sd of twin", "polynomial", "sd of polynomial", "gap to its twin, %"),
         "gap to the better twin, %",
     )
     return [Table(caption=caption, columns=columns, rows=rows)]
 
 
-def _record(runs: Sequence[Mapping[str, Any]], recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
+def _record(name: str, runs: Sequence[Mapping[str, Any]], recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
     params = {
         "seeds": list(seeds),
         "softmax_steps": recipe.softmax_steps,
@@ -104,9 +119,10 @@ def _record(runs: Sequence[Mapping[str, Any]], recipe: Recipe, seeds: Sequence[i
         "width": recipe.width,
         "blocks": recipe.blocks,
         "length": recipe.length,
+        "norms": recipe.exact_norms[-1],
     }
     metrics = {"runs": list(runs), "summary": summary(runs)}
-    return records.record("demo-twin", metrics=metrics, params=params, threads=recipe.threads, repeats=len(seeds))
+    return records.record(name, metrics=metrics, params=params, threads=recipe.threads, repeats=len(seeds))
 
 
 def _largest(shares: Mapping[str, Mapping[str, float]]) -> float:

@@ -168,6 +168,24 @@ def fit(
     return _measured(f, p if basis == "chebyshev" else p.to_power())
 
 
+def fit_weighted(
+    f: Callable[[np.ndarray], np.ndarray],
+    degree: int,
+    interval: tuple[float, float],
+    weight: Callable[[np.ndarray], np.ndarray],
+) -> Polynomial:
+    """Fit f by least squares under a weight (a density on x, of any scale) in the Chebyshev basis of an interval.
+
+    The largest absolute error over the interval is measured and stored; it is that of the tails where the weight is small.
+    """
+    lo, hi = interval
+    x = np.linspace(lo, hi, max(GRID, 20 * (degree + 1)))
+    a, b = unit_map(lo, hi)
+    root = np.sqrt(weight(x))
+    c = np.linalg.lstsq(chebyshev.chebvander(a * x + b, degree) * root[:, None], f(x) * root, rcond=None)[0]
+    return _measured(f, Polynomial(coefficients=tuple(c.tolist()), interval=interval, a=a, b=b))
+
+
 def reciprocal(degree: int, interval: tuple[float, float]) -> Polynomial:
     """Return the minimax polynomial of 1/x in relative error on [lo, hi] > 0, in closed form.
 

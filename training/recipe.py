@@ -45,25 +45,27 @@ class Recipe:
     exact_norms: tuple[str, ...] = ("affine",) * 5
     # polynomial form
     activation_degree: int = 2
+    activation_spread: float | None = 0.5  # fit activations under a normal density; None: evenly over the interval
     norm_degree: int = 2
     norm_newton: int = 0
     reciprocal_degree: int = 4
     # optimiser
     batch: int = 64
     padded: int = 4
-    noise: int = 6  # windows of arbitrary tokens a batch, conversion only
+    noise: int = 4  # windows of arbitrary tokens beside a batch, conversion only
     lr: float = 3e-3
-    tune_lr: float = 1.5e-3
+    tune_lr: float = 3e-3
     warmup: int = 60
     weight_decay: float = 0.1
     clip: float = 1.0
-    # the polynomial model has as many steps in all its stages as the softmax twin
+    # The polynomial model has as many steps in all its stages as the softmax twin, nearly all of them with the polynomials
+    # in place: training goes to where it ends.
     softmax_steps: int = 1200
-    power_steps: int = 700
+    power_steps: int = 100
     start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
-    continue_steps: int = 600  # after that swap, in place of `power_steps`
-    range_steps: int = 150
-    tune_steps: int = 350
+    continue_steps: int = 100  # after that swap, in place of `power_steps`
+    range_steps: int = 50
+    tune_steps: int = 1050
     checkpoint_every: int = 200
     # ranges
     activation_bound: float = 4.0
@@ -86,6 +88,11 @@ class Recipe:
         return cls()
 
     @classmethod
+    def deep(cls) -> Recipe:
+        """The demo's conversion at a depth that needs refreshes: 6 blocks, width 64, RMS norms of degree 2, 93 levels."""
+        return cls(width=64, hidden=256, blocks=6, exact_norms=("rms",) * 13)
+
+    @classmethod
     def quick(cls) -> Recipe:
         """The same shape of pipeline in seconds: 1 block, width 32, 16 tokens. Its loss means nothing."""
         return cls(
@@ -102,6 +109,8 @@ class Recipe:
             batch=16,
             padded=1,
             noise=1,
+            tune_lr=1.5e-3,
+            activation_spread=None,
             softmax_steps=30,
             power_steps=30,
             range_steps=60,
@@ -140,14 +149,16 @@ class Recipe:
         )
 
     def mix(self, *, noise: bool) -> Mix:
-        return Mix(batch=self.batch, padded=self.padded, noise=self.noise if noise else 0)
+        """Windows of arbitrary tokens come on top, so that every step of every model sees as much text."""
+        extra = self.noise if noise else 0
+        return Mix(batch=self.batch + extra, padded=self.padded, noise=extra)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        values = {"las_decay": 0.0} | json.loads(text)  # recipes written before this field had none
+        values = {"las_decay": 0.0, "activation_spread": None} | json.loads(text)  # recipes from before these fields
         for name in ("exact_norms", "denominator_target", "denominator_interval"):
             values[name] = tuple(values[name])
         return cls(**values)

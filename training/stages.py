@@ -90,6 +90,8 @@ class Ranges(Training):
 class Substitute(Stage):
     """Put polynomials on intervals a factor `margin` wider than the targets, denominators on `denominator_interval`.
 
+    `activation_spread`: fit activations where their inputs are, weighted by a normal density of this deviation, instead
+    of evenly over the interval (None). A model that is tuned long afterwards needs the curvature near 0, not the tails.
     The switches replace one kind alone, to see what each substitution costs.
     """
 
@@ -99,6 +101,7 @@ class Substitute(Stage):
     reciprocal_degree: int
     margin: float
     denominator_interval: tuple[float, float]
+    activation_spread: float | None = None
     division: bool = True
     activation: bool = True
     norm: bool = True
@@ -127,8 +130,8 @@ def powersoftmax(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def pointwise(recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the stages of the pointwise recipe: rebuilt with sigma attention scaled by 1/sqrt(L), trained from scratch
-    for as many steps as the other models.
+    """Return the stages of the pointwise recipe: rebuilt with sigma attention scaled by 1/sqrt(L) and trained from
+    scratch, as many steps as the other models in all stages together.
     """
     return (
         Swap(name="pointwise-swap", mixer="pointwise", fresh=recipe.seed),
@@ -186,4 +189,5 @@ def _substitute(recipe: Recipe, name: str) -> Substitute:
         reciprocal_degree=recipe.reciprocal_degree,
         margin=recipe.margin,
         denominator_interval=recipe.denominator_interval,
+        activation_spread=recipe.activation_spread,
     )

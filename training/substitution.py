@@ -101,9 +101,11 @@ def polynomial_config(
     return config
 
 
-def with_polynomials(model: Transformer, config: ModelConfig, intervals: Targets) -> Transformer:
-    """Return a copy of a model in a config that has polynomials, each fitted on the interval of its tap; everything
-    else is equal.
+def with_polynomials(
+    model: Transformer, config: ModelConfig, intervals: Targets, *, spread: float | None = None
+) -> Transformer:
+    """Return a copy of a model in a config that has polynomials, each fitted on the interval of its tap, activations as
+    `fit_activation` does with a `spread`; everything else is equal.
 
     Raises:
         ValueError: a polynomial has no interval to be fitted on.
@@ -119,7 +121,7 @@ def with_polynomials(model: Transformer, config: ModelConfig, intervals: Targets
         if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
             layer.reciprocal.set(reciprocal(layer.reciprocal.degree, intervals[name]))
         elif isinstance(layer, Activation) and layer.polynomial is not None and exact in EXACT:
-            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, intervals[name]))
+            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, intervals[name], spread=spread))
         elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
             layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, intervals[name]))
     return made.eval()
@@ -144,7 +146,7 @@ def substitute(ranged: Transformer, stage: Substitute, targets: Targets) -> Tran
         name: fitted_interval(target, stage, denominator=kinds.get(name) == "denominator")
         for name, target in targets.items()
     }
-    return with_polynomials(ranged, config, intervals)
+    return with_polynomials(ranged, config, intervals, spread=stage.activation_spread)
 
 
 def fitted_intervals(model: torch.nn.Module) -> dict[str, tuple[float, float]]:

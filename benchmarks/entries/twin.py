@@ -1,4 +1,4 @@
-"""The demo model and its softmax twin."""
+"""Polynomial models beside their softmax twins."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ BENCHMARKS = (
         group="train",
         measures="held-out loss of the polynomial demo model beside its softmax twin at equal steps, and the gap in percent",
         conditions="2 blocks, d = 128, 32 tokens, State of the Union, with LaS decay and without",
-        minutes=20,
+        minutes=25,
         memory_gb=1.5,
         run="benchmarks.twin:measure",
+        show="benchmarks.twin:show",
+    ),
+    Benchmark(
+        name="deep-twin",
+        group="train",
+        measures="the same of a deeper model, whose norms are polynomials too",
+        conditions="6 blocks, d = 64, 32 tokens, State of the Union, with LaS decay and without",
+        minutes=35,
+        memory_gb=1.5,
+        run="benchmarks.twin:measure_deep",
         show="benchmarks.twin:show",
     ),
 )

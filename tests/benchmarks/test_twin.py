@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import registry, twin
+from training import Recipe
 
 
-def test_quick_size_makes_a_record_that_can_be_shown() -> None:
-    benchmark = registry.benchmarks()["demo-twin"]
+@pytest.mark.parametrize("name", ["demo-twin", "deep-twin"])
+def test_quick_size_makes_a_record_that_can_be_shown(name: str) -> None:
+    benchmark = registry.benchmarks()[name]
     record = benchmark.measure(registry.Settings(seeds=(3, 4), quick=True))
     runs, summary = record["metrics"]["runs"], record["metrics"]["summary"]
     assert [(r["seed"], r["variant"]) for r in runs] == [(3, v) for v in twin.VARIANTS]
@@ -16,8 +18,17 @@ def test_quick_size_makes_a_record_that_can_be_shown() -> None:
     assert runs[0]["polynomial"] != runs[1]["polynomial"]
     expected = 100 * (runs[0]["polynomial"] / runs[0]["softmax"] - 1)
     assert summary["LaS decay"]["gap_percent"] == pytest.approx(expected)
+    assert record["name"] == name and record["params"]["norms"] == {"demo-twin": "affine", "deep-twin": "rms"}[name]
     (table,) = twin.show(record)
     assert "LaS decay" in table.markdown()
+
+
+@pytest.mark.parametrize("recipe", [Recipe.demo(), Recipe.deep()], ids=["demo", "deep"])
+def test_the_polynomial_model_has_the_steps_and_the_text_of_its_twin(recipe: Recipe) -> None:
+    assert recipe.power_steps + recipe.range_steps + recipe.tune_steps == recipe.softmax_steps
+    text = [mix.batch - mix.noise for mix in (recipe.mix(noise=False), recipe.mix(noise=True))]
+    assert text == [recipe.batch, recipe.batch]
+    assert recipe.mix(noise=True).noise > 0
 
 
 def test_the_better_twin_is_the_one_with_the_lower_mean() -> None:

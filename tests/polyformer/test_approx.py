@@ -15,6 +15,7 @@ from polyformer.approx import (
     depth_of_degree,
     evaluate,
     fit,
+    fit_weighted,
     goldschmidt_reciprocal,
     goldschmidt_start,
     goldschmidt_steps,
@@ -54,6 +55,16 @@ def test_fit_keeps_the_stated_error_and_beats_the_table(f, degree, interval, kin
     assert p.degree == degree and p.basis == basis
     assert worst(f, p) <= p.error * (1 + 1e-4) + 1e-12
     assert p.error <= bound
+
+
+def test_a_weighted_fit_is_the_hermite_expansion_under_a_normal_density():
+    # Stein: E[gelu'(x)] = 1/2, E[gelu''(x)]/2 = E[(2 - x^2) phi(x)]/2 = 3/(8 sqrt(pi)); the odd part of GELU is x/2
+    p = fit_weighted(gelu, 2, (-8.0, 8.0), lambda x: np.exp(-(x**2) / 2)).to_power()
+    curvature, slope = p.coefficients[2] * p.a**2, p.coefficients[1] * p.a
+    assert curvature == pytest.approx(3 / (8 * math.sqrt(math.pi)), rel=1e-6)
+    assert slope == pytest.approx(0.5, rel=1e-9)
+    assert worst(gelu, p) == pytest.approx(p.error, rel=1e-3)  # that of the ends, which the weight hardly sees
+    assert curvature > 2.5 * fit(gelu, 2, (-8.0, 8.0)).to_power().coefficients[2] * p.a**2
 
 
 def test_fit_is_minimax_on_a_known_case():

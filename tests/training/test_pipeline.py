@@ -156,6 +156,22 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
     assert (difference == 0) == (kind == "nothing")
 
 
+def test_a_spread_gives_activations_the_curvature_of_gelu_near_zero(run):
+    """And the interval that the range losses and the clamp of training go by stays what it was."""
+    tokens = torch.from_numpy(heldout_tokens(run)[:16])
+    ranged = with_rows(load_model(run, "power"), tokens)
+    targets = choose_targets(ranged, stage_of(RECIPE, Ranges), tokens)
+    curvatures, intervals = [], []
+    for spread in (None, 0.5):
+        model = substitute(ranged, stage_of(RECIPE.with_(activation_spread=spread), Substitute), targets)
+        p = model.blocks[0].mlp.act.polynomial.polynomial()
+        curvatures.append(float(p(1e-2) - 2 * p(0.0) + p(-1e-2)) / 1e-4)
+        intervals.append(fitted_intervals(model)["blocks.0.mlp.act"])
+    exact = 2 * (2 * np.pi) ** -0.5  # GELU'' (0)
+    assert curvatures[0] < 0.3 * exact and 0.7 * exact < curvatures[1] < exact
+    assert intervals[0] == intervals[1]
+
+
 def test_targets_follow_the_recipe(normed_run):
     tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
     ranged = with_rows(load_model(normed_run, "power"), tokens)

@@ -13,8 +13,6 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 from compiler.polynomials import prepare
 from polyformer import approx
-from polyformer.activations import fit_activation
-from training.recipe import Recipe
 
 Curve = Callable[[np.ndarray], np.ndarray]
 ACCURATE = 2.0**-13  # what a plain refresh leaves in its worst slot is 2^-14
@@ -40,17 +38,31 @@ class Function:
     error: float
 
 
-def functions() -> tuple[Function, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """Where a model's polynomials have to be right: |argument| of an activation, and ends of a denominator's range."""
+
+    activation: float
+    denominator: tuple[float, float]
+
+    @classmethod
+    def of_recipe(cls) -> Ranges:
+        """Those that the package's models are trained for."""
+        from training.recipe import Recipe  # it imports torch, which the process that refreshes has no room for
+
+        recipe = Recipe()
+        return cls(activation=recipe.activation_bound * recipe.margin, denominator=recipe.denominator_interval)
+
+
+def functions(ranges: Ranges) -> tuple[Function, ...]:
     """The models' own polynomials, and two functions that no low degree reaches."""
-    recipe = Recipe()
-    bound = recipe.activation_bound * recipe.margin
-    activation = fit_activation(recipe.activation, DEGREE, (-bound, bound))
-    division = approx.reciprocal(DEGREE, recipe.denominator_interval)
-    low, high = recipe.denominator_interval
+    bound, (low, high) = ranges.activation, ranges.denominator
+    activation = approx.fit(gelu, DEGREE, (-bound, bound))
+    division = approx.reciprocal(DEGREE, (low, high))
     return (
-        _own(f"{recipe.activation} on ±{bound:g}, degree {DEGREE}", activation, -bound, bound),
+        _own(f"gelu on ±{bound:g}, degree {DEGREE}", activation, -bound, bound),
         _own(f"1/x on {low:g} to {high:g}, degree {DEGREE}", division, low, high),
-        _hard(f"{recipe.activation} on ±{bound:g}", gelu, -bound, bound),
+        _hard(f"gelu on ±{bound:g}", gelu, -bound, bound),
         _hard(f"1/x on a ratio of {RATIO:g}", lambda x: 1.0 / x, 1.0 / RATIO, 1.0),
     )
 
@@ -77,7 +89,7 @@ def _own(name: str, p: approx.Polynomial, low: float, high: float) -> Function:
 def _hard(name: str, f: Curve, low: float, high: float) -> Function:
     curve = _stored(f, low, high)
     for degree in DEGREES:
-        p = approx.fit(curve, degree, (-1.0, 1.0))
+        p = approx.fit(curve, degree, (-1.0, 1.0), iterations=100)
         if p.error is not None and p.error <= ACCURATE:
             return _function(name, curve, p, degree)
     raise ValueError(f"{name}: no polynomial of degree {DEGREES[-1]} or less is within {ACCURATE:.2g}")

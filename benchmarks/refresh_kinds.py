@@ -4,9 +4,10 @@ Every figure is of a small circuit with one refresh, run as a compiled one is: o
 (joining and parting a pair, halving a function's argument). Contexts of different refreshes exclude each other in one process
 (`openfhe_ring`), and memory is each kind's own, so that every kind has a process.
 
-A functional refresh takes five levels more of the chain than a plain one and saves those of a polynomial. Both are compared at the
-work that suits the functional one best: between two evaluations of the function lie just the levels that it leaves. The plain one
-then has to give those and the polynomial's: seconds of the polynomial + seconds of a refresh * (levels left + depth) / its levels.
+A functional refresh takes four levels more of the chain than a plain one, or more with many terms, and saves those of a polynomial.
+Both are compared at the work that suits the functional one best: between two evaluations of the function lie just the levels that it
+leaves. The plain one has to give those and the polynomial's, in all
+seconds of the polynomial + seconds of a refresh * (levels left + depth) / levels between two plain refreshes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from polyformer.commands.isolated import isolated
 
 from . import fourier, ops, records
 from .blocks import Block, Table
-from .refresh_functions import Function, functions
+from .refresh_functions import Function, Ranges, functions
 from .registry import Progress, Settings
 
 END = 1  # level of outputs: at level 0 a result of size 1 would wrap the first modulus, which is one bit larger than the scale
@@ -74,12 +75,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     """The record `refresh-kinds`: metrics {kinds: [a row of `one_kind` each], comparisons: see `comparisons`}."""
     found: list[dict[str, Any]] = []
     record: dict[str, Any] = {}
+    ranges = Ranges.of_recipe()
     for i, name in enumerate(NAMES):
 
         def step(done: int, total: int, what: str, i: int = i, name: str = name) -> None:
             settings.progress(i * 100 + 100 * done // total, 100 * len(NAMES), f"{name}: {what}")
 
-        found.append(isolated(one_kind, name, settings.quick, settings.repeats, progress=step))
+        found.append(isolated(one_kind, name, settings.quick, settings.repeats, ranges, progress=step))
         record = records.record(
             "refresh-kinds",
             metrics={"kinds": found, "comparisons": comparisons(found)},
@@ -107,7 +109,7 @@ class Case:
     about: Mapping[str, Any]
 
 
-def one_kind(name: str, quick: bool, repeats: int, *, progress: Progress) -> dict[str, Any]:
+def one_kind(name: str, quick: bool, repeats: int, ranges: Ranges, *, progress: Progress) -> dict[str, Any]:
     """One kind with every function that it is compared on; the first case, which changes nothing, is repeated.
 
     Returns:
@@ -118,7 +120,7 @@ def one_kind(name: str, quick: bool, repeats: int, *, progress: Progress) -> dic
     before = params.refresh_input + (params.refresh_terms > 0)
     rows: list[dict[str, Any]] = []
     with ops.refresher(params, progress=progress, allow_insecure=quick) as ready:
-        todo = cases(params)
+        todo = cases(params, functions(ranges))
         for i, case in enumerate(todo):
             rows.append(_run(case, ready, repeats if i == 0 else 1))
             progress(i + 1, len(todo), case.name)
@@ -145,7 +147,7 @@ def one_kind(name: str, quick: bool, repeats: int, *, progress: Progress) -> dic
     }
 
 
-def cases(params: Params) -> list[Case]:
+def cases(params: Params, known: Sequence[Function]) -> list[Case]:
     """The circuits of a kind: the identity; with plain and functional refreshes of all slots also every function."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-1.0, 1.0, params.refresh_period)
@@ -154,11 +156,11 @@ def cases(params: Params) -> list[Case]:
         return [_case("identity", params, {"x": x, "y": y}, {"x": x, "y": y}, [])]
     if params.refresh_terms:
         noise = refresh.function_std(params)
-        curves = {"identity": lambda u: u} | {f.name: f.exact for f in functions()}
+        curves = {"identity": lambda u: u} | {f.name: f.exact for f in known}
         return [_functional(name, params, x, curve, noise) for name, curve in curves.items()]
     found = [_case("identity", params, {"x": x}, {"x": x}, [])]
     if params.refresh_period == params.slots:
-        found += [_polynomial(f, params, x) for f in functions()]
+        found += [_polynomial(f, params, x) for f in known]
     return found
 
 
@@ -212,9 +214,7 @@ def _case(
     layout = np.arange(params.slots, dtype=np.int32) % params.refresh_period
 
     def side(n: str, level: int) -> Signature:
-        return Signature(
-            name=n, shape=(params.refresh_period,), layout="slots", factor=1.0, bound=1.0, level=level
-        )
+        return Signature(name=n, shape=(params.refresh_period,), layout="slots", factor=1.0, bound=1.0, level=level)
 
     draft = Circuit(
         params=params,

@@ -16,7 +16,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from polyformer.commands.isolated import isolated
 
 from . import fourier, ops, records
 from .blocks import Block, Table
-from .refresh_functions import Function, Ranges, functions
+from .refresh_functions import Curve, Function, Ranges, functions
 from .registry import Progress, Settings
 
 END = 1  # level of outputs: at level 0 a result of size 1 would wrap the first modulus, which is one bit larger than the scale
@@ -156,7 +156,7 @@ def cases(params: Params, known: Sequence[Function]) -> list[Case]:
         return [_case("identity", params, {"x": x, "y": y}, {"x": x, "y": y}, [])]
     if params.refresh_terms:
         noise = refresh.function_std(params)
-        curves = {"identity": lambda u: u} | {f.name: f.exact for f in known}
+        curves: dict[str, Curve] = {"identity": lambda u: u, **{f.name: f.exact for f in known}}
         return [_functional(name, params, x, curve, noise) for name, curve in curves.items()]
     found = [_case("identity", params, {"x": x}, {"x": x}, [])]
     if params.refresh_period == params.slots:
@@ -164,9 +164,7 @@ def cases(params: Params, known: Sequence[Function]) -> list[Case]:
     return found
 
 
-def _functional(
-    name: str, params: Params, x: np.ndarray, curve: Callable[[np.ndarray], np.ndarray], noise: float
-) -> Case:
+def _functional(name: str, params: Params, x: np.ndarray, curve: Curve, noise: float) -> Case:
     series = fourier.fit(curve, params.refresh_terms, noise)
     attrs = {"kind": "functional", "scale": fourier.HALF, "fourier": [list(pair) for pair in series.coefficients]}
     case = _case(name, params, {"x": x}, {"x": curve(x)}, [], refresh_attrs=attrs)
@@ -356,7 +354,7 @@ def show(record: Mapping[str, Any]) -> Sequence[Block]:
                 "between",
                 "s a value and level",
                 "keys GB",
-                "matrices GB",
+                "matrices GB: by the model, seen",
                 "peak GB",
             ),
             rows=[
@@ -369,7 +367,7 @@ def show(record: Mapping[str, Any]) -> Sequence[Block]:
                     kind["levels"],
                     kind["wall_s"] / kind["values"] / kind["levels"],
                     kind["key_bytes"] / 1e9,
-                    kind["matrix_bytes"] / 1e9,
+                    f"{kind['matrix_bytes'] / 1e9:.2f}, {kind['matrix_bytes_seen'] / 1e9:.2f}",
                     kind["peak_gb"],
                 )
                 for kind in kinds

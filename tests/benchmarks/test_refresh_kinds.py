@@ -103,6 +103,7 @@ def kinds(functional_s: float) -> list[dict]:
             "values": 1,
             "key_bytes": 1,
             "matrix_bytes": 1,
+            "matrix_bytes_seen": 1,
             "peak_gb": 1.0,
             "cases": [case("identity", 0, 0.0), *rows],
         }

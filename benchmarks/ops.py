@@ -16,8 +16,10 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +90,62 @@ def measure_refresh(
     Returns:
         A record as `measure` does, whose only row is the refresh, at the level that it wants.
     """
+    with refresher(params, progress=progress, allow_insecure=allow_insecure) as ready:
+        at = params.refresh_input
+        values = np.tile(
+            np.random.default_rng(0).uniform(-1, 1, params.refresh_period), params.slots // params.refresh_period
+        )
+        a = ready.send(values, level=at)
+        ms = _time(lambda: ready.evaluator.refresh(a), repeats)
+    progress(1, 1, "refresh")
+    return {**_machine(params), "threads": [1], "repeats": repeats, "ms": {"refresh": {str(at): round(ms, 1)}}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresher:
+    """A client and an evaluator with all keys and matrices of a refresh.
+
+    matrix_bytes  by which the process grew when the matrices were encoded; 0 where the system does not tell
+    """
+
+    client: Any
+    evaluator: Any
+    matrix_bytes: int
+
+    def send(self, values: np.ndarray, *, level: int) -> Any:
+        """A slot vector as the evaluator's ciphertext."""
+        residues = self.client.export_ciphertext(self.client.encrypt(values, level=level))
+        return self.evaluator.import_ciphertext(residues, level=level)
+
+
+@contextmanager
+def refresher(
+    params: Params, *, progress: Callable[[int, int, str], None], allow_insecure: bool = False
+) -> Iterator[Refresher]:
+    """Make and load every key of a refresh, and encode its matrices; closed after the block."""
     module = keys.backend(params.backend)
     client = module.Client(params, allow_insecure=allow_insecure)
     evaluator = module.Evaluator(params, key_id=client.key_id, allow_insecure=allow_insecure)
-    wanted = list(refresh.keys(params))
-    for i, (kind, k, level) in enumerate(wanted):
-        evaluator.load_key(kind, k, level, client.make_key(kind, k, level))
-        progress(i + 1, len(wanted) + 1, f"{kind} key")
-    evaluator.prepare_refresh()
-    at = params.refresh_input
-    values = np.tile(
-        np.random.default_rng(0).uniform(-1, 1, params.refresh_period), params.slots // params.refresh_period
-    )
-    a = evaluator.import_ciphertext(client.export_ciphertext(client.encrypt(values, level=at)), level=at)
-    ms = _time(lambda: evaluator.refresh(a), repeats)
-    evaluator.close()
-    progress(len(wanted) + 1, len(wanted) + 1, "refresh")
-    return {**_machine(params), "threads": [1], "repeats": repeats, "ms": {"refresh": {str(at): round(ms, 1)}}}
+    try:
+        wanted = list(refresh.keys(params))
+        for i, (kind, k, level) in enumerate(wanted):
+            evaluator.load_key(kind, k, level, client.make_key(kind, k, level))
+            progress(i + 1, len(wanted) + 1, f"{kind} key")
+        before = _resident_bytes()
+        evaluator.prepare_refresh()
+        progress(len(wanted) + 1, len(wanted) + 1, "matrices")
+        yield Refresher(client=client, evaluator=evaluator, matrix_bytes=max(0, _resident_bytes() - before))
+    finally:
+        evaluator.close()
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds now, as Linux tells it; 0 elsewhere."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _machine(params: Params) -> dict[str, Any]:

@@ -100,4 +100,14 @@ BENCHMARKS = (
             ("ops-refresh-4096", "4096 slots that repeat", 4096),
         )
     ),
+    Benchmark(
+        name="refresh-kinds",
+        group="primitives",
+        measures="one refresh of each kind: seconds, levels, error and memory; functions inside it against polynomials behind it",
+        conditions="OpenFHE, N = 2^16, 128 bits, 23 to 26 levels, budget 3 + 3, one thread, a process for each kind",
+        minutes=35,
+        memory_gb=14,
+        run="benchmarks.refresh_kinds:measure",
+        show="benchmarks.refresh_kinds:show",
+    ),
 )

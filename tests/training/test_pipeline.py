@@ -54,6 +54,10 @@ def stage_of(recipe: Recipe, kind):
     return next(stage for stage in powersoftmax(recipe) if isinstance(stage, kind))
 
 
+def wanted_of(recipe: Recipe):
+    return {name: getattr(recipe, name) for name in ("activation_bound", "variance_ratio", "denominator_target")}
+
+
 def train_and_convert(out, progress):
     train(out, RECIPE, progress=progress)
     convert(out, progress=progress)
@@ -160,7 +164,7 @@ def test_a_spread_gives_activations_the_curvature_of_gelu_near_zero(run):
     """And the interval that the range losses and the clamp of training go by stays what it was."""
     tokens = torch.from_numpy(heldout_tokens(run)[:16])
     ranged = with_rows(load_model(run, "power"), tokens)
-    targets = choose_targets(ranged, stage_of(RECIPE, Ranges), tokens)
+    targets = choose_targets(ranged, tokens, **wanted_of(RECIPE))
     curvatures, intervals = [], []
     for spread in (None, 0.5):
         model = substitute(ranged, stage_of(RECIPE.with_(activation_spread=spread), Substitute), targets)
@@ -175,8 +179,7 @@ def test_a_spread_gives_activations_the_curvature_of_gelu_near_zero(run):
 def test_targets_follow_the_recipe(normed_run):
     tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
     ranged = with_rows(load_model(normed_run, "power"), tokens)
-    wanted = {name: getattr(NORMED, name) for name in ("activation_bound", "variance_ratio", "denominator_target")}
-    targets = choose_targets(ranged, tokens, **wanted)
+    targets = choose_targets(ranged, tokens, **wanted_of(NORMED))
     assert targets["blocks.0.mlp.act"] == (-NORMED.activation_bound, NORMED.activation_bound)
     assert targets["blocks.0.mixer"] == NORMED.denominator_target
     assert targets["norm"][1] / targets["norm"][0] == pytest.approx(NORMED.variance_ratio)

@@ -15,10 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from he_backend import heap
+
 from . import records
 from .registry import Benchmark, Progress
 from .worker import stamped
 
+ENCRYPTED = ("primitives", "encrypted", "race", "scaling")  # groups that evaluate circuits, as a server does
 PATIENCE_S = 20.0  # for an interrupted benchmark to end by itself
 LAST_LINES = 12  # of what a crashed one wrote
 
@@ -81,6 +84,7 @@ def _one(
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", benchmark.name, json.dumps(settings), str(writer)],
             cwd=records.ROOT,
+            env={**heap.ENVIRONMENT, **os.environ} if benchmark.group in ENCRYPTED else None,
             pass_fds=(writer,),
             stdout=errors,
             stderr=errors,

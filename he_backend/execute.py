@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from . import heap, refresh
 from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, ScaleError
 from .circuit import Circuit
 from .kernels import StepRow
@@ -202,6 +203,7 @@ class Executor:
             list(pool.map(work, chosen))
         if any(node.op.startswith("refresh") for node in self.trace.nodes):
             self.evaluator.prepare_refresh()  # its matrices belong to no request
+        heap.reserve(self.peak_bytes())
         return Prepared(
             done=len(chosen),
             total=len(jobs),
@@ -296,6 +298,19 @@ class Executor:
             encoded_ahead=state.ahead,
             encoded_during=state.counts["encode"],
         )
+
+    def peak_bytes(self) -> int:
+        """Largest total of values alive at once when the nodes run in order, and what a refresh needs besides."""
+        nodes, params = self.trace.nodes, self.circuit.params
+        last = {a: node.id for node in nodes for a in node.args}
+        last.update((kept, len(nodes)) for kept in self.trace.outputs.values())
+        alive = peak = 0
+        for node in nodes:
+            alive += self.value_bytes(node)
+            peak = max(peak, alive)
+            alive -= sum(self.value_bytes(nodes[a]) for a in set(node.args) if last[a] == node.id)
+        refreshes = any(node.op.startswith("refresh") for node in nodes)
+        return peak + (refresh.working_bytes(params) if refreshes else 0)
 
     def value_bytes(self, node: Node) -> int:
         """Memory of a node's result, from its limbs; a hoist holds one polynomial a digit in the extended basis."""

@@ -38,7 +38,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from . import wire
+from . import heap, wire
 from .base import HEError, ManifestError, ParamsError, WireError
 from .circuit import Circuit
 from .jobs import BusyError, Engine, Job, Stage, Worker
@@ -47,10 +47,6 @@ from .keystore import KeyStore
 from .sessions import FullError, Sessions, Step, UnknownSessionError
 
 log = logging.getLogger("polyformer.server")
-
-# One thread inside each primitive, because the executor runs primitives side by side; one heap for all threads, because
-# what one frees is what another wants next. Both are read when a process starts.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 MAX_CONNECTIONS = 32
 
@@ -71,9 +67,9 @@ class Limits:
 
 
 def ensure_environment() -> None:
-    """Start this process again with `ENVIRONMENT` if it runs without; values that the user set are kept."""
-    if any(name not in os.environ for name in ENVIRONMENT):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**ENVIRONMENT, **os.environ})
+    """Start this process again with the heap's environment if it runs without; values that the user set are kept."""
+    if any(name not in os.environ for name in heap.ENVIRONMENT):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**heap.ENVIRONMENT, **os.environ})
 
 
 def refuse_secrets(folder: Path) -> None:

@@ -45,7 +45,7 @@ def server_process(
     Raises:
         Failure: it ended, or did not answer within two minutes.
     """
-    from he_backend.server import ENVIRONMENT
+    from he_backend.heap import ENVIRONMENT
 
     port = free_port()
     command = [sys.executable, "-m", "polyformer", "serve", str(circuit), "--folder", str(folder), "--port", str(port)]

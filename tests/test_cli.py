@@ -1,5 +1,6 @@
 """The command line: help with examples, errors as a sentence, exit codes, JSON, and a request from file to file."""
 
+import ast
 import json
 import re
 import subprocess
@@ -39,6 +40,17 @@ def test_every_command_exists() -> None:
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, "--help"]) == 0
     assert re.search(rf"Example:\s+polyformer\s+{command}", capsys.readouterr().out)
+
+
+def test_an_option_is_described_once() -> None:
+    """Two commands with one option take it from `options.py`, or from a name of their module."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "polyformer" / "commands").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated":
+                found.setdefault(ast.unparse(node), []).append(f"{path.name}:{node.lineno}")
+    assert len(found) > 20
+    assert {option: places for option, places in found.items() if len(places) > 1} == {}
 
 
 WRONG_USAGE = {

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from polyformer.commands.console import Failure, bar, emit, error_paragraph, out, say
+from polyformer.commands.options import Json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure, compare and report.", epilog="Example: polyformer bench ls")
 
@@ -17,7 +18,6 @@ Repeats = Annotated[int, typer.Option(min=1, help="Measurements of each figure; 
 Seeds = Annotated[int, typer.Option(min=1, help="Seeds of each trained configuration: 0, 1, ...")]
 Quick = Annotated[bool, typer.Option("--quick", help="Smallest size: shows that it runs, proves nothing.")]
 Folder = Annotated[Path | None, typer.Option("--out", help="Folder for the records; default: the repository's.")]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -19,17 +19,21 @@ from polyformer.commands.console import (
     size,
     warn_insecure,
 )
-
-BACKENDS = ("openfhe", "tenseal")
-
-
-def known_backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(BACKENDS)}")
-    return name
-
-
-Backend = Annotated[str, typer.Option(callback=known_backend, help="openfhe or tenseal.")]
+from polyformer.commands.options import (
+    BACKEND,
+    MAX_ERROR,
+    THREADS,
+    Approximate,
+    Backend,
+    Calibration,
+    Error,
+    InsecureRing,
+    Json,
+    Latency,
+    Memory,
+    Model,
+    Threads,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -41,29 +45,14 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Model", epilog="Example: polyformer plan runs/mine/model.onnx --max-latency 60")(plan)
 
 
-Model = Annotated[Path, typer.Argument(help="ONNX file, from `polyformer export`.")]
-Calibration = Annotated[
-    Path | None, typer.Option(help=".npz with `tokens` [n, T] or `inputs` [n, ...]; default: beside the model.")
-]
-Memory = Annotated[float | None, typer.Option(help="RAM cap; default: 80 % of this machine's.")]
-Latency = Annotated[float | None, typer.Option("--max-latency", help="Most predicted seconds of an evaluation.")]
-Error = Annotated[float, typer.Option("--max-error", help="Largest error of an output that may be promised.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of the server.")]
-InsecureRing = Annotated[int | None, typer.Option(min=10, max=17, help="Ring 2^k of any size, INSECURE, for tests.")]
-Approximate = Annotated[
-    bool, typer.Option("--approximate", help="Fit activations that are no polynomials on calibrated ranges.")
-]
-MAX_ERROR = 0.01  # the compiler's default
-
-
 def plan(
     model: Model,
     calibration: Calibration = None,
-    backend: Backend = "openfhe",
+    backend: Backend = BACKEND,
     max_memory_gb: Memory = None,
     max_latency: Latency = None,
     max_error: Error = MAX_ERROR,
-    threads: Threads = 2,
+    threads: Threads = THREADS,
     insecure_log_n: InsecureRing = None,
     approximate: Approximate = False,
 ) -> None:
@@ -92,14 +81,14 @@ def compile_(
     model: Model,
     calibration: Calibration = None,
     to: Annotated[Path | None, typer.Option("--out", help="Circuit file; default: beside the model.")] = None,
-    backend: Backend = "openfhe",
+    backend: Backend = BACKEND,
     max_memory_gb: Memory = None,
     max_latency: Latency = None,
     max_error: Error = MAX_ERROR,
-    threads: Threads = 2,
+    threads: Threads = THREADS,
     insecure_log_n: InsecureRing = None,
     approximate: Approximate = False,
-    json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Choose layouts, levels, parameters and keys; write model.circuit (server) and model.client (client)."""
     with bar("compile") as advance:

@@ -22,6 +22,7 @@ from rich.table import Table
 from polyformer.commands import compiling, infer, keys, models
 from polyformer.commands.console import Failure, bar, out, say, size, warn_insecure
 from polyformer.commands.isolated import isolated
+from polyformer.commands.options import BACKEND, THREADS, Backend, Threads
 from polyformer.commands.server_process import ServerProcess, server_process, terminated_cleanly
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ def demo(
     to: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("runs/demo"),
     text: Annotated[Path | None, typer.Option(help="Train on this file or folder of .txt instead.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this instead of held-out text.")] = None,
-    backend: compiling.Backend = "openfhe",
+    backend: Backend = BACKEND,
     quick: Annotated[
         bool, typer.Option(help="A tiny model on a test-size INSECURE ring: the path, not the result.")
     ] = False,
     retrain: Annotated[bool, typer.Option(help="Train again even if a model is there.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the server.")] = 2,
+    threads: Threads = THREADS,
     max_memory_gb: Annotated[
         float | None, typer.Option(help="RAM for client and server; default: 80 % of this machine's, at most 19.5.")
     ] = None,

@@ -11,21 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyformer.commands.console import Failure, bar, emit, out, say
-from polyformer.commands.infer import (
-    LOCAL,
-    Json,
-    Keys,
-    Spec,
-    Tokenizer,
-    Url,
-    Wait,
-    load_spec,
-    load_tokenizer,
-    open_owner,
-    open_reply,
-    reply_cap,
-    upload,
-)
+from polyformer.commands.infer import load_spec, load_tokenizer, open_owner, open_reply, reply_cap, upload
+from polyformer.commands.options import LOCAL, Json, Keys, Spec, TokenIds, Tokenizer, Url, Wait
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +35,7 @@ def generate(
     url: Url = LOCAL,
     wait: Wait = 0.0,
     text: Annotated[str | None, typer.Option(help="Prompt; what does not fit the window is cut on the left.")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 5,17,3,...")] = None,
+    prompt_ids: TokenIds = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 8,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above it, tokens are drawn.")

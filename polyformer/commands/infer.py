@@ -21,6 +21,7 @@ from polyformer.commands.console import (
     size,
     warn_insecure,
 )
+from polyformer.commands.options import LOCAL, Json, Keys, Spec, TokenIds, Tokenizer, Url, Wait
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,16 +30,11 @@ if TYPE_CHECKING:
     from he_backend.engine import KeyOwner
     from he_backend.owner import Opened
 
-Spec = Annotated[Path, typer.Argument(help="Client specification, from `polyformer compile`.")]
-Keys = Annotated[Path, typer.Option(help="Folder of keys, from `polyformer keygen`.")]
 Text = Annotated[str | None, typer.Option(help="Prompt; its last tokens are used, or it is padded on the left.")]
-Tokens = Annotated[str | None, typer.Option(help="Token ids instead of text: 5,17,3,...")]
 Tensor = Annotated[Path | None, typer.Option(help=".npy with the input tensor, for circuits without an embedding.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer.json; default: beside the specification.")]
-Url = Annotated[str, typer.Option(help="Address of the server.")]
-Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that does not answer yet.")]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
-LOCAL = "http://127.0.0.1:8000"
+Save = Annotated[Path | None, typer.Option(help=".npy for the whole output tensor, rounded.")]
+Top = Annotated[int, typer.Option(min=1, help="How many tokens to show.")]
+TOP = 5
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +52,7 @@ def encrypt(
     keys: Keys,
     to: Annotated[Path, typer.Option("--out", help="File for the encrypted request.")],
     text: Text = None,
-    tokens: Tokens = None,
+    tokens: TokenIds = None,
     tensor: Tensor = None,
     tokenizer: Tokenizer = None,
     json: Json = False,
@@ -94,9 +90,9 @@ def decrypt(
     client: Spec,
     reply: Annotated[Path, typer.Argument(help="Encrypted reply, from `polyformer evaluate`.")],
     keys: Keys,
-    save: Annotated[Path | None, typer.Option(help=".npy for the whole output tensor, rounded.")] = None,
+    save: Save = None,
     tokenizer: Tokenizer = None,
-    top: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
+    top: Top = TOP,
     json: Json = False,
 ) -> None:
     """Decrypt a reply and show the likeliest next tokens."""
@@ -111,11 +107,11 @@ def infer(
     url: Url = LOCAL,
     wait: Wait = 0.0,
     text: Text = None,
-    tokens: Tokens = None,
+    tokens: TokenIds = None,
     tensor: Tensor = None,
     tokenizer: Tokenizer = None,
-    save: Annotated[Path | None, typer.Option(help=".npy for the whole output tensor, rounded.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many tokens to show.")] = 5,
+    save: Save = None,
+    top: Top = TOP,
     json: Json = False,
 ) -> None:
     """Encrypt, evaluate on a server, decrypt. Keys that the server lacks are uploaded first."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from polyformer.commands.console import Failure, emit, out, size, warn_insecure
+from polyformer.commands.options import Json
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +21,7 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="Circuit, client file, request, reply, ONNX, keys, report, model folder.")
     ],
-    json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    json: Json = False,
     ops: Annotated[bool, typer.Option(help="Print a circuit's operators, one a line.")] = False,
 ) -> None:
     """Say what an artefact is."""

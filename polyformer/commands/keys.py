@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from polyformer.commands.console import bar, emit, must_exist, say, size, warn_insecure
+from polyformer.commands.options import Insecure, Json, Spec
 
 
 def register(app: typer.Typer) -> None:
@@ -15,10 +16,10 @@ def register(app: typer.Typer) -> None:
 
 
 def keygen(
-    client: Annotated[Path, typer.Argument(help="Client specification, from `polyformer compile`.")],
+    client: Spec,
     out: Annotated[Path, typer.Option(help="Folder for secret/ (stays here) and evaluation/ (goes to the server).")],
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a test-size ring that protects nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    insecure: Insecure = False,
+    json: Json = False,
 ) -> None:
     """Make keys for a circuit; interrupted, it goes on where it stopped."""
     result = make_keys(client, out, insecure=insecure)

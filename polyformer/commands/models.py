@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from polyformer.commands.console import Advance, Failure, bar, emit, must_exist, say
+from polyformer.commands.options import Json
 
 Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 ONNX_TOLERANCE = 1e-4
 STEP_WINDOWS = 4  # of all their places
 

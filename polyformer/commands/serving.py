@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from polyformer.commands.console import Failure, must_exist, say, warn_insecure
+from polyformer.commands.options import THREADS, Insecure
 
 PLAINTEXT_GB = 4.0
 
@@ -25,11 +26,11 @@ def serve(
     ),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    threads: Annotated[int, typer.Option(min=1, help="Primitives evaluated at once.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Primitives evaluated at once.")] = THREADS,
     plaintext_gb: Annotated[float, typer.Option(min=0, help="Memory for weights encoded ahead.")] = PLAINTEXT_GB,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run.")] = 4,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sequences whose keys and values are kept at once.")] = 8,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a test-size ring that protects nothing.")] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Serve a circuit over HTTP. It never sees a secret key, and refuses to start beside one."""
     from he_backend.base import ManifestError

@@ -27,13 +27,15 @@ class Row:
 
 ROWS = (
     Row(name="demo", what="2 blocks, d = 128, 32 tokens, trained (`make demo`)", target_s=45),
-    Row(name="request-2x128x32", what="2 blocks, d = 128, 32 tokens", target_s=45),
-    Row(name="request-2x128x128", what="encoder, 2 blocks, d = 128, 128 tokens", target_s=240),
-    Row(name="request-4x256x64", what="encoder, 4 blocks, d = 256, 64 tokens", target_s=900),
-    Row(name="request-6x512x128", what="encoder, 6 blocks, d = 512, 128 tokens", target_s=3600),
-    Row(name="generate-2x128", what="one more token, key/value state encrypted", target_s=25),
-    Row(name="cnn-28", what="LeNet-like CNN, one 28 x 28 image", target_s=1),
-    Row(name="mlp-784", what="MLP 784-128-10, one input", target_s=0.03),
+    Row(name="request-2x128x32", what="encoder, 2 blocks, d = 128, 32 tokens, random weights", target_s=45),
+    Row(name="request-2x128x128", what="encoder, 2 blocks, d = 128, 128 tokens, random weights", target_s=240),
+    Row(name="request-4x256x64", what="encoder, 4 blocks, d = 256, 64 tokens, random weights", target_s=900),
+    Row(
+        name="request-6x512x128", what="encoder, 6 blocks, d = 512, 8 heads, 128 tokens, random weights", target_s=3600
+    ),
+    Row(name="generate-2x128", what="one more token, key/value state encrypted, trained", target_s=25),
+    Row(name="cnn-28", what="LeNet-like CNN, one 28 x 28 image, random weights", target_s=1),
+    Row(name="mlp-784", what="MLP 784-128-10, one input, random weights", target_s=0.03),
 )
 
 
@@ -55,7 +57,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
                 "–" if m.get("peak_gb") is None else f"{m['peak_gb']:.1f} GB",
                 "–" if error is None else f"{float(error):.1e}",
                 f"2^{params['log_n']}" if "log_n" in params else "–",
-                m.get("refreshes"),
+                m.get("refreshes", 0),
                 ", ".join(marks(record)) or "quiet",
             )
         )

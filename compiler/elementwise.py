@@ -129,14 +129,20 @@ def _leaves(low: Lowering, name: str) -> bool:
     return name == low.graph.output or any(u.op in views and _leaves(low, u.name) for u in low.users[name])
 
 
+def _largest(low: Lowering, name: str) -> float:
+    """Largest element of a tensor and of its sums with constants, which keep its factor: 1 + e is stored as e is."""
+    sums = [u.name for u in low.users[name] if u.op == "add_const"]
+    return max([low.bound(name), *(_largest(low, user) for user in sums)])
+
+
 def lower_polynomial(low: Lowering, node: Node) -> Placed:
     x = low.placed[node.inputs[0]]
     lo, hi = low.ranges[node.inputs[0]]
     interval = tuple(sorted((lo / x.factor, hi / x.factor)))
-    most = MOST_AT_LEVEL_0 if _leaves(low, node.name) else MOST_PEAK
-    attrs, factor = prepare(
-        node.attrs["coefficients"], x.factor, (interval[0], interval[1]), low.bound(node.name), most=most
-    )
+    peak = _largest(low, node.name)
+    dwarfed = peak > MOST_AT_LEVEL_0 * low.bound(node.name)  # by a constant: products of such sums would grow and grow
+    most = MOST_AT_LEVEL_0 if dwarfed or _leaves(low, node.name) else MOST_PEAK
+    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), peak, most=most)
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
     at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])
     return replace(x, ops=ops, factor=factor, clean=x.clean and abs(at_zero) < 1e-12)

@@ -21,7 +21,7 @@ TOLERANCE = 1e-9  # relative to the largest value on the interval
 # A monic product has no factor of its own: its largest value is what the interval makes of it. Beyond these it drowns in the noise,
 # or wraps the modulus, and the series, whose size is 1, is worth its level.
 LEAST_PEAK, MOST_PEAK = 1e-5, 1e3
-MOST_EXCESS = 4.0  # of a series on its interval over the largest result that calibration saw
+MOST_EXCESS = 4.0  # of a series on its interval over the largest value that calibration saw, or the other way round
 
 
 def prepare(
@@ -34,7 +34,7 @@ def prepare(
         factor: of the stored argument.
         interval: of the stored argument, where the result must be right.
         most: largest stored result of a monic form; an output has less room than a value that a product follows.
-        peak: largest result that is expected; on the interval, which is wider, it may be far larger.
+        peak: largest value that is expected under the result's factor; on the interval, which is wider, it may be far larger.
 
     Returns:
         attributes (see `he_backend.kernels.polynomial`), and f with p(x) = f * stored result.
@@ -55,13 +55,19 @@ def prepare(
         lead = float(c[highest])
         monic = Polynomial(c[: highest + 1] / lead)
         factors = monic_factors(monic)
-        peak = float(np.max(np.abs(monic(np.linspace(*interval, 257)))))
-        if LEAST_PEAK < peak < most and error_of(factors, monic, interval) < TOLERANCE:
+        stored = float(np.max(np.abs(monic(np.linspace(*interval, 257)))))
+        if (
+            stored > LEAST_PEAK
+            and max(stored, peak / abs(lead)) < most
+            and error_of(factors, monic, interval) < TOLERANCE
+        ):
             return {"factors": factors}, lead
     lo, hi = interval
     series = np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)
     size = float(np.max(np.abs(series)))
-    if size > MOST_EXCESS * peak:  # else results would be stored so small that their next powers drown in noise
+    if (
+        not peak / MOST_EXCESS <= size <= MOST_EXCESS * peak
+    ):  # else stored values would wrap, or their powers drown in noise
         size = peak
     domain = [2.0 / (hi - lo), -(hi + lo) / (hi - lo)]
     return {"chebyshev": [float(c) for c in series / size], "domain": domain}, size

@@ -127,3 +127,25 @@ def test_the_simulators_matrix_of_a_linear_map_is_the_map():
     )
     expected = linear(NumpySlots(512), x, name="w", weights=weights, plan=plan, bias=None)
     np.testing.assert_allclose(simulate(circuit, {"x": x}).values[1], expected, rtol=1e-12, atol=1e-12)
+
+
+def chain_of_reciprocal(path: Path) -> Path:
+    """A small e = (x / 2)^16, of the highest degree that is fused, then Goldschmidt's (1 + e) (1 + e^2) (1 + e^4)."""
+    b = Builder((1, 16, 8))
+    e, product, one = b.op("Mul", "x", np.float32(0.5), name="half"), None, np.float32(1.0)
+    for i in range(4):
+        e = b.op("Mul", e, e, name=f"square{i}")
+    for i in range(3):
+        factor = b.op("Add", e, one, name=f"factor{i}")
+        product = factor if product is None else b.op("Mul", product, factor, name=f"product{i}")
+        e = b.op("Mul", e, e, name=f"e{i}")
+    return b.save(path, product, (1, 16, 8))
+
+
+def test_sums_with_constants_that_dwarf_the_tensor_do_not_fill_the_modulus(tmp_path):
+    build, _, _ = lowered(chain_of_reciprocal(tmp_path / "m.onnx"), 512, merge=None)
+    params = Params(
+        log_n=10, levels=build.ops[0].level, scale_bits=40, first_bits=46, digits=3, secret="uniform", insecure=True
+    )
+    x = np.random.default_rng(1).normal(0, 0.5, (1, 16, 8))  # one of those that `lowered` calibrated on
+    assert peaks(as_circuit(build, params), x).max() < 4.0  # 100 and more where 1 + e is stored as e is

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compiler import Target, compile_onnx
 from he_backend.base import HEError
@@ -21,13 +22,15 @@ from polyformer.approx import reciprocal
 from polyformer.export import export_onnx
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig, Transformer
+from polyformer.ranges import measure
+from training.substitution import with_rows
 
 from . import records
 from .registry import Record, Settings
 
 NAME = "quality-beside-cost"
 INTERVAL = (-4.0, 4.0)  # of the activation's polynomial
-DENOMINATORS = (0.5, 4.0)  # of the reciprocal's
+MARGIN = 1.25  # by which a reciprocal's interval is wider than the denominators that were seen
 FIGURES = ("heldout_loss", "recall", "degree", "depth", "refreshes", "predicted_evaluate_s", "measured_evaluate_s")
 COST = ("refreshes", "predicted_evaluate_s")
 
@@ -140,7 +143,7 @@ def line(
         if reason:
             why[figure] = reason
     try:
-        mixer: Any = build(made).blocks[0].mixer
+        mixer: Any = Transformer(made).blocks[0].mixer
         found |= {"degree": mixer.degree, "depth": mixer.depth}
     except ValueError as error:
         why |= dict.fromkeys(("degree", "depth", *COST), str(error))
@@ -192,13 +195,15 @@ def measured(made: ModelConfig, known: Mapping[str, Record]) -> tuple[float | No
     return None, f"{record['file']} did not measure this shape"
 
 
-def build(made: ModelConfig) -> Transformer:
-    """The model with random weights and its polynomials fitted."""
+def build(made: ModelConfig, tokens: Tensor) -> Transformer:
+    """The model with random weights and its polynomials fitted, reciprocals to the denominators of some windows [n, T]."""
     torch.manual_seed(0)
-    model = Transformer(made).eval()
-    for module in model.modules():
+    model = with_rows(Transformer(made), tokens)
+    ranges = measure(model, tokens)
+    for name, module in model.named_modules():
         if isinstance(module, PowerSoftmax) and module.reciprocal is not None:
-            module.reciprocal.set(reciprocal(module.reciprocal.degree, DENOMINATORS))
+            seen = ranges[name]
+            module.reciprocal.set(reciprocal(module.reciprocal.degree, (seen.low / MARGIN, seen.high * MARGIN)))
         elif isinstance(module, Activation) and module.polynomial is not None:
             module.polynomial.set(fit_activation("gelu", module.polynomial.degree, INTERVAL))
     return model
@@ -206,12 +211,12 @@ def build(made: ModelConfig) -> Transformer:
 
 def cost(made: ModelConfig, log_n: int | None) -> dict[str, Any]:
     """What the compiler predicts of one request; `why` if it cannot."""
-    tokens = torch.randint(0, made.vocab, (12, made.length), generator=torch.Generator().manual_seed(1)).numpy()
+    tokens = torch.randint(0, made.vocab, (12, made.length), generator=torch.Generator().manual_seed(1))
     try:
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "model.onnx"
-            export_onnx(build(made), path)
-            compiled = compile_onnx(path, tokens, target=Target(insecure_log_n=log_n))
+            export_onnx(build(made, tokens), path)
+            compiled = compile_onnx(path, tokens.numpy(), target=Target(insecure_log_n=log_n))
     except (HEError, TypeError, ValueError) as error:
         return {"why": dict.fromkeys(COST, str(error).splitlines()[0])}
     circuit = compiled.circuit

@@ -139,8 +139,9 @@ def lower_polynomial(low: Lowering, node: Node) -> Placed:
     x = low.placed[node.inputs[0]]
     lo, hi = low.ranges[node.inputs[0]]
     interval = tuple(sorted((lo / x.factor, hi / x.factor)))
-    peak = _largest(low, node.name)
-    dwarfed = peak > MOST_AT_LEVEL_0 * low.bound(node.name)  # by a constant: products of such sums would grow and grow
+    peak, largest = low.bound(node.name), _largest(low, node.name)
+    if dwarfed := largest > MOST_AT_LEVEL_0 * peak:  # by a constant: products of such sums would grow and grow
+        peak = largest
     most = MOST_AT_LEVEL_0 if dwarfed or _leaves(low, node.name) else MOST_PEAK
     attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), peak, most=most)
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)

@@ -159,7 +159,7 @@ def train(options: Options, story: Story) -> None:
         with story.phase("convert"), bar("convert") as advance:
             metrics = isolated(models.convert_model, folder, progress=advance)
     story.facts["metrics"] = metrics
-    losses = [(name, metrics.get(f"heldout_loss_{name}")) for name in ("softmax", "power", "polynomial")]
+    losses = [(name, metrics.get(f"heldout_loss_{name}")) for name in ("softmax", "polynomial")]
     say(
         "  held-out loss, nats a token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
     )

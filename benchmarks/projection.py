@@ -43,6 +43,9 @@ REQUESTS: Mapping[str, tuple[Shape, int]] = {
     "request-2x128x128": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=128), 1),
     "request-2x128x32": (Shape(blocks=2, width=128, heads=4, hidden=512, tokens=32), 1),
 }
+# The one with refreshes is projected as the large models are: one block, so many times.
+DEEP_REQUEST, DEEP_BLOCKS = "request-6x512x128", 6
+DEEP = Shape(blocks=1, width=512, heads=8, hidden=2048, tokens=128)
 DEMO_KEPT = int(11 * GB)  # of 16.5 GB: benchmarks/NOTES.md, 2026-11-24
 OLD_KEPT_GB = 4.3  # of weights encoded ahead, in records that do not say it
 
@@ -63,27 +66,10 @@ def project(settings: Settings) -> Record:
     """Project the large model, then what was measured."""
     block = QUICK_BLOCK if settings.quick else BLOCK
     table = CostTable.load()
-    tried: list[tuple[Choice, dict[str, Any]]] = []
-    for merge in (False, True):
-        settings.progress(len(tried), 3, f"one block, scores {'merged' if merge else 'folded'}")
-        choice = choose(block, table, merge)
-        tried.append(
-            (
-                choice,
-                projected(
-                    block,
-                    choice.params,
-                    table,
-                    sites=choice.sites,
-                    plaintext_budget=0,
-                    style=choice.style,
-                    merge=merge,
-                ),
-            )
-        )
-    choice, one = min(tried, key=lambda pair: pair[1]["projected_evaluate_s"])
+    settings.progress(0, 3, "one block")
+    choice, one, other = of_block(block, table)
     shapes = [stacked(one, block, n) for n in BLOCKS]
-    settings.progress(2, 3, "what was measured")
+    settings.progress(1, 3, "what was measured")
     found = checks(records.latest(), table)
     metrics = {
         "models": shapes,
@@ -98,9 +84,29 @@ def project(settings: Settings) -> Record:
         "merged_scores": choice.merge,
         "style": asdict(choice.style),
         "block": asdict(block),
-        "projected_evaluate_s_of_other_layout": max(one["projected_evaluate_s"] for _, one in tried),
+        "projected_evaluate_s_of_other_layout": other,
     }
     return records.record(NAME, metrics=metrics, params=given, threads=THREADS)
+
+
+def of_block(block: Shape, table: CostTable) -> tuple[Choice, dict[str, Any], float]:
+    """The cheaper layout of one block's scores, its projected figures, and the seconds of the other layout."""
+    tried: list[tuple[dict[str, Any], Choice]] = []
+    for merge in (False, True):
+        choice = choose(block, table, merge)
+        one = projected(
+            block,
+            choice.params,
+            table,
+            sites=choice.sites,
+            plaintext_budget=0,
+            style=choice.style,
+            merge=choice.merge,
+        )
+        tried.append((one, choice))
+    tried.sort(key=lambda pair: pair[0]["projected_evaluate_s"])
+    (one, choice), (other, _) = tried
+    return choice, one, other["projected_evaluate_s"]
 
 
 def _price(table: CostTable) -> str:
@@ -255,7 +261,7 @@ def stacked(one: Mapping[str, Any], block: Shape, blocks: int) -> dict[str, Any]
 def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]]:
     """Projected beside measured for every request that has a record; why not, for one that has none."""
     rows = []
-    for name in (*REQUESTS, "demo"):
+    for name in (*REQUESTS, DEEP_REQUEST, "demo"):
         record = known.get(name)
         row: dict[str, Any] = {"name": name, "projected_over_measured": None}
         if record is None:
@@ -264,13 +270,8 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
         if record.get("quick"):
             rows.append(row | {"why": f"{record['file']} is of a quick run"})
             continue
-        shape, bottom = _demo(record) if name == "demo" else REQUESTS[name]
-        names = Params.__dataclass_fields__
-        params = Params.from_json({k: v for k, v in record["params"].items() if k in names})
-        threads = record["machine"]["threads"]
         measured = record["metrics"]
-        kept = DEMO_KEPT if name == "demo" else int(measured.get("encoded_gb", OLD_KEPT_GB) * GB)
-        found = _fitting(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
+        found = _deep(table) if name == DEEP_REQUEST else _leveled(name, record, table)
         counts = measured.get("counts", {})
         rows.append(
             row
@@ -291,6 +292,21 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def _leveled(name: str, record: Record, table: CostTable) -> dict[str, Any]:
+    """The projected figures of a measured request without refreshes, with the parameters and the plaintexts that it had."""
+    shape, bottom = _demo(record) if name == "demo" else REQUESTS[name]
+    params = Params.from_json({k: v for k, v in record["params"].items() if k in Params.__dataclass_fields__})
+    kept = DEMO_KEPT if name == "demo" else int(record["metrics"].get("encoded_gb", OLD_KEPT_GB) * GB)
+    threads = record["machine"]["threads"]
+    return _fitting(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
+
+
+def _deep(table: CostTable) -> dict[str, Any]:
+    """The projected figures of the measured request with refreshes, as the large models': one block, stacked."""
+    _, one, _ = of_block(DEEP, table)
+    return stacked(one, DEEP, DEEP_BLOCKS)
 
 
 def _fitting(shape: Shape, params: Params, table: CostTable, **how: Any) -> dict[str, Any]:

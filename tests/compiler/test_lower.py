@@ -132,13 +132,14 @@ def test_the_simulators_matrix_of_a_linear_map_is_the_map():
 def chain_of_reciprocal(path: Path) -> Path:
     """A small e = (x / 2)^16, of the highest degree that is fused, then Goldschmidt's (1 + e) (1 + e^2) (1 + e^4)."""
     b = Builder((1, 16, 8))
-    e, product, one = b.op("Mul", "x", np.float32(0.5), name="half"), None, np.float32(1.0)
+    one = np.array(1.0, dtype=np.float32)
+    e = b.op("Mul", "x", np.array(0.5, dtype=np.float32), name="half")
     for i in range(4):
         e = b.op("Mul", e, e, name=f"square{i}")
-    for i in range(3):
-        factor = b.op("Add", e, one, name=f"factor{i}")
-        product = factor if product is None else b.op("Mul", product, factor, name=f"product{i}")
+    product = b.op("Add", e, one, name="factor0")
+    for i in range(1, 3):
         e = b.op("Mul", e, e, name=f"e{i}")
+        product = b.op("Mul", product, b.op("Add", e, one, name=f"factor{i}"), name=f"product{i}")
     return b.save(path, product, (1, 16, 8))
 
 

@@ -48,6 +48,7 @@ class CircuitEngine:
             raise WireError(f"{file.name}: its hash is not the manifest's")
         keycheck.rehearse(manifest.params, file, path)
         self.evaluator.load_key(file.kind, file.k, file.level, memoryview(data)[keys.HEADER :])
+        self.executor.reserve()
 
     def forget_keys(self) -> None:
         self.evaluator.close()

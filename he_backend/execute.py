@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +112,7 @@ class Executor:
         self.output_scales = {part: self.scales.result[n] for part, n in self.trace.outputs.items()}
         self._check_states()
         self._encoded: dict[Hashable, Any] = {}
+        self._prepared = False
 
     def _check_states(self) -> None:
         """What a step leaves must be what the next one takes."""
@@ -204,7 +206,8 @@ class Executor:
             list(pool.map(work, chosen))
         if any(node.op.startswith("refresh") for node in self.trace.nodes):
             self.evaluator.prepare_refresh()  # its matrices belong to no request
-        heap.reserve(int(SLACK * self.peak_bytes()))
+        self._prepared = True
+        self.reserve()
         return Prepared(
             done=len(chosen),
             total=len(jobs),
@@ -212,6 +215,13 @@ class Executor:
             total_bytes=sum(self._limbs(node) for node, _ in jobs.values()) * limb_bytes,
             seconds_saved=sum(uses[k] * seconds(self._limbs(jobs[k][0])) for k in chosen),
         )
+
+    def reserve(self) -> None:
+        """Take a run's memory from the system, once weights and keys are here, which would be put there."""
+        with suppress(MissingKeyError):
+            self.check_keys()
+            if self._prepared:
+                heap.reserve(int(SLACK * self.peak_bytes()))
 
     def _encode(self, node: Node, row: Any) -> Any:
         if isinstance(row, float):

@@ -18,7 +18,7 @@ from he_backend.owner import embed_step
 from polyformer.export_step import export_step
 from training import calibration_tokens, heldout_tokens, load_model
 
-from . import records
+from . import records, requests
 from .parties import parties
 from .registry import Settings
 from .trained import demo_model
@@ -92,7 +92,7 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
         "prepare_s": both.prepare_s,
         "primitives_s": dict(timing.primitives),
         "counts": dict(timing.counts),
-        "by_op": [{k: row[k] for k in ("source", "kind", "level", "seconds")} for row in timing.ops],
+        "by_op": requests.by_source(timing),
         "weights": "the demo's recipe" if not settings.quick else "a tiny recipe",
         "parameters": circuit.params.name,
     }

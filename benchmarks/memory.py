@@ -31,7 +31,7 @@ def watch() -> Iterator[Peak]:
     before = _reset()
     yield found
     if before is not None:
-        found.peak_gb = _resident("VmHWM")
+        found.peak_gb = _status_gb("VmHWM")
         found.grown_gb = found.peak_gb - before
 
 
@@ -47,12 +47,20 @@ def _reset() -> float | None:
         trim(0)
     try:
         (PROCESS / "clear_refs").write_text("5")  # proc(5): resets VmHWM
-        return _resident("VmRSS")
+    except OSError:
+        return None
+    return resident_gb()
+
+
+def resident_gb() -> float | None:
+    """Memory that this process holds now, in GB (1e9 bytes); None where the system does not say."""
+    try:
+        return _status_gb("VmRSS")
     except (OSError, ValueError):
         return None
 
 
-def _resident(field: str) -> float:
+def _status_gb(field: str) -> float:
     for line in (PROCESS / "status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

@@ -28,6 +28,8 @@ import numpy as np
 from he_backend import keys, refresh
 from he_backend.params import Params
 
+from . import memory
+
 COSTS = Path(__file__).parent / "costs"
 TERMS = 4  # of the weighted sums that are timed; the table holds the time of one term
 Table = dict[str, dict[int, float]]
@@ -131,21 +133,13 @@ def refresher(
         for i, (kind, k, level) in enumerate(wanted):
             evaluator.load_key(kind, k, level, client.make_key(kind, k, level))
             progress(i + 1, len(wanted) + 1, f"{kind} key")
-        before = _resident_bytes()
+        before = memory.resident_gb() or 0.0
         evaluator.prepare_refresh()
         progress(len(wanted) + 1, len(wanted) + 1, "matrices")
-        yield Refresher(client=client, evaluator=evaluator, matrix_bytes=max(0, _resident_bytes() - before))
+        grown = max(0.0, (memory.resident_gb() or 0.0) - before)
+        yield Refresher(client=client, evaluator=evaluator, matrix_bytes=int(1e9 * grown))
     finally:
         evaluator.close()
-
-
-def _resident_bytes() -> int:
-    """Memory that this process holds now, as Linux tells it; 0 elsewhere."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _machine(params: Params) -> dict[str, Any]:

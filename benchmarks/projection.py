@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compiler.cost import CostTable, live_bytes
+from compiler.cost import CostTable
 from compiler.deepen import chains
 from compiler.layout import feature_tiles
 from compiler.lower import Lowered
@@ -21,6 +21,7 @@ from compiler.plan import PROCESS_BYTES, Style
 from compiler.schedule import Forecast, forecast
 from he_backend import refresh
 from he_backend.base import LevelError
+from he_backend.liveness import live_bytes
 from he_backend.params import Params
 from he_backend.trace import Trace, trace
 
@@ -66,10 +67,10 @@ def project(settings: Settings) -> Record:
     """Project the large model, then what was measured."""
     block = QUICK_BLOCK if settings.quick else BLOCK
     table = CostTable.load()
-    settings.progress(0, 3, "one block")
+    settings.progress(0, 2, "one block")
     choice, one, other = of_block(block, table)
     shapes = [stacked(one, block, n) for n in BLOCKS]
-    settings.progress(1, 3, "what was measured")
+    settings.progress(1, 2, "what was measured")
     found = checks(records.latest(), table)
     metrics = {
         "models": shapes,

@@ -13,7 +13,6 @@ seconds of the polynomial + seconds of a refresh * (levels left + depth) / level
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -124,7 +123,7 @@ def one_kind(name: str, quick: bool, repeats: int, ranges: Ranges, *, progress: 
         for i, case in enumerate(todo):
             rows.append(_run(case, ready, repeats if i == 0 else 1))
             progress(i + 1, len(todo), case.name)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = records.peak_gb()
         seen = ready.matrix_bytes
     return {
         "name": name,
@@ -143,7 +142,7 @@ def one_kind(name: str, quick: bool, repeats: int, ranges: Ranges, *, progress: 
         "keys": sum(1 for _ in refresh.keys(params)),
         "matrix_bytes": refresh.matrix_bytes(params),
         "matrix_bytes_seen": seen,
-        "peak_gb": peak / 1e6,
+        "peak_gb": peak,
     }
 
 

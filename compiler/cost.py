@@ -187,25 +187,3 @@ def default_table(backend: str = "openfhe") -> Path:
 def plaintext_bytes(node: Node, params: Params) -> int:
     """Bytes of one encoded plaintext of a node."""
     return (node.level + 1 + (params.special_limbs if node.extended else 0)) * (8 << params.log_n)
-
-
-def live_bytes(trace: Trace, params: Params) -> int:
-    """Largest sum of ciphertexts alive at once when the nodes run in order."""
-    limb = 8 << params.log_n
-    k = params.special_limbs
-
-    def size(n: Node) -> int:
-        if n.op == "hoist":
-            return math.ceil((n.level + 1) / params.digit_limbs) * (n.level + 1 + k) * limb
-        return n.elements * (n.level + 1 + (k if n.extended else 0)) * limb
-
-    last = {a: n.id for n in trace.nodes for a in n.args}
-    last.update({v: len(trace.nodes) for v in trace.outputs.values()})
-    alive = peak = 0
-    for n in trace.nodes:
-        alive += size(n)
-        peak = max(peak, alive)
-        alive -= sum(size(trace.nodes[a]) for a in set(n.args) if last[a] == n.id)
-        if n.id not in last:
-            alive -= size(n)
-    return peak

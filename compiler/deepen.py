@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from he_backend import refresh, security
-from he_backend.base import HEError, LevelError, ParamsError
+from he_backend.base import BACKENDS, HEError, LevelError, ParamsError
 from he_backend.circuit import Circuit
 from he_backend.params import SINE_LEVELS, Params
 from he_backend.simulator import peaks
@@ -27,7 +27,6 @@ from .lower import Lowered
 from .passes.bases import BASES
 from .placement_problem import Placement, RefreshTimes
 from .plan import (
-    BACKENDS,
     PROCESS_BYTES,
     Candidate,
     Style,

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from he_backend import refresh, security
-from he_backend.base import CapabilityError, ParamsError
+from he_backend.base import BACKENDS, CapabilityError, ParamsError
 from he_backend.circuit import Circuit, Op
+from he_backend.liveness import live_bytes
 from he_backend.params import Params
 from he_backend.simulator import SIMULATIONS, peaks, simulate, simulate_noise
 from he_backend.trace import Trace, trace
 
-from .cost import CostTable, live_bytes
+from .cost import CostTable
 from .lower import Lowered
 from .passes.bases import BASES, choose_bases
 from .passes.sums import LONGEST, group_sums
@@ -31,10 +32,6 @@ SCALES = (40, 45, 50)
 # (scale, integer bits of an output), besides, up to N = 2^14, where bits of the modulus are scarce: of 24 and 26 bits two primes are
 # a digit with one special prime, of 35 bits three with two.
 SMALL_RING_SCALES = ((24, FIRST_BITS), (26, 3), (30, FIRST_BITS), (35, FIRST_BITS))
-BACKENDS = {
-    "openfhe": frozenset({"hoisting", "double_hoisting", "bootstrap"}),
-    "tenseal": frozenset(),
-}
 LARGEST_RING = {"openfhe": 16, "tenseal": 15}
 PROCESS_BYTES = 2.5 * GB  # client and server without keys and ciphertexts: libraries, context, circuit, heap slack
 ALIKE = 0.03  # relative difference of predicted seconds that decides nothing

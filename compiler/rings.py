@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from he_backend import security
+from he_backend.base import BACKENDS
 
 from .deepen import chains
 from .ir import Graph, Node
-from .plan import BACKENDS, LARGEST_RING, Target, candidates
+from .plan import LARGEST_RING, Target, candidates
 
 SMALLEST_RING = 13  # below it 128 bits leave no two levels
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from he_backend.base import UnsupportedOpError
+from he_backend.base import BACKENDS, UnsupportedOpError
 from he_backend.circuit import Circuit
 
 from .calibrate import Range
@@ -23,7 +23,6 @@ from .lower import Lowered, lower
 from .matvec import PlanCost
 from .passes.levels import assign_levels
 from .plan import (
-    BACKENDS,
     Candidate,
     Plan,
     Target,

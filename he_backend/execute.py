@@ -24,6 +24,7 @@ from . import heap, refresh
 from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, ScaleError
 from .circuit import Circuit
 from .kernels import StepRow
+from .liveness import live_bytes, value_bytes
 from .trace import SCALE_TOLERANCE, Node, assign_scales, cost_name, trace
 
 Progress = Callable[[int, int, str], None]
@@ -221,7 +222,9 @@ class Executor:
         with suppress(MissingKeyError):
             self.check_keys()
             if self._prepared:
-                heap.reserve(int(SLACK * self.peak_bytes()))
+                params, size = self.circuit.params, live_bytes(self.trace, self.circuit.params)
+                refreshes = any(node.op.startswith("refresh") for node in self.trace.nodes)
+                heap.reserve(int(SLACK * (size + (refresh.working_bytes(params) if refreshes else 0))))
 
     def _encode(self, node: Node, row: Any) -> Any:
         if isinstance(row, float):
@@ -310,28 +313,6 @@ class Executor:
             encoded_during=state.counts["encode"],
         )
 
-    def peak_bytes(self) -> int:
-        """Largest total of values alive at once when the nodes run in order, and what a refresh needs besides."""
-        nodes, params = self.trace.nodes, self.circuit.params
-        last = {a: node.id for node in nodes for a in node.args}
-        last.update((kept, len(nodes)) for kept in self.trace.outputs.values())
-        alive = peak = 0
-        for node in nodes:
-            alive += self.value_bytes(node)
-            peak = max(peak, alive)
-            alive -= sum(self.value_bytes(nodes[a]) for a in set(node.args) if last[a] == node.id)
-        refreshes = any(node.op.startswith("refresh") for node in nodes)
-        return peak + (refresh.working_bytes(params) if refreshes else 0)
-
-    def value_bytes(self, node: Node) -> int:
-        """Memory of a node's result, from its limbs; a hoist holds one polynomial a digit in the extended basis."""
-        params = self.circuit.params
-        limbs = self._limbs(node)
-        if node.op == "hoist":
-            digits = -(-params.limbs(node.level) // params.digit_limbs)
-            return digits * (limbs + params.special_limbs) * (8 << params.log_n)
-        return node.elements * limbs * (8 << params.log_n)
-
 
 @dataclass(frozen=True)
 class _Constant:
@@ -404,13 +385,13 @@ class _State:
         ex = self.executor
         with self.condition:
             self.values[node.id] = value
-            self.live += ex.value_bytes(node)
+            self.live += value_bytes(node, ex.circuit.params)
             self.max_live = max(self.max_live, self.live)
             for a in set(node.args):
                 self.uses[a] -= 1
                 if self.uses[a] == 0:
                     del self.values[a]
-                    self.live -= ex.value_bytes(ex.trace.nodes[a])
+                    self.live -= value_bytes(ex.trace.nodes[a], ex.circuit.params)
             for user in self.users[node.id]:
                 self.waiting[user] -= 1
                 if self.waiting[user] == 0:

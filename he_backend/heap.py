@@ -1,7 +1,7 @@
 """The heap of a process that evaluates: memory is taken from the system once, before a request comes, and kept.
 
 A primitive at N = 2^16 takes tens of megabytes in pieces of half a megabyte. Whatever of it the system has to find first comes page by
-page (2 to 15 microseconds for 4 KB on a virtual machine: 60 ms beside a rotation of 145 ms, measured), and glibc gives back what is
+page (2.5 to 13 microseconds for 4 KB on a virtual machine: 60 ms beside a rotation of 145 ms, measured), and glibc gives back what is
 freed at the end of the heap, to fetch it again a moment later.
 """
 

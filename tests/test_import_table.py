@@ -37,6 +37,7 @@ COMPILER_SEES = tuple(
         "circuit_check",
         "container",
         "kernels",
+        "liveness",
         "params",
         "primes",
         "refresh",

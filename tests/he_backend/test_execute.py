@@ -10,6 +10,7 @@ import pytest
 from he_backend import execute, keys
 from he_backend.base import HEError, LevelError, ManifestError, MissingKeyError
 from he_backend.execute import Cancelled, Executor
+from he_backend.liveness import value_bytes
 from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp, reference
 
 X = np.linspace(-1, 1, WIDTH)
@@ -74,7 +75,7 @@ def test_timing_and_progress(world):
     assert by_op == pytest.approx(sum(timing.primitives.values())) and 0 < by_op <= 1.1 * timing.wall_s * timing.threads
     expected = {n.op for n in executor.trace.nodes} - {"input"}
     assert expected <= set(timing.counts) and expected <= set(timing.primitives)
-    assert 0 < timing.max_live_bytes < sum(executor.value_bytes(n) for n in executor.trace.nodes)
+    assert 0 < timing.max_live_bytes < sum(value_bytes(n, executor.circuit.params) for n in executor.trace.nodes)
 
 
 def test_missing_keys_are_said_before_anything_runs(world):

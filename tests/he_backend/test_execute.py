@@ -86,6 +86,20 @@ def test_missing_keys_are_said_before_anything_runs(world):
     assert not started
 
 
+def test_memory_is_taken_once_weights_and_keys_are_here(world, monkeypatch):
+    taken = []
+    monkeypatch.setattr(execute.heap, "reserve", taken.append)
+    bare = keys.backend(world.circuit.params.backend).Evaluator(world.circuit.params, allow_insecure=True)
+    without_keys = Executor(world.circuit, bare)
+    without_keys.prepare()
+    without_weights = Executor(world.circuit, world.ev)
+    without_weights.reserve()
+    assert not taken
+    without_weights.prepare()
+    timing = without_weights.run(inputs(world)).timing
+    assert len(taken) == 1 and taken[0] >= timing.max_live_bytes
+
+
 def test_wrong_inputs_are_refused(world):
     executor = Executor(world.circuit, world.ev)
     with pytest.raises(ManifestError):

@@ -92,7 +92,7 @@ def test_memory_is_taken_once_weights_and_keys_are_here(world, monkeypatch):
     bare = keys.backend(world.circuit.params.backend).Evaluator(world.circuit.params, allow_insecure=True)
     without_keys = Executor(world.circuit, bare)
     without_keys.prepare()
-    without_weights = Executor(world.circuit, world.ev)
+    without_weights = Executor(world.circuit, world.ev, threads=1)
     without_weights.reserve()
     assert not taken
     without_weights.prepare()

@@ -26,6 +26,7 @@ GROUPS = {
     "scaling": "latency and memory against size, measured and projected",
     "security": "lattice estimates behind the limits",
 }
+SUITE = "suite"  # the name of all that one machine measures in three hours
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -58,6 +59,7 @@ class Benchmark:
     `version` rises when figures of the old and the new one can no longer be compared. `minutes` and `memory_gb` are what a
     full run takes on 2 cores, for planning. `show` makes tables and figures of a record for the report; without it, all figures are
     listed. Both may be given as "module:function", imported when needed. `save` writes the record where it is not one of `records.RESULTS`.
+    `suite` is False for what is measured once: too long to repeat with the rest, or done there by a part of it.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Benchmark:
     run: Callable[[Settings], Record] | str
     show: Callable[[Record], Sequence[Block]] | str | None = None
     save: Callable[[Record, Path | None], Path] | None = None
+    suite: bool = True
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -118,8 +121,13 @@ def benchmarks() -> Mapping[str, Benchmark]:
     return {b.name: b for b in found}
 
 
+def suite() -> list[Benchmark]:
+    """What `polyformer bench run suite` measures: everything but training, which has a command of its own, and what is measured once."""
+    return [b for b in benchmarks().values() if b.suite and b.group != "train"]
+
+
 def select(names: Sequence[str]) -> list[Benchmark]:
-    """Benchmarks by name or by group, each once, in the order asked for.
+    """Benchmarks by name, by group or as the suite, each once, in the order asked for.
 
     Raises:
         ValueError: a name is neither; lists those that exist.
@@ -127,10 +135,10 @@ def select(names: Sequence[str]) -> list[Benchmark]:
     known = benchmarks()
     chosen: dict[str, Benchmark] = {}
     for name in names:
-        group = [b for b in known.values() if b.group == name]
+        group = suite() if name == SUITE else [b for b in known.values() if b.group == name]
         if not group and name not in known:
             raise ValueError(
-                f"no benchmark is called {name!r}; known are: {', '.join(known)}; groups are: {', '.join(GROUPS)}"
+                f"no benchmark is called {name!r}; known are: {', '.join(known)}; groups are: {', '.join(GROUPS)}, {SUITE}"
             )
         for b in group or [known[name]]:
             chosen.setdefault(b.name, b)

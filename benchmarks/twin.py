@@ -1,5 +1,8 @@
 """A fully polynomial model against its softmax twin at an equal number of optimiser steps, with and without LaS: the demo's
 model of 2 blocks, and a deep one of 6.
+
+The polynomial model's activation is a quadratic, which by itself may do better or worse than GELU. So there is a second,
+stricter twin: softmax with x^2 for its activation.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from .blocks import Block, Table
 from .registry import Record, Settings
 
 VARIANTS = ("LaS decay", "no decay")
-FIGURES = ("softmax", "polynomial")
-
+FIGURES = ("softmax", "softmax_square", "polynomial")
+TWINS = FIGURES[:2]
 
 QUICK = Recipe.quick().with_(las_decay=1.0)
 
@@ -44,7 +47,8 @@ def _measure(settings: Settings, name: str, recipe: Recipe) -> Record:
         for variant in VARIANTS:
             settings.progress(len(runs), len(seeds) * len(VARIANTS), f"seed {seed}, {variant}")
             decay = recipe.las_decay if variant == VARIANTS[0] else 0.0
-            runs.append({"variant": variant, **run(replace(recipe, seed=seed, las_decay=decay))})
+            # One thread: nothing here is timed, and two benchmarks side by side are faster than one on two threads.
+            runs.append({"variant": variant, **run(replace(recipe, seed=seed, las_decay=decay, threads=1))})
             settings.keep(_record(name, runs, recipe, seeds))
     return _record(name, runs, recipe, seeds)
 
@@ -52,12 +56,14 @@ def _measure(settings: Settings, name: str, recipe: Recipe) -> Record:
 def run(recipe: Recipe) -> dict[str, Any]:
     """One seed: held-out losses in nats a token, levels, and what leaves the fitted intervals."""
     with tempfile.TemporaryDirectory() as place:
-        out = Path(place)
+        out, strict = Path(place, "model"), Path(place, "strict")
         train(out, recipe)
         metrics = convert(out)
+        square = train(strict, replace(recipe, activation="square", power_steps=0))
     return {
         "seed": recipe.seed,
-        **{name: metrics[f"heldout_loss_{name}"] for name in (*FIGURES, "power")},
+        **{name: metrics[f"heldout_loss_{name}"] for name in ("softmax", "polynomial", "power")},
+        "softmax_square": square["heldout_loss_softmax"],
         "levels": metrics["levels"],
         "quality": metrics["quality"],
         "outside_heldout": _largest(metrics["outside_heldout"]),
@@ -67,7 +73,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds by variant, and the gap of the polynomial model to the better twin."""
+    """Mean and standard deviation over seeds by variant; gaps of the polynomial model to its twin and to the best of all twins."""
     found: dict[str, Any] = {}
     for variant in VARIANTS:
         mine = [r for r in runs if r["variant"] == variant]
@@ -79,10 +85,10 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 }
                 for name in FIGURES
             }
-    twin = min(v["softmax"]["mean"] for v in found.values())
+    best = min(v[name]["mean"] for v in found.values() for name in TWINS)
     for values in found.values():
         values["gap_percent"] = 100 * (values["polynomial"]["mean"] / values["softmax"]["mean"] - 1)
-        values["gap_percent_better_twin"] = 100 * (values["polynomial"]["mean"] / twin - 1)
+        values["gap_percent_best_twin"] = 100 * (values["polynomial"]["mean"] / best - 1)
     return found
 
 
@@ -93,7 +99,7 @@ def show(record: Record) -> Sequence[Block]:
             variant,
             *(values[name][figure] for name in FIGURES for figure in ("mean", "sd")),
             values["gap_percent"],
-            values["gap_percent_better_twin"],
+            values["gap_percent_best_twin"],
         )
         for variant, values in record["metrics"]["summary"].items()
     ]
@@ -103,8 +109,16 @@ def show(record: Record) -> Sequence[Block]:
         "polynomial as many in all its stages together, and as much text in each"
     )
     columns = (
-        *("attention", "softmax twin", "sd of twin", "polynomial", "sd of polynomial", "gap to its twin, %"),
-        "gap to the better twin, %",
+        *(
+            "attention",
+            "softmax twin, GELU",
+            "sd of it",
+            "softmax twin, x^2",
+            "sd of that",
+            "polynomial",
+            "sd of polynomial",
+        ),
+        *("gap to its twin, %", "gap to the best twin, %"),
     )
     return [Table(caption=caption, columns=columns, rows=rows)]
 
@@ -122,7 +136,7 @@ def _record(name: str, runs: Sequence[Mapping[str, Any]], recipe: Recipe, seeds:
         "norms": recipe.exact_norms[-1],
     }
     metrics = {"runs": list(runs), "summary": summary(runs)}
-    return records.record(name, metrics=metrics, params=params, threads=recipe.threads, repeats=len(seeds))
+    return records.record(name, metrics=metrics, params=params, threads=1, repeats=len(seeds))
 
 
 def _largest(shares: Mapping[str, Mapping[str, float]]) -> float:

@@ -107,6 +107,7 @@ BENCHMARKS = (
         conditions="OpenFHE, N = 2^16, 128 bits, 23 to 26 levels, budget 3 + 3, one thread, a process for each kind",
         minutes=35,
         memory_gb=14,
+        suite=False,
         run="benchmarks.refresh_kinds:measure",
         show="benchmarks.refresh_kinds:show",
     ),

@@ -13,7 +13,7 @@ from polyformer.commands.options import Json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure, compare and report.", epilog="Example: polyformer bench ls")
 
-Names = Annotated[list[str], typer.Argument(help="Benchmarks or groups, see `polyformer bench ls`.")]
+Names = Annotated[list[str], typer.Argument(help="Benchmarks, groups or `suite`, see `polyformer bench ls`.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Measurements of each figure; the median counts.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Seeds of each trained configuration: 0, 1, ...")]
 Quick = Annotated[bool, typer.Option("--quick", help="Smallest size: shows that it runs, proves nothing.")]
@@ -31,7 +31,7 @@ def ls(json: Json = False) -> None:
 
     known = registry.benchmarks().values()
     if json:
-        keys = ("name", "version", "group", "measures", "conditions", "minutes", "memory_gb")
+        keys = ("name", "version", "group", "measures", "conditions", "minutes", "memory_gb", "suite")
         emit([{key: getattr(b, key) for key in keys} for b in known])
         return
     for group, about in registry.GROUPS.items():
@@ -40,7 +40,11 @@ def ls(json: Json = False) -> None:
             out.print(f"\n[bold]{group}[/]: {about}")
         for b in members:
             out.print(f"  [cyan]{b.name:<20}[/] {b.minutes:>5g} min {b.memory_gb:>4g} GB  {b.measures}", soft_wrap=True)
-            out.print(f"  {'':<20} [dim]{b.conditions}[/]", soft_wrap=True)
+            out.print(f"  {'':<20} [dim]{b.conditions}{'' if b.suite else '; not in the suite'}[/]", soft_wrap=True)
+    minutes = sum(b.minutes for b in registry.suite())
+    out.print(
+        f"\n[bold]{registry.SUITE}[/]: all of it but training and what says so, {minutes:.0f} min", soft_wrap=True
+    )
 
 
 @bench.command("run", epilog="Example: polyformer bench run mlp-784 cnn-28")

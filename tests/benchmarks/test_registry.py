@@ -74,6 +74,14 @@ def test_entries_import_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_suite_ends_in_three_hours_and_leaves_out_nothing_without_saying_so() -> None:
+    suite = registry.select([registry.SUITE])
+    assert sum(b.minutes for b in suite) <= 180
+    rest = [b for b in registry.benchmarks().values() if b not in suite]
+    assert all(b.group == "train" or not b.suite for b in rest)
+    assert {b.group for b in suite} == set(registry.GROUPS) - {"train"}
+
+
 def test_select_takes_names_and_groups_once() -> None:
     chosen = [b.name for b in registry.select(["cnn-28", "encrypted", "cnn-28"])]
     assert chosen[0] == "cnn-28"

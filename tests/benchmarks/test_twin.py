@@ -31,13 +31,16 @@ def test_the_polynomial_model_has_the_steps_and_the_text_of_its_twin(recipe: Rec
     assert recipe.mix(noise=True).noise > 0
 
 
-def test_the_better_twin_is_the_one_with_the_lower_mean() -> None:
+def test_the_best_twin_is_the_one_with_the_lowest_mean() -> None:
     runs = [
-        {"variant": v, "softmax": s, "power": 1.0, "polynomial": p}
+        {"variant": v, "softmax": s, "softmax_square": s + 1.0, "power": 1.0, "polynomial": p}
         for v, pairs in {"LaS decay": [(4.0, 4.0), (2.0, 2.6)], "no decay": [(2.0, 3.0), (2.0, 3.0)]}.items()
         for s, p in pairs
     ]
     found = twin.summary(runs)
     assert found["LaS decay"]["gap_percent"] == pytest.approx(10.0)
-    assert found["LaS decay"]["gap_percent_better_twin"] == pytest.approx(65.0)
+    assert found["LaS decay"]["gap_percent_best_twin"] == pytest.approx(65.0)
     assert found["no decay"]["softmax"]["sd"] == 0.0
+    assert found["no decay"]["softmax_square"]["mean"] == 3.0
+    strict = [{**r, "softmax_square": 1.5} for r in runs]
+    assert twin.summary(strict)["no decay"]["gap_percent_best_twin"] == pytest.approx(100.0)

@@ -75,7 +75,7 @@ def stamped(
             "status": status if record["status"] == "complete" else record["status"],
             "quick": quick,
             "conditions": benchmark.conditions,
-            **(seen.to_json() if seen else {}),
+            **({"seconds": round(seen.wall_s, 1), **seen.to_json()} if seen else {}),
         },
         benchmark.name,
     )

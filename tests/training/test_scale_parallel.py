@@ -88,9 +88,14 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", EXACT)
-def test_sharding_in_bfloat16_keeps_decays_and_polynomials_exact(name, checkpointing):
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [*((name, {}) for name in EXACT), ("mamba2", {"checkpointing": True}), ("rwkv", {"checkpointing": True}),
+     ("polynomial_s6", {"checkpointing": True, "compile": "eager"})],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)  # fmt: skip
+def test_sharding_in_bfloat16_keeps_decays_and_polynomials_exact(name, plan):
     config = replace(RECIPE.model, mixer=name, activation="polynomial", blocks=1, norms=("rms",) * 3, state=2)
     torch.manual_seed(0)
     source, model = Transformer(config), accounts.on_meta(config)
@@ -103,7 +108,7 @@ def test_sharding_in_bfloat16_keeps_decays_and_polynomials_exact(name, checkpoin
     for module in (block.mixer, block.mlp.act.polynomial, block.mixer.o):
         module.register_forward_hook(look)
     with parallel.processes() as mesh:
-        parallel.apply(model, parallel.Plan(precision="bf16", checkpointing=checkpointing), mesh)
+        parallel.apply(model, parallel.Plan(precision="bf16", **plan), mesh)
         parallel.materialise(model, source, torch.device("cpu"))
         windows = text_windows(2, 33)
         token_loss(model(windows[:, :-1]).float(), windows[:, 1:]).backward()

@@ -1,7 +1,8 @@
 """The compiler, read aloud:
 
 import -> (approximate ->) certify -> fold means -> fold positions into projections -> fuse polynomials -> fold constants
-       -> merge linear chains -> split off the client -> calibrate ranges -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
+       -> merge linear chains -> split off the client -> calibrate ranges
+       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
@@ -134,7 +135,7 @@ def _folded(graph: Graph, node: Node, view: View) -> list[Node] | None:
         ),
         replace(node, op="transpose", const=None, bias=None, attrs={"perm": perm}),
     ]
-    return [steps[0], *(replace(s, inputs=(before.name,)) for before, s in zip(steps, steps[1:], strict=False))]
+    return [steps[0], *(replace(s, inputs=(before.name,)) for before, s in pairwise(steps))]
 
 
 def positions(graph: Graph) -> Graph:

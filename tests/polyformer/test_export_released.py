@@ -29,13 +29,13 @@ from training.substitution import KINDS, polynomial_config, with_polynomials
 from training.swap import swap_attention
 
 T = 8
-SHAPE = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SHAPE = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": T}
 VALUES = {
     "llama": SHAPE | {"num_key_value_heads": 2, "hidden_act": "silu", "tie_word_embeddings": True},
     "gpt_neox": SHAPE | {"rotary_pct": 0.5, "hidden_act": "gelu", "use_parallel_residual": True},
     "bert": SHAPE | {"type_vocab_size": 2, "hidden_act": "gelu", "model_type": "bert"},
-    "gpt2": {"vocab_size": 20, "n_embd": 16, "n_inner": 24, "n_layer": 1, "n_head": 4, "n_positions": T}
+    "gpt2": {"vocab_size": 20, "n_embd": 16, "n_inner": 16, "n_layer": 1, "n_head": 4, "n_positions": T}
     | {"activation_function": "gelu_new"},
 }
 ENCRYPTED = ("llama",)
@@ -49,9 +49,9 @@ def polynomial(config: ModelConfig) -> Transformer:
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
         model.token.weight.div_(model.token.weight.std(-1, keepdim=True))  # variances that a parabola can follow
-        for block in model.blocks:
-            block.mixer.o.weight.mul_(0.5)
-            block.mlp.down.weight.mul_(0.5)
+        for name, p in model.named_parameters():
+            if name.endswith(("o.weight", "down.weight")):
+                p.mul_(0.5)
     power = swap_attention(model, power=2, eps=1.0, form="mean")
     kept = {name: (r.low, r.high) for name, r in measure(power, tokens(256)).items()}
     fitted = {n: (lo * 1.1, hi * 1.1) if lo < 0 else (lo / 1.1, hi * 1.1) for n, (lo, hi) in kept.items()}

@@ -1,7 +1,8 @@
 """The compiler, read aloud:
 
-import -> (approximate ->) certify -> fold means -> fuse polynomials -> fold constants -> merge linear chains -> split off the client
-       -> calibrate ranges -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
+import -> (approximate ->) certify -> fold means -> fold positions into projections -> fuse polynomials -> fold constants
+       -> merge linear chains -> split off the client -> calibrate ranges
+       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
 from .passes.linear_chains import linear_chains
+from .passes.positions import positions
 from .plan import Candidate, Plan, Target, few, with_bounds
 from .search import Progress, search
 
@@ -66,6 +68,7 @@ def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tup
     """All passes on the graph, each checked on one sample [1, ...] of the graph's input, or on all inputs of a step."""
     passes = (
         ("center", center),
+        ("positions", positions),
         ("fuse", fuse),
         ("fold", fold),
         ("fuse again", fuse),

@@ -242,13 +242,15 @@ def judge(
         return Candidate(params=params, log_qp=params.log_qp, limit=limit, why="above the 128-bit limit")
     if params.special_limbs > 12:
         return None
-    t = reference or trace(as_circuit(build, params), capabilities=BACKENDS[target.backend])
+    circuit = as_circuit(build, params)
+    t = reference or trace(circuit, capabilities=BACKENDS[target.backend])
     keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
     rest = target.max_memory_gb * GB - 1.15 * live_bytes(t, params) - PROCESS_BYTES
     if any(node.op.startswith("refresh") for node in t.nodes):
         keys += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
         rest -= refresh.matrix_bytes(params) + refresh.working_bytes(params)
-    rest -= keys
+    # A run frees a state once it is read, the server keeps it until the step is done: of one sequence; others come on top.
+    rest -= keys + circuit.state_bytes
     if rest < 0:
         memory = (target.max_memory_gb * GB - rest) / GB
         why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"

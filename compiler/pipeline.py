@@ -8,7 +8,6 @@ import -> (approximate ->) certify -> fold means -> fold positions into projecti
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from he_backend import refresh, security
+from he_backend import security
 from he_backend.base import ParamsError
 from he_backend.circuit import Circuit
 
@@ -24,6 +23,7 @@ from . import step, verify
 from .calibrate import calibrate
 from .certificate import Certificate, certify
 from .cost import CostTable
+from .failure import failure_log2
 from .ir import STEP, Graph
 from .passes.approximate import Report
 from .passes.approximate import approximate as fit_functions
@@ -108,8 +108,11 @@ def compile_onnx(
         UnsupportedOpError: an op or a layout that cannot be compiled.
         ParamsError: no parameters hold the circuit at 128 bits within the memory.
         VerificationError: a pass changed the meaning (a bug of the compiler).
+
+    A calibration that holds anything but finite numbers is refused with a ParamsError too.
     """
     path, target = Path(path), target or Target()
+    require_finite(calibration)
     report = progress or (lambda stage, done, total: None)
     table = CostTable.load(target.costs, backend=target.backend)
     report("import", 0, 1)
@@ -141,6 +144,27 @@ def compile_onnx(
         embedding=embedding,
         approximations=fitted,
     )
+
+
+def require_finite(calibration: np.ndarray) -> None:
+    """Refuse NaN and infinity before ranges are made of them.
+
+    Raises:
+        ParamsError: names the first sample that holds one, and where.
+    """
+    if not len(calibration):
+        raise ParamsError(
+            f"calibration of shape {calibration.shape} has no sample; ranges come from it, give at least one"
+        )
+    bad = [i for i, row in enumerate(calibration) if not np.isfinite(row).all()]
+    if bad:
+        row = np.asarray(calibration[bad[0]])
+        where = tuple(int(n) for n in np.argwhere(~np.isfinite(row))[0])
+        others = f" and {len(bad) - 1} others hold such numbers" if len(bad) > 1 else ""
+        raise ParamsError(
+            f"calibration sample {bad[0]} of {len(calibration)} holds {row[where]} at {list(where)}{others}: ranges would be "
+            "made of it; leave it out or repair it"
+        )
 
 
 def _compile_step(
@@ -186,7 +210,11 @@ def _compile_step(
 def _finish(
     circuit: Circuit, candidate: Candidate, error: float, embedding: Embedding | None, graph: Graph, path: Path
 ) -> Circuit:
-    """Keys, predictions and what the client needs."""
+    """Keys, predictions and what the client needs.
+
+    Raises:
+        ParamsError: a request fails too often; the search, which asked with fewer samples, found it within the budget.
+    """
     params, t, f = candidate.params, candidate.trace, candidate.forecast
     assert t is not None and f is not None
     client: dict[str, Any] = dict(circuit.client_arrays)
@@ -204,7 +232,7 @@ def _finish(
         "reply_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.outputs)),
         **({"state_bytes": float(circuit.state_bytes)} if circuit.steps else {}),
         "error": error,
-        "failure_log2": _failure(circuit, error),
+        "failure_log2": security.check_failure(failure_log2(circuit, error)),
     }
     model: Mapping[str, Any] = {
         "onnx_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -220,20 +248,3 @@ def _finish(
         model=model,
         embedding=embedding is not None,
     )
-
-
-def _failure(circuit: Circuit, error: float) -> float:
-    """log2 of the chance that noise wraps the modulus of a reply; see `security`.
-
-    The noise is the simulated one: the promised error, in stored slots, spread over coefficients. A promise is above the
-    largest error seen, so that taking it for a standard deviation errs on the safe side.
-    """
-    params = circuit.params
-    bounds = [op.bound for op in circuit.ops if op.kind == "output"]
-    slot = max(error / abs(signature.factor) for signature in circuit.outputs)
-    noise = slot * 2.0**params.scale_bits / math.sqrt(params.slots)
-    noise_bits = math.log2(max(noise, 2.0**security.FRESH_NOISE_BITS))
-    refreshes = circuit.refreshes
-    each = refresh.failure_log2(params) if refreshes else 0.0
-    log2 = security.circuit_failure(params, bounds, noise_bits=noise_bits, refresh_log2=each, refreshes=refreshes)
-    return max(-1000.0, log2)  # JSON has no infinity; 2^-1000 is never

@@ -57,6 +57,13 @@ def faults(circuit: Circuit) -> Iterator[str]:
     for signature in circuit.states:
         for kind in ("input", "output"):
             yield from _signature(signature, circuit, kind)
+    for kind, signatures in (("input", circuit.inputs), ("output", circuit.outputs)):
+        known = [s.name for s in (*signatures, *circuit.states)]
+        if len(set(known)) < len(known):
+            yield f"two {kind}s have one name: {sorted(known)}"
+        for op in circuit.ops:
+            if op.kind == kind and op.attrs["name"] not in known:
+                yield f"{op}: there is no {kind} {op.attrs['name']!r}; known are {', '.join(known)}"
     yield from level_faults(circuit)
 
 
@@ -197,10 +204,10 @@ def _signature(signature: Signature, circuit: Circuit, kind: str) -> Iterator[st
     yield from _held(where, signature.layout, arrays, (parts, circuit.params.slots), size)
     if layout is not None and (lost := size - np.unique(layout[layout >= 0]).size):
         yield f"{where}: {lost} of {size} elements lie in no slot of layout {signature.layout!r}"
-    ops = {op.attrs["part"]: op for op in circuit.ops if op.kind == kind and op.attrs["name"] == signature.name}
-    if sorted(ops) != list(range(parts)):
-        yield f"{where}: ciphertexts {sorted(ops)} are there; its layout has {parts}"
-    for op in ops.values():
+    ops = [op for op in circuit.ops if op.kind == kind and op.attrs["name"] == signature.name]
+    if (there := sorted(op.attrs["part"] for op in ops)) != list(range(parts)):
+        yield f"{where}: ciphertexts {there} are there; its layout has {parts}"
+    for op in ops:
         if op.level != signature.level:
             yield f"{op}: its signature says level {signature.level}"
         if not math.isclose(op.factor, signature.factor, rel_tol=ROUNDING):

@@ -39,6 +39,12 @@ def with_attrs(circuit, op, **changes):
     return with_op(circuit, op, attrs={**op.attrs, **changes})
 
 
+def with_another(circuit, op, **changes):
+    """The circuit with a copy of an op at its end."""
+    more = replace(op, id=len(circuit.ops), attrs={**op.attrs, **changes})
+    return replace(circuit, ops=(*circuit.ops, more))
+
+
 def with_array(circuit, name, array):
     return replace(circuit, arrays={**circuit.arrays, name: array})
 
@@ -139,6 +145,22 @@ BY_THE_LOADER = {
     "input renamed": (
         lambda c: with_attrs(c, first(c, "input"), name="z"),
         r"input 'x': ciphertexts \[\] are there; its layout has 1",
+    ),
+    "an output twice": (
+        lambda c: with_another(c, first(c, "output", last=True)),
+        r"output 'y': ciphertexts \[0, 0\] are there; its layout has 1",
+    ),
+    "an input too many": (
+        lambda c: with_another(c, first(c, "input"), part=1),
+        r"input 'x': ciphertexts \[0, 1\] are there; its layout has 1",
+    ),
+    "an input of another name": (
+        lambda c: with_another(c, first(c, "input"), name="z"),
+        r"= input\(\).*: there is no input 'z'; known are x",
+    ),
+    "an output of another name": (
+        lambda c: with_another(c, first(c, "output"), name="z"),
+        r"= output\(.*: there is no output 'z'; known are y",
     ),
     "array removed": (
         lambda c: replace(c, arrays={k: a for k, a in c.arrays.items() if k != weights(c)}),

@@ -223,6 +223,13 @@ def test_op_means_what_onnxruntime_computes(tmp_path, name):
     check(m.save(tmp_path / "m.onnx", make(m)), shape)
 
 
+def test_a_gemm_without_its_third_operand_has_none(tmp_path):
+    """beta = 0: a product by zero would be refused later."""
+    m = Model((4, 4))
+    graph = check(m.save(tmp_path / "m.onnx", gemm("x", "x", "x", beta=0.0)(m)), (4, 4))
+    assert [n.op for n in graph.nodes] == ["matmul", "reshape"]
+
+
 # Refusals: each names the node and what to do instead
 
 
@@ -247,6 +254,7 @@ REFUSED = {
     "quotient": (divided, "'1.Div' is a Div, .*polynomial reciprocal.*--approximate"),
     "zero divisor": (one("Div", np.array([1.0, 0, 1, 1, 1, 1])), "a zero"),
     "fractional power": (one("Pow", np.array(1.5)), "exponent 1.5; only whole exponents"),
+    "enormous power": (one("Pow", np.array(1e9)), r"exponent 1e\+09; at most 256 is compiled"),
     "many exponents": (one("Pow", np.array([1.0, 2, 1, 1, 1, 1])), "exponent nan"),
     "max": (one("Max", np.array(0.0)), "a maximum is not a polynomial"),
     "max pool": (lambda m: m.op("MaxPool", "x", kernel_shape=[2]), "AveragePool"),

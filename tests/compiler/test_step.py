@@ -4,6 +4,7 @@ keys and values of every step before.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from onnx import helper
 
 from compiler import Compiled, Target, compile_onnx
+from compiler.failure import largest_output
+from compiler.step import Sequences, output_peak
 from compiler.step_layout import Blocks, Cache, Tiled, inner, outer
 from he_backend import keys
 from he_backend.base import ParamsError, UnsupportedOpError
@@ -136,6 +139,36 @@ def test_decay_costs_no_level_and_no_op(tmp_path: Path) -> None:
     rows = with_decay.arrays["blocks.0.mixer.scores.scaled.table"]
     assert rows.shape == (config.length, with_decay.params.slots)
     assert without.arrays["blocks.0.mixer.scores.scaled.table"].shape == (config.length, 1)
+
+
+def test_a_reply_must_fit_the_first_modulus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, tokens, _ = compiled_step(tmp_path, *CASES["no spare copies"])
+    circuit = compiled.circuit
+    sequences = Sequences(graph=compiled.graph, tokens=tokens[None], embedding=None)
+    slots = [op.bound for op in circuit if op.kind == "output" and op.attrs["name"] == "y"]
+    monkeypatch.setattr(
+        Sequences, "input", lambda self, row, step: embed_step(circuit.spec(), int(tokens[step]), step)["x"][None]
+    )
+    narrow = {compiled.graph.output: (-1e-9, 1e-9)}
+    assert output_peak(circuit, sequences, narrow) == pytest.approx(slots[0], rel=1e-6)
+    wide = {compiled.graph.output: (-100.0 * abs(circuit.outputs[0].factor), 0.0)}
+    assert output_peak(circuit, sequences, wide) == pytest.approx(100.0)
+    monkeypatch.undo()
+    most = largest_output(circuit.params)
+    monkeypatch.setattr("compiler.step.output_peak", lambda circuit, *_: 1.2 * most)
+    with pytest.raises(ParamsError, match=r"outputs fill 1\.2 of the first modulus"):
+        compiled_step(tmp_path, *CASES["no spare copies"])
+
+
+def test_a_step_names_the_memory_that_would_be_enough(tmp_path: Path) -> None:
+    config, log_n = CASES["no spare copies"]
+    export_step(sane(config), tmp_path / "step.onnx")
+    tokens = np.random.default_rng(0).integers(0, config.vocab, (4, config.length))
+    with pytest.raises(ParamsError, match=r"needs .* GB of 2.0") as caught:
+        compile_onnx(tmp_path / "step.onnx", tokens, target=Target(insecure_log_n=log_n, max_memory_gb=2.0))
+    (cap,) = re.findall(r"--max-memory-gb ([\d.]+)", str(caught.value))
+    enough = Target(insecure_log_n=log_n, max_memory_gb=float(cap))
+    assert compile_onnx(tmp_path / "step.onnx", tokens, target=enough).plan.chosen.memory_gb <= float(cap)
 
 
 # --- The two products -------------------------------------------------------------------------------------------------

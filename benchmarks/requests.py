@@ -123,6 +123,7 @@ def figures(
         [asdict(t) for t in timings],
         table=costs,
         errors=errors,
+        predicted_errors=circuit.errors,
     )
     return {
         "evaluate_s": evaluate,

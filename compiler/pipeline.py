@@ -23,8 +23,10 @@ from . import step, verify
 from .calibrate import calibrate
 from .certificate import Certificate, certify
 from .cost import CostTable
+from .errors import with_errors
 from .failure import failure_log2
 from .ir import STEP, Graph
+from .lower import one_request
 from .passes.approximate import Report
 from .passes.approximate import approximate as fit_functions
 from .passes.center import center
@@ -34,7 +36,7 @@ from .passes.fuse import fuse
 from .passes.linear_chains import linear_chains
 from .passes.positions import positions
 from .plan import Candidate, Plan, Target, few, with_bounds
-from .search import Progress, search
+from .search import ERROR_SAMPLES, Progress, search
 
 SAMPLES = 48  # windows that ranges are calibrated on
 
@@ -106,10 +108,8 @@ def compile_onnx(
 
     Raises:
         UnsupportedOpError: an op or a layout that cannot be compiled.
-        ParamsError: no parameters hold the circuit at 128 bits within the memory.
+        ParamsError: no parameters hold the circuit at 128 bits within the memory; or samples of another shape, or not finite.
         VerificationError: a pass changed the meaning (a bug of the compiler).
-
-    A calibration that holds anything but finite numbers is refused with a ParamsError too.
     """
     path, target = Path(path), target or Target()
     require_finite(calibration)
@@ -117,6 +117,13 @@ def compile_onnx(
     table = CostTable.load(target.costs, backend=target.backend)
     report("import", 0, 1)
     graph, fitted = import_graph(path, approximate=approximate), None
+    if not graph.steps:
+        one_request(graph)
+        if calibration.shape[1:] != graph.input_shape[1:]:
+            raise ParamsError(
+                f"calibration of shape {calibration.shape}; input {graph.input!r} of shape {graph.input_shape} is calibrated on "
+                f"[n, {', '.join(map(str, graph.input_shape[1:]))}]"
+            )
     if approximate:
         graph, fitted = fit_functions(graph, [row[None] for row in calibration[:SAMPLES]])
     certificate = certify(graph)
@@ -131,6 +138,8 @@ def compile_onnx(
     verified = verify.against_graph(found.circuit, found.lowered, graph, samples[:2])
     chosen = found.plan.chosen
     circuit = _finish(with_bounds(found.circuit, few(samples, 8)), chosen, found.error, embedding, graph, path)
+    assert chosen.trace is not None
+    circuit = with_errors(circuit, chosen.trace, few(samples, ERROR_SAMPLES))
     verify.finished(circuit, graph, samples[:1])
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
     assert chosen.forecast is not None

@@ -41,6 +41,7 @@ REFRESHES: dict[str, tuple[int, tuple[str, ...]]] = {
     "functional": (1, ("scale", "fourier")),
 }
 ROUNDING = 1e-9  # relative difference of two factors that are one
+LEEWAY = 1e-5  # above the interval of a refresh: sites are chosen by the same bounds, to rounding
 
 
 def faults(circuit: Circuit) -> Iterator[str]:
@@ -79,6 +80,7 @@ def level_faults(circuit: Circuit) -> Iterator[str]:
             if op.level > params.refresh_output:
                 yield f"{op}: a refresh reaches level {params.refresh_output}"
             yield from _repeats(op, circuit)
+            yield from _small(op, circuit)
         for a in op.args:
             have = circuit.ops[a].level
             if op.kind != "linear" and circuit.ops[a].attrs.get("kind") == "pair":
@@ -95,6 +97,13 @@ def _repeats(op: Op, circuit: Circuit) -> Iterator[str]:
     rows = None if layout is None else layout.reshape(-1, period)
     if rows is None or (rows < 0).any() or (rows != rows[0]).any():
         yield f"{op}: its slots do not repeat with the refresh's period {period}"
+
+
+def _small(op: Op, circuit: Circuit) -> Iterator[str]:
+    """A refresh evaluates its sine on slots within [-1, 1]; a function's argument is scaled, and its series checked by the simulator."""
+    for a in op.args if op.attrs.get("kind") != "functional" else ():
+        if (bound := circuit.ops[a].bound) > 1 + LEEWAY:
+            yield f"{op}: %{a} reaches {bound:.6g}; a refresh keeps slots within [-1, 1]"
 
 
 def key_faults(circuit: Circuit) -> Iterator[str]:

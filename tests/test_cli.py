@@ -149,6 +149,10 @@ def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert facts["what"] == what
         assert circuit.sha256 in facts.values()
         assert ("INSECURE" in shown.err) == (name != "request")
+        assert "predicted error after" not in facts
+    replace(circuit, errors={1: 0.0078125, 2: 2e-5, 3: 0.001}).save(tmp_path / "m.circuit")
+    assert cli.run(["inspect", str(tmp_path / "m.circuit"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted error after"] == {"FFN": 0.0078, "activation": 2e-5}
 
 
 def test_a_test_ring_must_be_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

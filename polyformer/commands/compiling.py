@@ -186,6 +186,7 @@ def compile_files(
         "certificate": str(compiled.certificate),
         "plan": str(compiled.plan),
         "op_seconds": {str(k): v for k, v in compiled.op_seconds.items()},
+        "op_errors": {str(k): v for k, v in circuit.errors.items()},
         "ops": [{"id": op.id, "kind": op.kind, "level": op.level, "source": op.source} for op in circuit.ops],
     }
     if to is not None:

@@ -14,7 +14,7 @@ from he_backend.base import UnsupportedOpError
 from he_backend.simulator import simulate
 from polyformer import cli
 
-from .test_import_ops import Model
+from .op_cases import Model
 
 SHAPE = (1, 4, 6)
 

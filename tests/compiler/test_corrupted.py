@@ -384,7 +384,7 @@ OF_STEPS = {
     ),
     "a state that nobody declared": (
         lambda c: replace(c, states=c.states[1:]),
-        r"= input\(\).*: no signature is called '.*'",
+        r"= input\(\).*: there is no input '.*'; known are",
     ),
     "a state of another shape": (
         lambda c: with_state(c, shape=(c.states[0].shape[0] + 1, *c.states[0].shape[1:])),

@@ -9,7 +9,7 @@ from compiler.onnx_import import import_onnx
 from compiler.ops import maps
 from he_backend.base import UnsupportedOpError
 
-from .op_cases import CASES, TOKENS, Model, constant_second, one
+from .op_cases import CASES, TOKENS, Model, constant_second, gemm, one
 
 
 def check(path, shape, tolerance=1e-6):

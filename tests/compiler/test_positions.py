@@ -14,7 +14,7 @@ from compiler.passes.linear_chains import linear_chains
 from he_backend.base import UnsupportedOpError
 
 from .models import attention
-from .test_import_ops import Model
+from .op_cases import Model
 
 T, H, K = 4, 2, 4
 SPLIT, HEADS, KEYS = np.array([1, T, H, K]), [0, 2, 1, 3], [0, 2, 3, 1]

@@ -10,6 +10,7 @@ from typing import Any
 from .blocks import Table
 
 COLUMNS = ("", "calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
+UNITS = "; errors in the model's units, over all slots of the node's last value; predicted as the promise is, with its margin"
 ERRORS = {"predicted_error": "predicted error", "error": "largest error"}
 
 
@@ -23,10 +24,11 @@ def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequen
         f"evaluation {found['evaluate_s']:.3g} s on {threads} threads; bound {found['bound_s']:.3g} s, efficiency "
         f"{found['efficiency']:.2f}{more}"
     )
+    # The promise's margin is on the predicted errors, so that a measured one should stay below its neighbour.
     known = [key for key in ERRORS if any(row.get(key) is not None for row in found["operators"])]
     return (
         Table(
-            caption=f"By node of the model: {caption}",
+            caption=f"By node of the model: {caption}{UNITS if known else ''}",
             columns=(*COLUMNS, *(ERRORS[key] for key in known)),
             rows=[(*cells(row), *(row.get(key) for key in known)) for row in found["operators"]],
         ),

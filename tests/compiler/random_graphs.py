@@ -7,7 +7,7 @@ drawn, weights come from a seed, so that an example that fails shrinks to few op
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,8 +304,8 @@ def _average_pool(w: Writer, x: Value) -> Value | None:
     stride = w.integer(1, 2)
     padded = [n + pads[i] + pads[i + len(size)] for i, n in enumerate(size)]
     out = [(n - k) // stride + 1 for n, k in zip(padded, kernel, strict=True)]
-    counted = {"count_include_pad": w.integer(0, 1)}
-    attributes = {"kernel_shape": kernel, "pads": pads, "strides": [stride] * len(size), **counted}
+    attributes: dict[str, Any] = {"kernel_shape": kernel, "pads": pads, "strides": [stride] * len(size)}
+    attributes["count_include_pad"] = w.integer(0, 1)
     return w.op("AveragePool", x, shape=(*x.shape[:2], *out), **attributes)
 
 
@@ -428,18 +428,19 @@ STEPS: dict[str, Callable[[Writer, Value], Value | None]] = {
 
 
 @st.composite
-def programs(draw: Draw, *, max_steps: int = 6, max_size: int = 96) -> Program:
+def programs(draw: Draw, *, max_steps: int = 6, max_size: int = 96, steps: Collection[str] = STEPS) -> Program:
     """A program of one to `max_steps` ops; steps that do not fit the tensor that they drew are left out.
 
     Args:
         max_size: elements of any tensor; the input has half as many at most.
+        steps: names of those that are drawn.
     """
     rank = draw(st.integers(2, 4))
     side = int((max_size / 2) ** (1 / (rank - 1)))
     shape = (1, *(draw(st.integers(1, side)) for _ in range(rank - 1)))
     w = Writer(shape, draw(st.integers(0, 2**16)), draw, max_size)
     ops = []
-    for name in draw(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=max_steps)):
+    for name in draw(st.lists(st.sampled_from(sorted(steps)), min_size=1, max_size=max_steps)):
         # Mostly the newest tensor, so that programs get deep; sometimes an older one, so that they branch and join.
         x = w.pool[-1] if draw(st.integers(0, 3)) else w.one_of(w.pool)
         made = STEPS[name](w, x)

@@ -144,9 +144,11 @@ def without_key(circuit):
 def higher(circuit):
     """A whole circuit one level up, where its keys no longer reach."""
     ops = tuple(replace(op, level=op.level + 1) for op in circuit.ops)
-    inputs, outputs = (tuple(replace(s, level=s.level + 1) for s in door) for door in (circuit.inputs, circuit.outputs))
-    params = replace(circuit.params, levels=circuit.params.levels + 1)
-    return replace(circuit, params=params, ops=ops, inputs=inputs, outputs=outputs)
+    doors = {
+        name: tuple(replace(s, level=s.level + 1) for s in getattr(circuit, name))
+        for name in ("inputs", "outputs", "states")
+    }
+    return replace(circuit, params=replace(circuit.params, levels=circuit.params.levels + 1), ops=ops, **doors)
 
 
 def with_needless_keys(circuit):
@@ -322,17 +324,11 @@ OF_REFRESHES = {
         "a refresh needs the attribute 'fourier'",
     ),
     "a function where the context has none": (
-        lambda c: with_attrs(
-            with_op(c, refreshed(c), level=c.params.refresh_input + 1),
-            first(c, "refresh"),
-            kind="functional",
-            scale=0.5,
-            fourier=[[0.5, 0.0]],
-        ),
-        "plain and functional refreshes exclude each other|needs its operand at level",
+        lambda c: with_attrs(higher(c), first(c, "refresh"), kind="functional", scale=0.5, fourier=[[0.5, 0.0]]),
+        "plain and functional refreshes exclude each other",
     ),
     "parameters without a refresh": (
-        lambda c: replace(c, params=replace(c.params, refresh_encode=0, refresh_decode=0)),
+        lambda c: replace(c, params=replace(c.params, refresh_encode=0, refresh_decode=0, refresh_slots=0)),
         r"= refresh\(.*: .* has no refresh: give it a refresh budget",
     ),
     "a period that values do not have": (

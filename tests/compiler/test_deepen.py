@@ -59,6 +59,25 @@ def test_the_circuit_refreshes_and_is_shorter_than_the_model(deep):
     assert refresh_failure(circuit) < -100
 
 
+def test_what_fails_too_often_is_not_chosen(deep, monkeypatch):
+    """Here by its reply, whose bound the placed program carries; not by its refreshes alone."""
+    graph, samples, found, circuit = deep
+    table = CostTable.load()
+    seen = []
+
+    def over(placed, error, bounds=None):
+        seen.append([op.bound for op in placed.ops if op.kind == "output"])
+        return "too often"
+
+    monkeypatch.setattr("compiler.deepen.over_budget", over)
+    lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (LOG_N - 1), plan_cost(table, LOG_N))
+    lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (LOG_N - 1)))
+    again = deepen(lowered, LOG_N, samples, Target(insecure_log_n=LOG_N), table, lambda stage, done, total: None)
+    assert again.circuit is None
+    assert any("too often" in row.why for row in again.rows)
+    assert seen and seen[0] == pytest.approx([op.bound for op in circuit.ops if op.kind == "output"], rel=1e-6)
+
+
 def test_three_ways(deep):
     graph, samples, found, circuit = deep
     x = samples[2]

@@ -61,7 +61,7 @@ def test_the_circuit_refreshes_and_is_shorter_than_the_model(deep):
 
 def test_what_fails_too_often_is_not_chosen(deep, monkeypatch):
     """Here by its reply, whose bound the placed program carries; not by its refreshes alone."""
-    graph, samples, found, circuit = deep
+    graph, samples, _found, circuit = deep
     table = CostTable.load()
     seen = []
 

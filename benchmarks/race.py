@@ -131,7 +131,7 @@ def _two_digits(error: float) -> float:
 
 
 def cheapest(way: Way, samples: Array, folder: Path, target: Target) -> Fitted:
-    """The fit of the division that the compiler thinks fastest.
+    """Of all divisions, the fit that the compiler thinks fastest.
 
     Raises:
         ValueError: no division keeps the error.
@@ -140,13 +140,11 @@ def cheapest(way: Way, samples: Array, folder: Path, target: Target) -> Fitted:
     misses: list[str] = []
     for division in way.divisions:
         try:
-            found.append(fitted(way, samples, folder / f"{way.name}-{division}.onnx", division))
+            found += fitted(way, samples, folder, division)
         except ValueError as error:
             misses.append(str(error))
     if not found:
         raise ValueError("; ".join(misses))
-    if len(found) == 1:
-        return found[0]
     return min(found, key=lambda f: _predicted(f, samples, target))
 
 

@@ -87,48 +87,54 @@ class Fitted:
         return f"polynomial{'s' * (len(degrees) > 1)} of degree {', '.join(degrees)}"
 
 
-def fitted(way: Way, samples: Array, path: Path, division: str = "") -> Fitted:
-    """The cheapest fit of a way that keeps `FIT_ERROR` on the samples.
+def fitted(way: Way, samples: Array, folder: Path, division: str = "") -> list[Fitted]:
+    """Fits that keep `FIT_ERROR` on the samples and of which no part can take less depth; the first has the lowest degrees too.
 
     Tolerances of all parts shrink together until the error is kept. Then each part is made as shallow as the error allows while the others
-    have the highest degree of their depth, which costs no level; then each degree is lowered as far as the error allows.
+    have the highest degree of their depth, which costs no level; then each degree is lowered as far as the error allows. The second fit,
+    if it is another, has the highest degrees of the same depths: a polynomial of degree 4 or less is evaluated in another form by the
+    compiler, whose values may be too large for the ring that its depth would fit.
 
     Raises:
         ValueError: no degree up to `MAX_DEGREE` keeps it.
     """
     exact = way.exact(samples)
     effort = Effort(tolerance=0.0, division=division)
+    lean, full = (folder / f"{way.name}-{division}-{what}.onnx" for what in ("lean", "full"))
 
-    def error(wanted: Mapping[str, int]) -> float:
+    def error(wanted: Mapping[str, int], path: Path = lean) -> float:
         effort.wanted, effort.used = wanted, {}
         builder = models.Builder(0)
         shape = (1, *samples.shape[1:])
         builder.save(path, shape, way.build(builder, samples, effort), shape)
         return float(np.max(np.abs(_run(path, samples) - exact)) / np.max(exact))
 
+    least_error = math.inf
     for loose in LOOSE_TO_TIGHT:
         effort.tolerance = loose * FIT_ERROR
-        try:
-            if error({}) <= FIT_ERROR:
-                break
-        except ValueError:
-            effort.tolerance = 0.0
+        least_error = min(least_error, error({}))
+        if least_error <= FIT_ERROR:
             break
     else:
-        effort.tolerance = 0.0
-    if not effort.tolerance:
         raise ValueError(
-            f"{way.name} over {samples.shape[-1]} keys: no polynomial of degree <= {MAX_DEGREE} errs less than {FIT_ERROR}"
+            f"{way.name} over {samples.shape[-1]} keys{' by ' * bool(division)}{division}: degrees up to {MAX_DEGREE} err by "
+            f"{least_error:.1e} at least, more than {FIT_ERROR:.1e}"
         )
     kept = dict(effort.used)
     tops = {part: _top(part, n) for part, n in kept.items()}
     if error(tops) <= FIT_ERROR:
         kept = tops
-    for lower in (_shallower, _smaller):
-        for part in kept:
-            while (n := lower(part, kept[part])) >= 1 and error({**kept, part: n}) <= FIT_ERROR:
-                kept[part] = n
-    return Fitted(path=path, error=error(kept), used=kept)
+    for part in kept:
+        while (n := _shallower(part, kept[part])) >= 1 and error({**kept, part: n}) <= FIT_ERROR:
+            kept[part] = n
+    tops = {part: _top(part, n) for part, n in kept.items()}
+    for part in kept:
+        while kept[part] > 1 and error({**kept, part: kept[part] - 1}) <= FIT_ERROR:
+            kept[part] -= 1
+    found = [Fitted(path=lean, error=error(kept), used=kept)]
+    if tops != kept and (largest := error(tops, full)) <= FIT_ERROR:
+        found.append(Fitted(path=full, error=largest, used=tops))
+    return found
 
 
 def _top(part: str, n: int) -> int:
@@ -139,10 +145,6 @@ def _top(part: str, n: int) -> int:
 def _shallower(part: str, n: int) -> int:
     """A step less, or the highest degree of the depth below."""
     return n - 1 if part == STEPS else _top(part, n) // 2
-
-
-def _smaller(part: str, n: int) -> int:
-    return n - 1
 
 
 def _run(path: Path, samples: Array) -> Array:
@@ -223,21 +225,16 @@ WAYS = {
 
 
 def least(make: Callable[[int], Polynomial], tolerance: float) -> Polynomial:
-    """The fit of lowest degree that keeps a tolerance.
+    """The fit of lowest degree that keeps a tolerance, or of `MAX_DEGREE` if none does: what that errs is measured on the samples.
 
     Args:
         make: degree -> polynomial, with its error measured.
-
-    Raises:
-        ValueError: none up to `MAX_DEGREE` does; names the best error.
     """
-    errors = []
-    for degree in range(1, MAX_DEGREE + 1):
+    for degree in range(1, MAX_DEGREE):
         p = make(degree)
-        errors.append(math.inf if p.error is None else p.error)
-        if errors[-1] <= tolerance:
+        if p.error is not None and p.error <= tolerance:
             return p
-    raise ValueError(f"degree {MAX_DEGREE} errs by {min(errors):.1e} at least, more than {tolerance:.1e}")
+    return make(MAX_DEGREE)
 
 
 def polynomial(b: models.Builder, x: str, p: Polynomial, name: str, factor: float = 1.0) -> str:

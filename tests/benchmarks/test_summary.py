@@ -1,6 +1,7 @@
 """The page, the Markdown and README's table, all from records."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -169,6 +170,10 @@ def test_picture_is_the_same_for_the_same_data() -> None:
     assert first.svg == draw().svg
     assert 'aria-label="what &quot;it&quot; shows"' in first.svg and " width=" not in first.svg.split(">")[0]
     assert balanced(first.html())
+    head = first.svg.partition(">")[0]
+    width, least = (float(re.search(p, head)[1]) for p in (r"viewBox=\"0 0 ([\d.]+)", r"min-width:(\d+)px"))  # type: ignore[index]
+    assert 8 * least / width >= 10  # legends, the smallest letters, on a page of 390 pixels: the box scrolls
+    assert "<div class='scroll'><svg" in first.html()
 
 
 def test_report_of_nothing_says_what_to_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ can be broken, so the decrypted weights are measured, and where they err too muc
 
 from __future__ import annotations
 
+import math
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -145,12 +146,16 @@ def cheapest(way: Way, samples: Array, folder: Path, target: Target) -> Fitted:
             misses.append(str(error))
     if not found:
         raise ValueError("; ".join(misses))
-    return min(found, key=lambda f: _predicted(f, samples, target))
+    for even in (False, True):
+        priced = [(_predicted(fit, samples, target), i) for i, fit in enumerate(found) if fit.even == even]
+        if priced and min(priced)[0] < math.inf:
+            return found[min(priced)[1]]
+    return found[0]  # whose compilation says what is missing
 
 
 def _predicted(fit: Fitted, samples: Array, target: Target) -> float:
     try:
         circuit = compile_onnx(fit.path, samples[:-1].astype(np.float32), target=target).circuit
     except HEError:
-        return float("inf")
+        return math.inf
     return float(circuit.predicted["evaluate_s"])

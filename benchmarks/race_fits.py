@@ -18,8 +18,10 @@ ERROR = 1e-3  # of a decrypted weight against the exact form, relative to the la
 FIT_ERROR = 0.75 * ERROR  # of the fit alone
 MARGIN = 1.15  # by which a fitted interval is wider than what the samples filled
 MAX_DEGREE = 15
+EVEN = 4  # fits by one tolerance, at most
 EPS = 1.0  # of PowerSoftmax, on the sum of powers: the models' default
 LOOSE_TO_TIGHT = (100.0, 30.0, 10.0, 3.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02)  # tolerances of the parts, over FIT_ERROR
+EVENLY = (3.0, 1.5, 0.7, 0.3, 0.15)  # the same, of fits by one tolerance
 STEPS = "steps"  # the part that is a number of Goldschmidt's steps; all others are degrees of polynomials
 POLYNOMIAL, GOLDSCHMIDT = "polynomial", "Goldschmidt"
 
@@ -75,6 +77,7 @@ class Fitted:
     path: Path
     error: float
     used: Mapping[str, int]
+    even: bool = False  # by one tolerance for all parts: some may take more than the error needs
 
     @property
     def division(self) -> str:
@@ -92,8 +95,9 @@ def fitted(way: Way, samples: Array, folder: Path, division: str = "") -> list[F
 
     Tolerances of all parts shrink together until the error is kept. Then each part is made as shallow as the error allows while the others
     have the highest degree of their depth, which costs no level; then each degree is lowered as far as the error allows. The second fit,
-    if it is another, has the highest degrees of the same depths: a polynomial of degree 4 or less is evaluated in another form by the
-    compiler, whose values may be too large for the ring that its depth would fit.
+    if it is another, has the highest degrees of the same depths. The last, `even`, keep one tolerance in all parts, ever tighter. They are for where
+    the compiler finds no parameters for the others: it evaluates a polynomial of degree 4 or less by its roots, in the unscaled sum of a row,
+    and results may then outgrow the modulus.
 
     Raises:
         ValueError: no degree up to `MAX_DEGREE` keeps it.
@@ -134,7 +138,12 @@ def fitted(way: Way, samples: Array, folder: Path, division: str = "") -> list[F
     found = [Fitted(path=lean, error=error(kept), used=kept)]
     if tops != kept and (largest := error(tops, full)) <= FIT_ERROR:
         found.append(Fitted(path=full, error=largest, used=tops))
-    return found
+    for i, loose in enumerate(EVENLY):
+        effort.tolerance, path = loose * FIT_ERROR, folder / f"{way.name}-{division}-even{i}.onnx"
+        largest, used = error({}, path), dict(effort.used)
+        if largest <= FIT_ERROR and all(used != other.used for other in found):
+            found.append(Fitted(path=path, error=largest, used=used, even=True))
+    return found[: 2 + EVEN]
 
 
 def _top(part: str, n: int) -> int:

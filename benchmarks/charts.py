@@ -60,9 +60,7 @@ def colour(part: str) -> str:
     return f"color-mix(in oklab, var(--{family}) {strength}%, var(--card))"
 
 
-def stacked_bars(
-    rows: Sequence[Row], *, label: str, unit: str = "s", width: int = 940, label_width: int = 250
-) -> str:
+def stacked_bars(rows: Sequence[Row], *, label: str, unit: str = "s", width: int = 940, label_width: int = 250) -> str:
     """Horizontal stacked bars on one scale, in the order given; a segment that has room for its name shows it."""
     height, gap = 16, 6
     room = width - label_width - max([90.0, *(7.0 * len(r.note) for r in rows)])

@@ -87,7 +87,9 @@ def growth(
         tokens = torch.randint(0, 1024, (1, length))
         with memory.watch() as seen:
             times = _times(partial(_pass, model, tokens), repeats)
-        points.append({"tokens": length, "forward_s": statistics.median(times), "forward_gb": seen.grown_gb, **_runs(times)})
+        points.append(
+            {"tokens": length, "forward_s": statistics.median(times), "forward_gb": seen.grown_gb, **_runs(times)}
+        )
     return {"name": name, "points": points, "stopped": stopped, "exponent": exponent(points)}
 
 

@@ -24,7 +24,13 @@ def context_growth(record: Record) -> Sequence[Block]:
     table = Table(
         caption="Seconds of one pass; exponent e of seconds ~ tokens^e over the longest contexts; GB: peak of the process during "
         "the passes above what was resident before",
-        columns=("mixer", *(f"{n:,} tokens" for n in lengths), "exponent", "GB above before, at the longest", "not measured because"),
+        columns=(
+            "mixer",
+            *(f"{n:,} tokens" for n in lengths),
+            "exponent",
+            "GB above before, at the longest",
+            "not measured because",
+        ),
         rows=[
             (
                 row["name"],
@@ -79,7 +85,7 @@ def clear_request(record: Record, found: Mapping[str, Record]) -> Sequence[Block
     threads = record["machine"]["threads"]
     caption = f"One request of {shape['tokens']} tokens in the clear on {threads} thread{'s' * (threads > 1)}"
     if known:
-        caption += "; beside encrypted requests of other runs on the same machine, evaluation alone, with more threads where the column says so"
+        caption += "; beside encrypted requests of other runs on the same machine, evaluation alone, on the threads that the column says"
     return [Table(caption="; ".join([caption, *left_out]), columns=columns, rows=rows)]
 
 
@@ -88,7 +94,7 @@ def _not_comparable(clear: Record, encrypted: Record) -> str:
     mine, other = clear["machine"], encrypted["machine"]
     for key in ("cpu", "cores"):
         if mine.get(key) != other.get(key):
-            return f"made on a machine with {other.get(key)} {'cores' * (key == 'cores')}, not {mine.get(key)}".replace("  ", " ")
+            return f"made on a machine with {other.get(key)}{' cores' * (key == 'cores')}, not {mine.get(key)}"
     if encrypted.get("quick") or encrypted["params"].get("insecure"):
         return "a quick run"
     if encrypted["metrics"].get("evaluate_s") is None:

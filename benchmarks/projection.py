@@ -47,8 +47,8 @@ REQUESTS: Mapping[str, tuple[Shape, int]] = {
 # The one with refreshes is projected as the large models are: one block, so many times.
 DEEP_REQUEST, DEEP_BLOCKS = "request-6x512x128", 6
 DEEP = Shape(blocks=1, width=512, heads=8, hidden=2048, tokens=128)
-# GB of weights encoded ahead, in records that do not say it: 11 of 16.5 GB of the demo (benchmarks/NOTES.md, 2026-11-24); 4.3 GB of requests.
-# A check with one of them is marked as assumed, and its memory, to which they are added, is not compared.
+# GB of weights encoded ahead, in records that do not say it: 11 of 16.5 GB of the demo (benchmarks/NOTES.md, 2026-11-24), 4.3 GB of
+# requests. A check with one of them is marked as assumed, and its memory, to which they are added, is not compared.
 ASSUMED_KEPT_GB = {"demo": 11.0}
 OLD_KEPT_GB = 4.3
 
@@ -292,9 +292,15 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
                 "projected_over_measured": found["projected_evaluate_s"] / measured["evaluate_s"],
                 "projected_peak_gb": found["projected_peak_gb"],
                 "measured_peak_gb": measured["peak_gb"],
-                "projected_peak_over_measured": found["projected_peak_gb"] / measured["peak_gb"] if comparable else None,
+                "projected_peak_over_measured": found["projected_peak_gb"] / measured["peak_gb"]
+                if comparable
+                else None,
                 "encoded_gb": 0.0 if name == DEEP_REQUEST else kept,
-                "encoded_gb_from": "projected with none" if name == DEEP_REQUEST else "assumed" if assumed else "the record",
+                "encoded_gb_from": "projected with none"
+                if name == DEEP_REQUEST
+                else "assumed"
+                if assumed
+                else "the record",
                 # Encodings are left out: those kept ready are counted on one side only.
                 "projected_counts": {
                     k: v for k, v in found["projected_counts"].items() if k in counts and k != "encode"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ MAX_DEGREE = 15
 EVEN = 4  # fits by one tolerance, at most
 EPS = 1.0  # of PowerSoftmax, on the sum of powers: the models' default
 LOOSE_TO_TIGHT = (100.0, 30.0, 10.0, 3.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02)  # tolerances of the parts, over FIT_ERROR
-EVENLY = (3.0, 1.5, 0.7, 0.3, 0.15)  # the same, of fits by one tolerance
+EVENLY = (3.0, 2.0, 1.3, 0.9, 0.6, 0.3)  # the same, of fits by one tolerance
 STEPS = "steps"  # the part that is a number of Goldschmidt's steps; all others are degrees of polynomials
 POLYNOMIAL, GOLDSCHMIDT = "polynomial", "Goldschmidt"
 
@@ -93,11 +94,11 @@ class Fitted:
 def fitted(way: Way, samples: Array, folder: Path, division: str = "") -> list[Fitted]:
     """Fits that keep `FIT_ERROR` on the samples and of which no part can take less depth; the first has the lowest degrees too.
 
-    Tolerances of all parts shrink together until the error is kept. Then each part is made as shallow as the error allows while the others
-    have the highest degree of their depth, which costs no level; then each degree is lowered as far as the error allows. The second fit,
-    if it is another, has the highest degrees of the same depths. The last, `even`, keep one tolerance in all parts, ever tighter. They are for where
-    the compiler finds no parameters for the others: it evaluates a polynomial of degree 4 or less by its roots, in the unscaled sum of a row,
-    and results may then outgrow the modulus.
+    Tolerances of all parts shrink together until the error is kept. Then each part is made as shallow as the error allows while the
+    others have the highest degree of their depth, which costs no level; then each degree is lowered as far as the error allows. The
+    second fit, if it is another, has the highest degrees of the same depths. The last, `even`, keep one tolerance in all parts, ever
+    tighter. They are for where the compiler finds no parameters for the others: it evaluates a polynomial of degree 4 or less by its
+    roots, in the unscaled sum of a row, and results may then outgrow the modulus.
 
     Raises:
         ValueError: no degree up to `MAX_DEGREE` keeps it.
@@ -202,7 +203,7 @@ def _square(b: models.Builder, s: Array, effort: Effort) -> str:
         mean = (values**2).mean(-1)
         total = b.op("Mul", b.op("ReduceSum", squares, np.array([-1]), keepdims=1), np.array(1.0 / n), name=f"mean{j}")
         # (y / |y|)^2 = y^2 / sum y^2: the product with the reciprocal of the sum, one level less than with the inverse root.
-        r = effort.fit(f"reciprocal{j}", lambda degree, ends=_interval(mean): reciprocal(degree, ends))
+        r = effort.fit(f"reciprocal{j}", partial(_reciprocal, _interval(mean)))
         scale = 1.0 / n if j == halvings - 1 else 1.0  # on the way the mean is kept at 1 instead of the sum
         y = b.op("Mul", squares, polynomial(b, total, r, f"reciprocal{j}", scale), name=f"normed{j}")
         values = values**2 / mean[..., None]
@@ -246,6 +247,10 @@ def least(make: Callable[[int], Polynomial], tolerance: float) -> Polynomial:
     return make(MAX_DEGREE)
 
 
+def _reciprocal(ends: tuple[float, float], degree: int) -> Polynomial:
+    return reciprocal(degree, ends)
+
+
 def polynomial(b: models.Builder, x: str, p: Polynomial, name: str, factor: float = 1.0) -> str:
     """factor * p(x) by Horner's rule in the variable that maps p's interval to [-1, 1]."""
     c = np.polynomial.chebyshev.cheb2poly(p.coefficients) * factor
@@ -264,7 +269,7 @@ def _divided(b: models.Builder, powers: str, means: Array, n: int, effort: Effor
     if effort.division == GOLDSCHMIDT:
         inverse = _goldschmidt(b, mean, lo, hi, effort, 1.0 / n)
     else:
-        r = effort.fit("reciprocal", lambda degree: reciprocal(degree, (lo, hi)))
+        r = effort.fit("reciprocal", partial(_reciprocal, (lo, hi)))
         inverse = polynomial(b, mean, r, "reciprocal", 1.0 / n)
     return b.op("Mul", powers, inverse, name="weights")
 

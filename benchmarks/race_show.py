@@ -31,8 +31,8 @@ def race(record: Record) -> Sequence[Block]:
     ax.legend(fontsize=8)
     scores = record["params"]["scores"]
     table = Table(
-        caption=f"{scores:,} scores; all errors relative to the largest weight, and the total (exact form against decrypted weights) at most "
-        f"{record['params']['error']:g}, else the row is marked; ratio: seconds over PowerSoftmax's",
+        caption=f"{scores:,} scores; all errors relative to the largest weight, the total (exact form against decrypted weights) at "
+        f"most {record['params']['error']:g}, else the row is marked; ratio: seconds over PowerSoftmax's",
         columns=(
             "way",
             "keys",

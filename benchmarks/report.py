@@ -194,7 +194,13 @@ def primitives(r: Report) -> str:
         for name, p in sorted(totals.items(), key=lambda item: -item[1]["seconds"])
         if p["seconds"] > 0
     ]
-    return section("By primitive", charts.stacked_bars(rows, label="Thread-seconds by primitive", label_width=150, width=840)) if rows else ""
+    return (
+        section(
+            "By primitive", charts.stacked_bars(rows, label="Thread-seconds by primitive", label_width=150, width=840)
+        )
+        if rows
+        else ""
+    )
 
 
 def bound(r: Report) -> str:

@@ -128,7 +128,16 @@ def measured(size: Size, grid: Grid, repeats: int, *, progress: requests.Step) -
             progress=progress,
             weights="random, seed 0",
         )
-    wanted = (*FIGURES, "evaluate_spread_s", "max_abs_error", "promised_error", "compile_s", "keygen_s", "key_gb", "efficiency")
+    wanted = (
+        *FIGURES,
+        "evaluate_spread_s",
+        "max_abs_error",
+        "promised_error",
+        "compile_s",
+        "keygen_s",
+        "key_gb",
+        "efficiency",
+    )
     nodes = record["metrics"]["operators"]
     return {name: record["metrics"][name] for name in wanted} | {
         "repeats": repeats,
@@ -185,7 +194,13 @@ def _record(grid: Grid, points: list[dict[str, Any]], repeats: int) -> dict[str,
         NAME,
         metrics={"points": points, "exponents": exponents(grid, points)},
         params=asdict(grid)
-        | {"insecure": grid.log_n is not None, "heads": HEADS, "hidden": "4 widths", "limit_s": LIMIT_S, "max_memory_gb": MEMORY_GB},
+        | {
+            "insecure": grid.log_n is not None,
+            "heads": HEADS,
+            "hidden": "4 widths",
+            "limit_s": LIMIT_S,
+            "max_memory_gb": MEMORY_GB,
+        },
         threads=max(grid.threads),
         seed=0,
         repeats=repeats,

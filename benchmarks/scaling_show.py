@@ -76,10 +76,12 @@ def by_node(points: Sequence[Mapping[str, Any]]) -> Sequence[Table]:
         spans = [q["nodes_levels"][name] for q in measured if name in q["nodes_levels"]]
         return f"{max(high for high, _ in spans)} → {min(low for _, low in spans)}"
 
-    columns = [f"T {q['tokens']}, d {q['width']}, {q['blocks']} bl., {q['threads']} thr., L {q['levels']}" for q in measured]
+    columns = [
+        f"T {q['tokens']}, d {q['width']}, {q['blocks']} bl., {q['threads']} thr., L {q['levels']}" for q in measured
+    ]
     return (
         Table(
-            caption="Thread-seconds by node against tokens T, width d, blocks and threads; L: levels of the chain, levels: those of the node",
+            caption="Thread-seconds by node against tokens T, width d, blocks and threads; L: levels of the chain; levels: the node's",
             columns=("node", "levels", *columns),
             rows=[(name, levels(name), *(q["nodes_s"].get(name) for q in measured)) for name in names],
         ),
@@ -97,7 +99,15 @@ def projection(record: Record) -> Sequence[Block]:
     )
     checks = Table(
         caption="The same projection of requests that were measured: projected over measured",
-        columns=("record", "projected s", "measured s", "ratio", "memory, ratio", "weights encoded ahead, GB", "no check because"),
+        columns=(
+            "record",
+            "projected s",
+            "measured s",
+            "ratio",
+            "memory, ratio",
+            "weights encoded ahead, GB",
+            "no check because",
+        ),
         rows=[
             (
                 q["name"],
@@ -123,10 +133,10 @@ def projection(record: Record) -> Sequence[Block]:
 
 
 QUALITY = (
-    "Held-out loss and recall: of the mixer as it was trained, with its non-polynomial functions, at the 2 blocks of the training records. "
-    "Degree and depth: of the mixer alone in its polynomial form. Degree of the model, levels, refreshes and predicted seconds: of a causal "
-    "language model of 1 block in that form, random weights. Measured seconds: of another model of the same size, a bidirectional encoder "
-    "with a head on its first token (`encrypted-scaling`)"
+    "Held-out loss and recall: of the mixer as it was trained, with its non-polynomial functions, at the 2 blocks of the training "
+    "records. Degree and depth: of the mixer alone in its polynomial form. Degree of the model, levels, refreshes and predicted seconds: "
+    "of a causal language model of 1 block in that form, random weights. Measured seconds: of another model of the same size, a "
+    "bidirectional encoder with a head on its first token (`encrypted-scaling`)"
 )
 
 

@@ -65,7 +65,11 @@ def test_a_broken_promise_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) ->
         asked.append(target.max_error)
         error = 0.5 if len(asked) == 1 else 0.9 * race_fits.ERROR * np.max(exact)
         figures = ("evaluate_s", "evaluate_spread_s", "refreshes", "peak_gb", "parameters")
-        metrics = dict.fromkeys(figures, 1) | {"max_abs_error": error, "total_error": error, "promised_error": asked[-1]}
+        metrics = dict.fromkeys(figures, 1) | {
+            "max_abs_error": error,
+            "total_error": error,
+            "promised_error": asked[-1],
+        }
         return {"metrics": metrics, "params": {"levels": 1, "log_n": 10, "scale_bits": 40}}
 
     monkeypatch.setattr(requests, "measure", measured)
@@ -87,7 +91,9 @@ def test_weights_of_a_row_sum_to_one(way: race_fits.Way) -> None:
 
 def test_no_degree_that_is_enough_is_said(tmp_path: Path) -> None:
     """A polynomial reciprocal of PowerSoftmax's sums over few keys: their range is too wide."""
-    with pytest.raises(ValueError, match=r"power over 16 keys by polynomial: degrees up to 15 err by .* more than 7.5e-04"):
+    with pytest.raises(
+        ValueError, match=r"power over 16 keys by polynomial: degrees up to 15 err by .* more than 7.5e-04"
+    ):
         race_fits.fitted(race_fits.WAYS["power"], samples(), tmp_path, race_fits.POLYNOMIAL)
 
 
@@ -101,5 +107,10 @@ def test_quick_size_makes_a_record_that_can_be_shown() -> None:
         assert row["total_error"] <= 1.1 * (row["fit_error"] + row["encryption_error"])
         assert row["promised_error"] <= row["asked_error"]
         assert row["division"]
-    blocks = benchmark.blocks(record)
+    blocks = benchmark.blocks({**record, "version": benchmark.version})
     assert blocks and len(blocks) == 3
+    shown = blocks[1].markdown()
+    for column in ("division", "total error", "promised of it", "equal error"):
+        assert column in shown
+    assert all(row["division"] in shown for row in rows)
+    assert benchmark.blocks(record) is None, "a record of version 1 has other figures"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import records, request_show, requests
+from benchmarks import records, registry, request_show, requests
 from compiler import Target, compile_onnx
 from he_backend import keys, wire
 from he_backend.openfhe_backend import available
@@ -19,7 +19,7 @@ openfhe = pytest.mark.skipif(available() is not None, reason="OpenFHE is not ins
 def test_a_request_records_its_bytes_and_warm_ups(tmp_path: Path, repeats: int, warm_ups: int) -> None:
     samples = np.random.default_rng(1).normal(0, 0.5, (3, 4, 8)).astype(np.float32)
     path, target = norm_mlp(tmp_path / "m.onnx", layer_norm=False, width=8), Target(insecure_log_n=10)
-    kept: list[dict] = []
+    kept: list[registry.Record] = []
     record = requests.measure(
         "m",
         path,
@@ -52,7 +52,14 @@ def test_a_request_records_its_bytes_and_warm_ups(tmp_path: Path, repeats: int, 
         assert len(tables) == (2 if r is record else 0)
         shown = first.markdown()
         assert "keys made, s" in shown and first.html()
-    for what in ("largest error", "peak memory", "keys and request sent", "encrypt, evaluate", "predicted", "refreshes"):
+    for what in (
+        "largest error",
+        "peak memory",
+        "keys and request sent",
+        "encrypt, evaluate",
+        "predicted",
+        "refreshes",
+    ):
         assert what in request_show.summary(record).markdown()
     assert 0.05 < metrics["peak_gb"] <= record["peak_gb"] + 1e-3
 

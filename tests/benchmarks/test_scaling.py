@@ -18,7 +18,12 @@ SHOWN = {
     "encrypted-scaling": ("Thread-seconds by node against tokens T", "T 8, d 16, 1 bl., 2 thr.", "| QKV |", "| FFN |"),
     "projection-1.4b": ("weights encoded ahead, GB",),
     "quality-beside-cost": (
-        *("bidirectional encoder", "non-polynomial functions, at the 2 blocks", "degree of the model", "levels of the circuit"),
+        *(
+            "bidirectional encoder",
+            "non-polynomial functions, at the 2 blocks",
+            "degree of the model",
+            "levels of the circuit",
+        ),
     ),
 }
 

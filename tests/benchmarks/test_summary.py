@@ -61,7 +61,12 @@ def test_every_condition_is_under_the_figures() -> None:
     params = {"log_n": 16, "levels": 27, "digits": 2, "scale_bits": 40}
     many = record(params=params, repeats=5, metrics={"warm_ups": 1, "evaluate_spread_s": 0.25})
     line = summary.conditions({**many, "versions": {"onnxruntime": "1.2.3"}})
-    for part in ("5 repeats after 1 warm-up, longest less shortest 0.25 s", "2 digits", "40 scale bits", "onnxruntime 1.2.3"):
+    for part in (
+        "5 repeats after 1 warm-up, longest less shortest 0.25 s",
+        "2 digits",
+        "40 scale bits",
+        "onnxruntime 1.2.3",
+    ):
         assert part in line
     assert "CKKS" not in summary.conditions(record(params={"log_n": None}))  # a grid without a test ring
 
@@ -143,7 +148,7 @@ def test_cost_tables_are_on_the_page(tmp_path: Path) -> None:
     (section,) = members
     assert group == "primitives" and section.marks == ["insecure test ring"]
     assert "3 repeats" in section.conditions and "2 digits" in section.conditions
-    assert [name for name in costs_show.newest(ops.COSTS)], "the repository's own are found"
+    assert list(costs_show.newest(ops.COSTS)), "the repository's own are found"
 
 
 def test_table_in_both_forms() -> None:

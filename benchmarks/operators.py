@@ -72,9 +72,8 @@ def measure(*, quick: bool, repeats: int, progress: Callable[[int, int, str], No
 
 def probed(circuit: Circuit) -> Circuit:
     """The circuit with an output more for the last op of every ONNX node, so that its value can be decrypted."""
-    last = {op.source: op for op in circuit.ops if op.kind not in ("input", "output")}
     ops = list(circuit.ops)
-    for op in last.values():
+    for op in circuit.ends:
         attrs = {"name": f"after {op.id}", "part": 0}
         ops.append(
             Op(
@@ -82,7 +81,7 @@ def probed(circuit: Circuit) -> Circuit:
                 kind="output",
                 args=(op.id,),
                 attrs=attrs,
-                level=op.level,
+                level=op.level - (op.attrs.get("kind") == "pair"),  # half of a pair is at twice the scale
                 factor=op.factor,
                 source=op.source,
             )

@@ -134,7 +134,7 @@ def refresher(
             evaluator.load_key(kind, k, level, client.make_key(kind, k, level))
             progress(i + 1, len(wanted) + 1, f"{kind} key")
         before = memory.resident_gb() or 0.0
-        evaluator.prepare_refresh()
+        evaluator.prepare(refresh=True)
         progress(len(wanted) + 1, len(wanted) + 1, "matrices")
         grown = max(0.0, (memory.resident_gb() or 0.0) - before)
         yield Refresher(client=client, evaluator=evaluator, matrix_bytes=int(1e9 * grown))

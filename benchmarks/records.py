@@ -4,8 +4,8 @@
 
 `status` is complete, interrupted or crashed (then `metrics` holds what was measured by then). `noise` is what others used of the
 processors meanwhile, `quiet` the verdict (see `noise`); a record from before `noise` existed judged by the load before the run.
-`version` is the benchmark's: figures of two versions cannot be compared. `seconds` is what all of the benchmark took, where it is there. `peak_gb` is that of the whole process until the record was
-made; metrics may hold that of a part.
+`version` is the benchmark's: figures of two versions cannot be compared. `seconds` is what all of the benchmark took, where it is there.
+`peak_gb` is that of the whole process until the record was made; metrics may hold that of a part.
 """
 
 from __future__ import annotations

@@ -184,6 +184,7 @@ def efficiency_of(
         [asdict(t) for t in timings],
         table=costs,
         errors=errors,
+        predicted_errors=circuit.errors,
     )
     return {
         "evaluate_s": evaluate,

@@ -10,10 +10,12 @@ from typing import Any
 from .blocks import Table
 
 COLUMNS = ("", "calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
+UNITS = "; errors in the model's units, over all slots of the node's last value; predicted as the promise is, with its margin"
+ERRORS = {"predicted_error": "predicted error", "error": "largest error"}
 
 
 def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequence[Table]:
-    """By node with errors, where they were measured, and by primitive.
+    """By node with errors, where they were predicted or measured, and by primitive.
 
     Args:
         found: evaluate_s, bound_s, efficiency, operators and primitives; more: words for the end of the caption.
@@ -22,12 +24,13 @@ def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequen
         f"evaluation {found['evaluate_s']:.3g} s on {threads} threads; bound {found['bound_s']:.3g} s, efficiency "
         f"{found['efficiency']:.2f}{more}"
     )
-    measured = any(row["error"] is not None for row in found["operators"])
+    # The promise's margin is on the predicted errors, so that a measured one should stay below its neighbour.
+    known = [key for key in ERRORS if any(row.get(key) is not None for row in found["operators"])]
     return (
         Table(
-            caption=f"By node of the model: {caption}",
-            columns=(*COLUMNS, "largest error") if measured else COLUMNS,
-            rows=[(*cells(row), *([row["error"]] if measured else [])) for row in found["operators"]],
+            caption=f"By node of the model: {caption}{UNITS if known else ''}",
+            columns=(*COLUMNS, *(ERRORS[key] for key in known)),
+            rows=[(*cells(row), *(row.get(key) for key in known)) for row in found["operators"]],
         ),
         Table(
             caption="By CKKS primitive, the same run",
@@ -38,7 +41,7 @@ def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequen
 
 
 def cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A row as it is shown, without its error."""
+    """A row as it is shown, without its errors."""
     high, low = row["levels"]
     numbers = row["seconds"], f"{row['share']:.0%}", f"{high} → {low}", row["bound_s"], row["efficiency"]
     return (row["name"], row["count"], *numbers)

@@ -23,8 +23,10 @@ from he_backend.simulator import peaks
 
 from .cost import CostTable
 from .factors import fold_factors
+from .failure import over_budget
 from .lower import Lowered
 from .passes.bases import BASES
+from .passes.levels import top_level
 from .placement_problem import Placement, RefreshTimes
 from .plan import (
     PROCESS_BYTES,
@@ -125,7 +127,7 @@ def deepen(
     """
     insecure = target.insecure_log_n is not None
     known = insecure or log_n in security.LIMITS["sparse192"]
-    if "bootstrap" not in BACKENDS[target.backend] or not known or lowered.ops[0].level < min(USABLE):
+    if "bootstrap" not in BACKENDS[target.backend] or not known or top_level(lowered.ops) < min(USABLE):
         return Deepened()
     if isinstance(
         lowered, LoweredStep
@@ -179,9 +181,11 @@ def deepen(
         report("noise", 0, 1)
         try:
             promised = predicted_error(circuit, row.trace, few(samples, 3))
-            security.check_failure(refresh_failure(circuit))
         except HEError as error:
             rows[rows.index(row)] = replace(row, why=str(error), trace=None)
+            continue
+        if why := over_budget(circuit, promised):
+            rows[rows.index(row)] = replace(row, why=f"{why}, {one.note}", trace=None)
             continue
         if promised <= target.max_error:
             return Deepened(rows=rows, candidate=row, circuit=circuit, lowered=program, error=promised)
@@ -226,8 +230,9 @@ def refresh_failure(circuit: Circuit) -> float:
 
 
 def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> tuple[Lowered, set[int]]:
-    """The program with constants folded, and its ops whose slots stay within [-1, 1] on samples, with margin."""
+    """The program with constants folded and bounds, and its ops whose slots stay within [-1, 1] on samples, with margin."""
     circuit = as_circuit(lowered, params)
     largest = peaks(circuit, few(samples, 8))
     folded, m = fold_factors(lowered, largest, 1.0 / MARGIN)
-    return folded, {op.id for op in folded.ops if MARGIN * largest[op.id] * m[op.id] <= 1.0 + 1e-6}
+    ops = tuple(replace(op, bound=float(MARGIN * largest[op.id] * m[op.id])) for op in folded.ops)
+    return replace(folded, ops=ops), {op.id for op in ops if op.bound <= 1.0 + 1e-6}

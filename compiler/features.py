@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def lower_linear(low: Lowering, node: Node) -> Placed:
     assert node.const is not None
     x = low.placed[node.inputs[0]]
-    features_in, features_out = node.const.shape
+    features_in, features_out = node.const.shape[-2:]
     shape = low.graph.shape(node.inputs[0])
     sources = [to_features(part, low.tokens, features_in) for part in x.layout]
     if low.tokens == 1 or shape != (1, low.tokens, features_in) or any(f is None for f in sources):
         rows = int(np.prod(shape[:-1]))
-        bias = None if node.bias is None else np.tile(np.broadcast_to(node.bias, (features_out,)), rows)
+        bias = None if node.bias is None else np.broadcast_to(node.bias, (rows, features_out)).reshape(-1)
         return lower_map(low, node, x, matrix_of(node, shape), bias)
     heads = low.goes_to_heads(node.name)
     targets = heads.features if heads is not None else feature_tiles(features_out, low.positions)
@@ -34,7 +34,8 @@ def lower_linear(low: Lowering, node: Node) -> Placed:
     for part, target in enumerate(targets):
         constant = None
         if node.bias is not None:
-            values = np.where(target >= 0, np.broadcast_to(node.bias, (features_out,))[np.maximum(target, 0)], 0.0)
+            spread = np.broadcast_to(node.bias, (low.tokens, features_out))[:, np.maximum(target, 0)]
+            values = np.where(target >= 0, spread, 0.0).T.reshape(-1)
             constant = low.array(f"{node.name}.{part}.bias", values / factor)
         ops.append(_tile(low, node, x, [f for f in sources if f is not None], part, target, constant, factor))
     layout = np.stack([from_features(target, low.tokens, features_out) for target in targets])
@@ -58,15 +59,18 @@ def _tile(
     partial: dict[tuple[int, ...], int] = {}
     for i, source in enumerate(sources):
         rows = held(source)
-        matrix = node.const[rows][:, columns] * (x.factor / factor)
+        matrix = node.const[..., rows, :][..., columns] * (x.factor / factor)
         plan = plan_matvec(local(source, rows), local(target, columns), matrix, low.cost)
+        weights = plan.weights
+        if weights.ndim == 3:  # a token's own weights lie in its slots: [T, R, P] -> [R, P T]
+            weights = weights.transpose(1, 2, 0).reshape(len(plan.rotations), -1)
         alone = len(sources) == 1 and not plan.folds
         op = low.emit(
             "linear",
             (x.ops[i],),
             node.source,
             factor=factor,
-            weights=low.array(f"{node.name}.{part}.{i}.weights", plan.weights),
+            weights=low.array(f"{node.name}.{part}.{i}.weights", weights),
             plan=[[g * t, [[b * t, row] for b, row in terms]] for g, terms in plan.plan],
             bias=bias if alone else None,
         )

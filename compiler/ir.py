@@ -8,7 +8,8 @@
     mul_const     a        const, broadcast
     matmul        a, b     both encrypted; `mask` (or None) multiplies the product, and so does const[step] where the step is a
                            third input
-    linear        a        const [in, out], bias [out] or None: a @ const + bias on the last axis
+    linear        a        const [in, out], bias [out] or None: a @ const + bias on the last axis; const [T, in, out], bias
+                           [T, out]: token t by its own, on a [1, T, in]
     reduce_sum    a        over the last axis, which stays with length 1
     polynomial    a        coefficients c_k of sum c_k a^k (power basis), interval or None
     transpose     a        perm
@@ -145,7 +146,7 @@ def _matmul(node: Node, a: Array, b: Array, step: Array | None = None) -> Array:
 
 def _linear(node: Node, a: Array) -> Array:
     assert node.const is not None
-    product = a @ node.const
+    product = a @ node.const if node.const.ndim == 2 else (a[..., None, :] @ node.const)[..., 0, :]
     return product if node.bias is None else product + node.bias
 
 

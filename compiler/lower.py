@@ -49,10 +49,7 @@ class Lowering:
         self.graph, self.ranges, self.slots, self.cost, self.merge = graph, ranges, slots, cost, merge
         self.users = graph.users()
         self.nodes = graph.by_name
-        if len(graph.input_shape) < 2 or graph.input_shape[0] != 1:
-            raise UnsupportedOpError(
-                f"input {graph.input!r} has shape {graph.input_shape}; one request, [1, ...], is compiled at a time"
-            )
+        one_request(graph)
         # Tokens side by side, if that is what the second axis can be; else every tensor is a vector.
         sequence = len(graph.input_shape) == 3 and slots % graph.input_shape[1] == 0
         sequence = sequence and all(user.op != "sparse" for user in self.users[graph.input])
@@ -276,6 +273,18 @@ HANDLERS: dict[str, Callable[[Lowering, Node], Placed]] = {
     "reshape": lower_reshape,
     "matmul": lower_product,
 }
+
+
+def one_request(graph: Graph) -> None:
+    """Check that a graph takes one request and gives one reply, each with a leading axis of 1.
+
+    Raises:
+        UnsupportedOpError: it does not.
+    """
+    ends = {"input": (graph.input, graph.input_shape, 2), "output": (graph.output, graph.shape(graph.output), 1)}
+    for what, (name, shape, axes) in ends.items():
+        if len(shape) < axes or shape[0] != 1:
+            raise UnsupportedOpError(f"{what} {name!r} has shape {shape}; one request, [1, ...], is compiled at a time")
 
 
 def lower(

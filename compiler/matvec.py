@@ -20,7 +20,7 @@ from he_backend.base import UnsupportedOpError
 class MatVec:
     """A linear map on positions.
 
-    rotations  [R] positions; weights [R, P]; folds: positions of each fold, in order
+    rotations  [R] positions; weights [R, P], or [T, R, P] where each token has its own; folds: positions of each fold, in order
     plan       [(giant, [(baby, row), ...]), ...] with rotations[row] = giant + baby, in positions
     """
 
@@ -111,13 +111,13 @@ def plan_matvec(source: np.ndarray, target: np.ndarray, matrix: np.ndarray, cost
     """Plan y = x @ matrix between two feature maps.
 
     Args:
-        source: [P] feature map of x; target: [P] feature map of y; matrix: [in, out].
+        source: [P] feature map of x; target: [P] feature map of y; matrix: [in, out], or [T, in, out] by token.
         cost: predicted seconds of (diagonals, babies, giants, folds).
 
     Raises:
         UnsupportedOpError: no rotations cover the map.
     """
-    features = matrix.shape[0]
+    features = matrix.shape[-2]
     period = _period(target)
     reach = max(period, _period(source))  # folds beyond the source's own period meet the same features again
     best: tuple[float, MatVec] | None = None
@@ -149,7 +149,7 @@ def _weights(
     positions = source.size
     feature = source[(np.arange(positions)[None, :] + rotations[:, None]) % positions]  # [R, P]
     use = owner & (feature >= 0) & (target >= 0)[None, :]
-    return np.where(use, matrix[np.maximum(feature, 0), np.maximum(target, 0)[None, :]], 0.0)
+    return np.where(use, matrix[..., np.maximum(feature, 0), np.maximum(target, 0)[None, :]], 0.0)
 
 
 def _period(feature: np.ndarray) -> int:

@@ -1,13 +1,13 @@
 """The compiler, read aloud:
 
-import -> (approximate ->) certify -> fold means -> fuse polynomials -> fold constants -> merge linear chains -> split off the client
-       -> calibrate ranges -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
+import -> (approximate ->) certify -> fold means -> fold positions into projections -> fuse polynomials -> fold constants
+       -> merge linear chains -> split off the client -> calibrate ranges
+       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from he_backend import refresh, security
+from he_backend import security
 from he_backend.base import ParamsError
 from he_backend.circuit import Circuit
 
@@ -23,7 +23,10 @@ from . import step, verify
 from .calibrate import calibrate
 from .certificate import Certificate, certify
 from .cost import CostTable
+from .errors import with_errors
+from .failure import failure_log2
 from .ir import STEP, Graph
+from .lower import one_request
 from .passes.approximate import Report
 from .passes.approximate import approximate as fit_functions
 from .passes.center import center
@@ -31,8 +34,9 @@ from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
 from .passes.linear_chains import linear_chains
+from .passes.positions import positions
 from .plan import Candidate, Plan, Target, few, with_bounds
-from .search import Progress, search
+from .search import ERROR_SAMPLES, Progress, search
 
 SAMPLES = 48  # windows that ranges are calibrated on
 
@@ -66,6 +70,7 @@ def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tup
     """All passes on the graph, each checked on one sample [1, ...] of the graph's input, or on all inputs of a step."""
     passes = (
         ("center", center),
+        ("positions", positions),
         ("fuse", fuse),
         ("fold", fold),
         ("fuse again", fuse),
@@ -103,14 +108,22 @@ def compile_onnx(
 
     Raises:
         UnsupportedOpError: an op or a layout that cannot be compiled.
-        ParamsError: no parameters hold the circuit at 128 bits within the memory.
+        ParamsError: no parameters hold the circuit at 128 bits within the memory; or samples of another shape, or not finite.
         VerificationError: a pass changed the meaning (a bug of the compiler).
     """
     path, target = Path(path), target or Target()
+    require_finite(calibration)
     report = progress or (lambda stage, done, total: None)
     table = CostTable.load(target.costs, backend=target.backend)
     report("import", 0, 1)
     graph, fitted = import_graph(path, approximate=approximate), None
+    if not graph.steps:
+        one_request(graph)
+        if calibration.shape[1:] != graph.input_shape[1:]:
+            raise ParamsError(
+                f"calibration of shape {calibration.shape}; input {graph.input!r} of shape {graph.input_shape} is calibrated on "
+                f"[n, {', '.join(map(str, graph.input_shape[1:]))}]"
+            )
     if approximate:
         graph, fitted = fit_functions(graph, [row[None] for row in calibration[:SAMPLES]])
     certificate = certify(graph)
@@ -125,6 +138,8 @@ def compile_onnx(
     verified = verify.against_graph(found.circuit, found.lowered, graph, samples[:2])
     chosen = found.plan.chosen
     circuit = _finish(with_bounds(found.circuit, few(samples, 8)), chosen, found.error, embedding, graph, path)
+    assert chosen.trace is not None
+    circuit = with_errors(circuit, chosen.trace, few(samples, ERROR_SAMPLES))
     verify.finished(circuit, graph, samples[:1])
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
     assert chosen.forecast is not None
@@ -138,6 +153,27 @@ def compile_onnx(
         embedding=embedding,
         approximations=fitted,
     )
+
+
+def require_finite(calibration: np.ndarray) -> None:
+    """Refuse NaN and infinity before ranges are made of them.
+
+    Raises:
+        ParamsError: names the first sample that holds one, and where.
+    """
+    if not len(calibration):
+        raise ParamsError(
+            f"calibration of shape {calibration.shape} has no sample; ranges come from it, give at least one"
+        )
+    bad = [i for i, row in enumerate(calibration) if not np.isfinite(row).all()]
+    if bad:
+        row = np.asarray(calibration[bad[0]])
+        where = tuple(int(n) for n in np.argwhere(~np.isfinite(row))[0])
+        others = f" and {len(bad) - 1} others hold such numbers" if len(bad) > 1 else ""
+        raise ParamsError(
+            f"calibration sample {bad[0]} of {len(calibration)} holds {row[where]} at {list(where)}{others}: ranges would be "
+            "made of it; leave it out or repair it"
+        )
 
 
 def _compile_step(
@@ -183,7 +219,11 @@ def _compile_step(
 def _finish(
     circuit: Circuit, candidate: Candidate, error: float, embedding: Embedding | None, graph: Graph, path: Path
 ) -> Circuit:
-    """Keys, predictions and what the client needs."""
+    """Keys, predictions and what the client needs.
+
+    Raises:
+        ParamsError: a request fails too often; the search, which asked with fewer samples, found it within the budget.
+    """
     params, t, f = candidate.params, candidate.trace, candidate.forecast
     assert t is not None and f is not None
     client: dict[str, Any] = dict(circuit.client_arrays)
@@ -201,7 +241,7 @@ def _finish(
         "reply_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.outputs)),
         **({"state_bytes": float(circuit.state_bytes)} if circuit.steps else {}),
         "error": error,
-        "failure_log2": _failure(circuit, error),
+        "failure_log2": security.check_failure(failure_log2(circuit, error)),
     }
     model: Mapping[str, Any] = {
         "onnx_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -217,20 +257,3 @@ def _finish(
         model=model,
         embedding=embedding is not None,
     )
-
-
-def _failure(circuit: Circuit, error: float) -> float:
-    """log2 of the chance that noise wraps the modulus of a reply; see `security`.
-
-    The noise is the simulated one: the promised error, in stored slots, spread over coefficients. A promise is above the
-    largest error seen, so that taking it for a standard deviation errs on the safe side.
-    """
-    params = circuit.params
-    bounds = [op.bound for op in circuit.ops if op.kind == "output"]
-    slot = max(error / abs(signature.factor) for signature in circuit.outputs)
-    noise = slot * 2.0**params.scale_bits / math.sqrt(params.slots)
-    noise_bits = math.log2(max(noise, 2.0**security.FRESH_NOISE_BITS))
-    refreshes = circuit.refreshes
-    each = refresh.failure_log2(params) if refreshes else 0.0
-    log2 = security.circuit_failure(params, bounds, noise_bits=noise_bits, refresh_log2=each, refreshes=refreshes)
-    return max(-1000.0, log2)  # JSON has no infinity; 2^-1000 is never

@@ -19,6 +19,7 @@ from he_backend.simulator import SIMULATIONS, peaks, simulate, simulate_noise
 from he_backend.trace import Trace, trace
 
 from .cost import CostTable
+from .failure import largest_output
 from .lower import Lowered
 from .passes.bases import BASES, choose_bases
 from .passes.sums import LONGEST, group_sums
@@ -242,13 +243,15 @@ def judge(
         return Candidate(params=params, log_qp=params.log_qp, limit=limit, why="above the 128-bit limit")
     if params.special_limbs > 12:
         return None
-    t = reference or trace(as_circuit(build, params), capabilities=BACKENDS[target.backend])
+    circuit = as_circuit(build, params)
+    t = reference or trace(circuit, capabilities=BACKENDS[target.backend])
     keys = sum(params.key_bytes(level) for level in t.keys.values()) + params.key_bytes(max(t.relin_level, 0))
     rest = target.max_memory_gb * GB - 1.15 * live_bytes(t, params) - PROCESS_BYTES
     if any(node.op.startswith("refresh") for node in t.nodes):
         keys += sum(params.key_bytes(level, kind) for kind, level in refresh.own_keys(params).items())
         rest -= refresh.matrix_bytes(params) + refresh.working_bytes(params)
-    rest -= keys
+    # A run frees a state once it is read, the server keeps it until the step is done: of one sequence; others come on top.
+    rest -= keys + circuit.state_bytes
     if rest < 0:
         memory = (target.max_memory_gb * GB - rest) / GB
         why = f"needs {memory:.1f} GB of {target.max_memory_gb:.1f}"
@@ -271,7 +274,6 @@ def judge(
 
 def as_circuit(build: Lowered, params: Params) -> Circuit:
     """A lowered program with parameters: still without keys, bounds and predictions."""
-    top = build.ops[0].level
     kept = build.states if isinstance(build, LoweredStep) else ()
     levels = {op.attrs["name"]: op.level for op in build.ops if op.kind == "input"}
     return Circuit(
@@ -279,7 +281,7 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
         ops=build.ops,
         arrays=build.arrays,
         client_arrays=build.client_arrays,
-        inputs=tuple(replace(s, level=top) for s in build.inputs),
+        inputs=tuple(replace(s, level=levels[s.name]) for s in build.inputs),
         outputs=build.outputs,
         keys={},
         relin_level=-1,
@@ -303,14 +305,13 @@ def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float =
 
 def output_room(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> float:
     """Largest stored slot of the outputs over samples, times a margin, over what the first modulus holds: above 1 it wraps."""
-    params = circuit.params
     top = max(
         float(np.max(np.abs(value)))
         for x in samples
         for op, value in zip(circuit.ops, simulate(circuit, {circuit.inputs[0].name: x}).values, strict=True)
         if op.kind == "output"
     )
-    return margin * top / 2.0 ** (params.first_bits - params.scale_bits - 1)
+    return margin * top / largest_output(circuit.params)
 
 
 def _forget(op: Op, value: np.ndarray) -> None:
@@ -337,10 +338,11 @@ def refuse(rows: Sequence[Candidate], levels: int, target: Target, cap: float | 
     """The error when nothing fits: by how much the nearest candidates miss.
 
     Args:
+        levels: of the circuit, in the largest ring that was tried.
         cap: smallest memory cap, GB, that more memory alone would help with.
     """
-    if target.backend == "tenseal" and cap is None:
-        fits = max((levels_at_most(target.backend, n) for n in range(13, 16)), default=0)
+    fits = max(levels_at_most(target.backend, n) for n in range(13, 16)) if target.backend == "tenseal" else 0
+    if target.backend == "tenseal" and target.insecure_log_n is None and levels > fits:
         return ParamsError(
             f"the circuit needs {levels} levels, TenSEAL has at most {fits} at 128 bits: {levels - fits} too many. "
             "Use --backend openfhe, or a shallower model"

@@ -16,11 +16,15 @@ def mismatch_error(circuit: Circuit, traced: Trace) -> float:
     It is the largest relative difference times the largest output, and infinite where the server would refuse the sum whatever is
     promised; 0 for other libraries than OpenFHE, which choose other primes: there it is left to the server's check.
     """
+    return mismatch(circuit, traced) * max((signature.bound for signature in circuit.outputs), default=0.0)
+
+
+def mismatch(circuit: Circuit, traced: Trace) -> float:
+    """Largest relative difference of two scales that are added, under the same conditions."""
     params = circuit.params
     if params.backend != "openfhe":
         return 0.0
-    largest = max((signature.bound for signature in circuit.outputs), default=0.0)
     try:
-        return assign_scales(traced, moduli(params), 2.0**params.scale_bits).mismatch * largest
+        return assign_scales(traced, moduli(params), 2.0**params.scale_bits).mismatch
     except ScaleError:
         return math.inf

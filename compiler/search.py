@@ -18,10 +18,11 @@ from he_backend.circuit import Circuit
 from .calibrate import Range
 from .cost import CostTable
 from .deepen import deepen
+from .failure import largest_output, over_budget
 from .ir import Graph
 from .lower import Lowered, lower
 from .matvec import PlanCost
-from .passes.levels import assign_levels
+from .passes.levels import assign_levels, top_level
 from .plan import (
     Candidate,
     Plan,
@@ -87,11 +88,15 @@ def search(
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
-        levels = lowered.ops[0].level
+        levels = top_level(lowered.ops)
         before = len(rows)
         found = _one_ring(lowered, log_n, samples, target, table, report, rows)
         if found is None and best is None:
-            cap = _smallest_cap(lowered, log_n, samples, target, table, report, rows[before:], cap)
+
+            def keeps(larger: Target, lowered: Lowered = lowered, log_n: int = log_n) -> bool:
+                return _one_ring(lowered, log_n, samples, larger, table, report, []) is not None
+
+            cap = smallest_cap(rows[before:], target, keeps, cap)
         if best is not None and (found is None or found.seconds >= best.seconds):
             break
         best = found
@@ -113,7 +118,7 @@ def _one_ring(
     rows: list[Candidate],
 ) -> Found | None:
     """The fastest of one ring within memory and error; every candidate is added to `rows`."""
-    levels = max(1, lowered.ops[0].level)  # a circuit of sums alone needs none, parameters hold at least one
+    levels = max(1, top_level(lowered.ops))  # a circuit of sums alone needs none, parameters hold at least one
     tried = choose(lowered, levels, log_n, target, table)
     for i, candidate in enumerate(tried):
         if candidate.trace is None:
@@ -125,6 +130,10 @@ def _one_ring(
             tried[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)
             continue
         promised = predicted_error(circuit, candidate.trace, few(samples, ERROR_SAMPLES))
+        replies = sum(op.kind == "output" for op in circuit.ops)
+        if why := over_budget(circuit, promised, [room * largest_output(candidate.params)] * replies):
+            tried[i] = replace(candidate, why=why, trace=None)
+            continue
         if promised <= target.max_error:
             rows += tried
             plan = Plan(chosen=candidate, others=(), costs=table.name)
@@ -140,23 +149,19 @@ def _one_ring(
     return Found(circuit=deeper.circuit, lowered=deeper.lowered, error=deeper.error, plan=plan)
 
 
-def _smallest_cap(
-    lowered: Lowered,
-    log_n: int,
-    samples: Sequence[np.ndarray],
-    target: Target,
-    table: CostTable,
-    report: Progress,
-    rows: Sequence[Candidate],
-    known: float | None,
+def smallest_cap(
+    rows: Sequence[Candidate], target: Target, keeps: Callable[[Target], bool], known: float | None = None
 ) -> float | None:
-    """Smallest memory cap, in tenths of a GB, with which this ring keeps all promises; `known` if none below that does.
+    """Smallest memory cap, in tenths of a GB, with which a ring keeps all promises; `known` if none below that does.
 
     A candidate that lacks memory was not asked for its error and its latency: the ring is searched again under each cap.
+
+    Args:
+        rows: the ring's candidates under the target; keeps: whether the ring has a circuit for another target.
     """
     lacking = {math.ceil(10 * c.memory_gb) / 10 for c in rows if c.memory_gb > target.max_memory_gb}
     for cap in sorted(c for c in lacking if known is None or c < known):
-        if _one_ring(lowered, log_n, samples, replace(target, max_memory_gb=cap), table, report, []) is not None:
+        if keeps(replace(target, max_memory_gb=cap)):
             return cap
     return known
 

@@ -336,7 +336,9 @@ def input_layouts(inputs: int, outputs: int, slots: int) -> list[np.ndarray]:
 
 
 def kron_linear(weight: np.ndarray, rows: int) -> sp.csr_matrix:
-    """x [rows, in] @ weight [in, out] on flattened tensors, [rows * out, rows * in]."""
+    """x [rows, in] @ weight [in, out], or row t @ weight[t], on flattened tensors, [rows * out, rows * in]."""
+    if weight.ndim == 3:
+        return sp.block_diag([sp.csr_matrix(own.T) for own in weight], format="csr")
     return sp.kron(sp.identity(rows, format="csr"), sp.csr_matrix(weight.T), format="csr")
 
 

@@ -6,26 +6,27 @@ before; and what noise is: the kept tensors bring that of the steps that wrote t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from he_backend.base import HEError, UnsupportedOpError
-from he_backend.circuit import Circuit
+from he_backend.circuit import Circuit, Op
 from he_backend.simulator import simulate, simulate_noise
 from he_backend.trace import Trace
 
 from . import verify
 from .calibrate import Range
 from .cost import CostTable
+from .failure import largest_output, over_budget
 from .ir import STEP, Graph, evaluate
 from .passes.client import Embedding
-from .passes.levels import assign_levels
+from .passes.levels import assign_levels, top_level
 from .plan import ERROR_MARGIN, LARGEST_RING, Candidate, Plan, Target, as_circuit, choose, refuse, with_style
 from .rings import SMALLEST_RING
 from .scales import mismatch_error
-from .search import Found, Progress, plan_cost
+from .search import Found, Progress, plan_cost, smallest_cap
 from .step_lower import LoweredStep, lower_step
 
 Sample = dict[str, np.ndarray]  # all inputs of a step by name
@@ -150,6 +151,22 @@ def with_bounds(circuit: Circuit, sequences: Sequences, margin: float = 1.25) ->
     )
 
 
+def output_peak(circuit: Circuit, sequences: Sequences, ranges: Mapping[str, Range], margin: float = 1.25) -> float:
+    """Largest |stored slot| of the reply, with a margin: of its elements in any calibration sequence, of all slots in the first."""
+    (reply,) = circuit.outputs
+    top = 0.0
+
+    def largest(op: Op, value: np.ndarray) -> None:
+        nonlocal top
+        if op.kind == "output" and op.attrs["name"] == reply.name:
+            top = max(top, float(np.max(np.abs(value))))
+
+    for step, (x, _) in enumerate(sequences.steps(0)):
+        simulate(circuit, circuit_tensors(circuit, sequences.graph, x), step=step, visit=largest)
+    lo, hi = ranges[sequences.graph.output]  # with the same margin
+    return max(margin * top, max(-lo, hi) / abs(reply.factor))
+
+
 def search_step(
     sequences: Sequences, ranges: dict[str, Range], target: Target, table: CostTable, report: Progress
 ) -> Found:
@@ -167,6 +184,7 @@ def search_step(
     rows: list[Candidate] = []
     levels = 0
     misfit: UnsupportedOpError | None = None
+    failed: list[tuple[list[Candidate], _Ring]] = []
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
         slots = 1 << (log_n - 1)
@@ -176,24 +194,65 @@ def search_step(
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, slots))
-        levels = lowered.ops[0].level
-        tried = choose(lowered, levels, log_n, target, table)
-        for i, candidate in enumerate(tried):
+        levels = top_level(lowered.ops)
+        ring = _Ring(log_n=log_n, lowered=lowered, sequences=sequences, ranges=ranges, table=table, report=report)
+        tried: list[Candidate] = []
+        if (found := ring.search(target, tried)) is not None:
+            others = [c for c in rows + tried if c is not found.plan.chosen]
+            others.sort(key=lambda c: (c.forecast is None, c.evaluate_s))
+            return replace(found, plan=replace(found.plan, others=tuple(others)))
+        failed.append((tried, ring))
+        rows += tried
+    if misfit is not None and not rows:
+        raise misfit
+    cap: float | None = None
+    for tried, ring in failed:
+        cap = smallest_cap(tried, target, ring.keeps, cap)
+    raise refuse(rows, levels, target, cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ring:
+    """A step lowered for one ring."""
+
+    log_n: int
+    lowered: LoweredStep
+    sequences: Sequences
+    ranges: Mapping[str, Range]
+    table: CostTable
+    report: Progress
+
+    def keeps(self, target: Target) -> bool:
+        """Whether there is a circuit for a target."""
+        return self.search(target, []) is not None
+
+    def search(self, target: Target, rows: list[Candidate]) -> Found | None:
+        """The fastest circuit within memory and error; every candidate is added to `rows`."""
+        rows += choose(self.lowered, max(1, top_level(self.lowered.ops)), self.log_n, target, self.table)
+        peak: float | None = None
+        for i, candidate in enumerate(rows):
             if candidate.trace is None:
                 continue
-            report("noise", 0, 1)
-            styled = with_style(lowered, candidate.params, table, candidate.style)
-            circuit = as_circuit(styled, candidate.params)
-            promised = predicted_error(circuit, candidate.trace, sequences)
-            if promised <= target.max_error:
-                check_states(circuit)
-                others = [c for c in rows + tried if c is not candidate]
-                others.sort(key=lambda c: (c.forecast is None, c.evaluate_s))
-                plan = Plan(chosen=candidate, others=tuple(others), costs=table.name)
-                return Found(circuit=circuit, lowered=styled, error=promised, plan=plan)
-            tried[i] = replace(candidate, why=f"predicted error {promised:.2g} above {target.max_error:.2g}")
-        rows += tried
-    raise misfit if misfit is not None and not rows else refuse(rows, levels, target)
+            self.report("noise", 0, 1)
+            params = candidate.params
+            styled = with_style(self.lowered, params, self.table, candidate.style)
+            circuit = as_circuit(styled, params)
+            if peak is None:  # which no parameters change
+                peak = output_peak(circuit, self.sequences, self.ranges)
+            if (room := peak / largest_output(params)) >= 1.0:
+                rows[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)
+                continue
+            promised = predicted_error(circuit, candidate.trace, self.sequences)
+            why = over_budget(circuit, promised, [peak])
+            if not why and promised > target.max_error:
+                why = f"predicted error {promised:.2g} above {target.max_error:.2g}"
+            if why:
+                rows[i] = replace(candidate, why=why, trace=None)
+                continue
+            check_states(circuit)
+            plan = Plan(chosen=candidate, others=(), costs=self.table.name)
+            return Found(circuit=circuit, lowered=styled, error=promised, plan=plan)
+        return None
 
 
 def check_states(circuit: Circuit) -> None:

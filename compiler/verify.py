@@ -33,6 +33,12 @@ def same_meaning(before: Graph, after: Graph, x: Inputs, y: Inputs, name: str) -
         VerificationError: they differ.
     """
     a, b = evaluate(before, x)[before.output], evaluate(after, y)[after.output]
+    if not np.isfinite(a).all():
+        raise VerificationError(
+            f"the output is not finite on the first sample, before pass {name!r}: calibrate on samples that the model can take"
+        )
+    if a.shape != b.shape:
+        raise VerificationError(f"pass {name!r} changed the output's shape from {a.shape} to {b.shape}")
     gap = float(np.max(np.abs(a - b)) / max(1e-30, float(np.max(np.abs(a)))))
     if not gap < TOLERANCE:
         raise VerificationError(

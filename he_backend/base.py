@@ -128,6 +128,9 @@ class Evaluator(Protocol[C]):
     scale: float  # the nominal scale, 2^scale_bits
     moduli: tuple[int, ...]  # the prime that the rescale from level i to i - 1 divides by; [0] is the last one standing
 
+    def prepare(
+        self, *, refresh: bool
+    ) -> None: ...  # do ahead what the first calls would do, those of a refresh if any comes
     def level(self, a: C) -> int: ...
     def encode(self, values: Array, *, level: int, scale: float, extended: bool = False) -> Any: ...
     def add(self, a: C, b: C) -> C: ...

@@ -174,7 +174,8 @@ class Circuit:
     """A compiled model: ops, their constant arrays, parameters, and what the compiler predicts.
 
     client_arrays are those that the client needs (layouts of inputs and outputs, embedding); `arrays` holds the rest, the
-    layouts of states among it.
+    layouts of states among it. errors: predicted largest error of a value in the model's units, as `error_bound` is for the
+    outputs, by op id; for the last op of every ONNX node, or empty where none were predicted.
     """
 
     params: Params
@@ -191,6 +192,7 @@ class Circuit:
     embedding: bool = False
     steps: int = 0
     states: tuple[Signature, ...] = ()
+    errors: Mapping[int, float] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
@@ -204,6 +206,11 @@ class Circuit:
         kinds = [op.attrs.get("kind", "plain") for op in self.ops if op.kind == "refresh"]
         pairs = kinds.count("pair")
         return len(kinds) - pairs + -(-pairs // 2)
+
+    @property
+    def ends(self) -> tuple[Op, ...]:
+        """The last op of every ONNX node: where errors are looked at."""
+        return tuple({op.source: op for op in self.ops if op.kind not in ("input", "output")}.values())
 
     def _parts(self) -> tuple[dict[str, Any], Arrays]:
         header: dict[str, Any] = {
@@ -223,6 +230,8 @@ class Circuit:
         }
         if self.steps:
             header |= {"steps": self.steps, "states": [asdict(s) for s in self.states]}
+        if self.errors:
+            header["errors"] = {str(i): error for i, error in self.errors.items()}
         arrays = {**self.arrays, **self.client_arrays}
         return {**header, "content_sha256": container.fingerprint(header, arrays)}, arrays
 
@@ -267,6 +276,7 @@ class Circuit:
                 embedding=bool(header["embedding"]),
                 steps=int(header.get("steps", 0)),
                 states=tuple(_signature(s) for s in header.get("states", ())),
+                errors={int(i): float(error) for i, error in header.get("errors", {}).items()},
             )
             for fault in itertools.chain(faults(circuit), key_faults(circuit)):
                 raise WireError(f"{path}: {fault}")

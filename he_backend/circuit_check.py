@@ -41,6 +41,7 @@ REFRESHES: dict[str, tuple[int, tuple[str, ...]]] = {
     "functional": (1, ("scale", "fourier")),
 }
 ROUNDING = 1e-9  # relative difference of two factors that are one
+LEEWAY = 1e-5  # above the interval of a refresh: sites are chosen by the same bounds, to rounding
 
 
 def faults(circuit: Circuit) -> Iterator[str]:
@@ -57,6 +58,13 @@ def faults(circuit: Circuit) -> Iterator[str]:
     for signature in circuit.states:
         for kind in ("input", "output"):
             yield from _signature(signature, circuit, kind)
+    for kind, signatures in (("input", circuit.inputs), ("output", circuit.outputs)):
+        known = [s.name for s in (*signatures, *circuit.states)]
+        if len(set(known)) < len(known):
+            yield f"two {kind}s have one name: {sorted(known)}"
+        for op in circuit.ops:
+            if op.kind == kind and op.attrs["name"] not in known:
+                yield f"{op}: there is no {kind} {op.attrs['name']!r}; known are {', '.join(known)}"
     yield from level_faults(circuit)
 
 
@@ -72,6 +80,7 @@ def level_faults(circuit: Circuit) -> Iterator[str]:
             if op.level > params.refresh_output:
                 yield f"{op}: a refresh reaches level {params.refresh_output}"
             yield from _repeats(op, circuit)
+            yield from _small(op, circuit)
         for a in op.args:
             have = circuit.ops[a].level
             if op.kind != "linear" and circuit.ops[a].attrs.get("kind") == "pair":
@@ -88,6 +97,13 @@ def _repeats(op: Op, circuit: Circuit) -> Iterator[str]:
     rows = None if layout is None else layout.reshape(-1, period)
     if rows is None or (rows < 0).any() or (rows != rows[0]).any():
         yield f"{op}: its slots do not repeat with the refresh's period {period}"
+
+
+def _small(op: Op, circuit: Circuit) -> Iterator[str]:
+    """A refresh evaluates its sine on slots within [-1, 1]; a function's argument is scaled, and its series checked by the simulator."""
+    for a in op.args if op.attrs.get("kind") != "functional" else ():
+        if (bound := circuit.ops[a].bound) > 1 + LEEWAY:
+            yield f"{op}: %{a} reaches {bound:.6g}; a refresh keeps slots within [-1, 1]"
 
 
 def key_faults(circuit: Circuit) -> Iterator[str]:
@@ -197,10 +213,10 @@ def _signature(signature: Signature, circuit: Circuit, kind: str) -> Iterator[st
     yield from _held(where, signature.layout, arrays, (parts, circuit.params.slots), size)
     if layout is not None and (lost := size - np.unique(layout[layout >= 0]).size):
         yield f"{where}: {lost} of {size} elements lie in no slot of layout {signature.layout!r}"
-    ops = {op.attrs["part"]: op for op in circuit.ops if op.kind == kind and op.attrs["name"] == signature.name}
-    if sorted(ops) != list(range(parts)):
-        yield f"{where}: ciphertexts {sorted(ops)} are there; its layout has {parts}"
-    for op in ops.values():
+    ops = [op for op in circuit.ops if op.kind == kind and op.attrs["name"] == signature.name]
+    if (there := sorted(op.attrs["part"] for op in ops)) != list(range(parts)):
+        yield f"{where}: ciphertexts {there} are there; its layout has {parts}"
+    for op in ops:
         if op.level != signature.level:
             yield f"{op}: its signature says level {signature.level}"
         if not math.isclose(op.factor, signature.factor, rel_tol=ROUNDING):

@@ -88,6 +88,7 @@ def tables(
     *,
     table: Costs | None = None,
     errors: Mapping[int, float] | None = None,
+    predicted_errors: Mapping[int, float] | None = None,
 ) -> Row:
     """Efficiency and both tables of a request.
 
@@ -95,27 +96,25 @@ def tables(
         ops: the circuit's, with id, kind, source and level.
         runs: timings of requests, as plain data; the one of median wall time is shown, all of them make the bound.
         table: costs measured for the same parameters, if any.
-        errors: largest |error| after an op, by op id, where it was measured.
+        errors: largest |error| after an op, by op id, where it was measured; predicted_errors: the same from the circuit.
 
     Returns:
         efficiency, bound_s (wall), evaluate_s, threads, operators (by node) and primitives, each row with name, count, seconds
-        (of threads), share, levels [highest, lowest], bound_s (of threads), efficiency, error (None where unknown).
+        (of threads), share, levels [highest, lowest], bound_s (of threads), efficiency; those by node with error and
+        predicted_error (None where unknown).
     """
     run = sorted(runs, key=lambda r: r["wall_s"])[(len(runs) - 1) // 2]
     best = fastest(runs, table)
     by_id = {int(op["id"]): op for op in ops}
-    errors = errors or {}
 
     def node(call: Mapping[str, Any]) -> str:
         op = by_id[int(call["op"])]
         return node_of(op["source"], op["kind"])
 
     nodes = _rows(run["calls"], best, node, ORDER)
+    measured, predicted = (largest(ops, found or {}) for found in (errors, predicted_errors))
     for row in nodes:
-        mine = [
-            errors[i] for i, op in by_id.items() if i in errors and node_of(op["source"], op["kind"]) == row["name"]
-        ]
-        row["error"] = max(mine) if mine else None
+        row |= {"error": measured.get(row["name"]), "predicted_error": predicted.get(row["name"])}
     bound = sum(row["bound_s"] for row in nodes) / run["threads"]
     return {
         "evaluate_s": run["wall_s"],
@@ -127,6 +126,20 @@ def tables(
             run["calls"], best, lambda call: _GROUP.get(call["primitive"], "other"), (*PRIMITIVES, "other")
         ),
     }
+
+
+def largest(ops: Sequence[Mapping[str, Any]], errors: Mapping[int, float]) -> dict[str, float]:
+    """The largest error of each row of the table by node, in the table's order.
+
+    Args:
+        ops: the circuit's, with id, kind and source; errors: by op id.
+    """
+    found: dict[str, float] = {}
+    for op in ops:
+        if (error := errors.get(int(op["id"]))) is not None:
+            name = node_of(op["source"], op["kind"])
+            found[name] = max(error, found.get(name, 0.0))
+    return {name: found[name] for name in ORDER if name in found}
 
 
 def _rows(
@@ -153,7 +166,6 @@ def _rows(
                 "levels": [max(levels), min(levels)],
                 "bound_s": bound,
                 "efficiency": bound / seconds if seconds else None,
-                "error": None,
             }
         )
     return rows

@@ -205,8 +205,7 @@ class Executor:
 
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(work, chosen))
-        if any(node.op.startswith("refresh") for node in self.trace.nodes):
-            self.evaluator.prepare_refresh()  # its matrices belong to no request
+        self.evaluator.prepare(refresh=any(node.op.startswith("refresh") for node in self.trace.nodes))
         self._prepared = True
         self.reserve()
         return Prepared(

@@ -51,7 +51,7 @@ class KeyStore:
         if self.manifest is not None and self.manifest != manifest:
             raise ManifestError(
                 "this server holds other keys; its operator, or whoever knows their id, must remove them first",
-                {"key_id": (manifest.key_id, self.manifest.key_id[:4] + "…")},
+                {"key_id": (manifest.key_id, wire.hint(self.manifest.key_id))},
             )
         part = self.folder / "manifest.json.part"
         with part.open("w") as stream:
@@ -67,7 +67,7 @@ class KeyStore:
             raise ManifestError("no keys here yet: send their manifest first")
         if self.manifest.key_id != key_id:
             raise ManifestError(
-                "this server holds other keys", {"key_id": (key_id[:64], self.manifest.key_id[:4] + "…")}
+                "this server holds other keys", {"key_id": (key_id[:64], wire.hint(self.manifest.key_id))}
             )
         return self.manifest
 

@@ -123,6 +123,12 @@ class Evaluator(_Party, Refreshing):
         self._monomials = {}
         self._bias: dict[int, Any] = {}  # level -> ciphertext that undoes the bias of a key switch
 
+    def prepare(self, *, refresh: bool) -> None:
+        """Do ahead what the first request would wait for: 4 s of 41 s (2 blocks, d = 128, N = 2^16) and a refresh's matrices."""
+        self._bias_at(self.params.levels)
+        if refresh:
+            self._ring.prepare_refresh()
+
     # ---- keys
 
     def load_key(self, kind: str, k: int, level: int, body: Any) -> None:
@@ -295,12 +301,19 @@ class Evaluator(_Party, Refreshing):
         Not under KEY_MAPS: it takes the ring's lock, under which a loading client waits for the readers of KEY_MAPS to go.
         """
         if a.degree == 1:
-            with self._lock:
-                if a.level not in self._bias:
-                    rows = self._ring.mod_down_bias[: a.level + 1]
-                    self._bias[a.level] = self._ring.load(np.stack([rows, rows]), level=a.level, tag=self._tag)
-            self._cc.EvalAddInPlace(a.handle, self._bias[a.level])
+            self._cc.EvalAddInPlace(a.handle, self._bias_at(a.level))
         return a
+
+    def _bias_at(self, level: int) -> Any:
+        """The ciphertext that undoes the bias, cut from the one of the highest level: that takes seconds to make."""
+        top = self.params.levels
+        with self._lock:
+            if top not in self._bias:
+                rows = self._ring.mod_down_bias
+                self._bias[top] = self._ring.load(np.stack([rows, rows]), level=top, tag=self._tag)
+            if level not in self._bias:
+                self._bias[level] = self._cc.LevelReduce(self._bias[top], None, top - level)
+            return self._bias[level]
 
     def rotate(self, a: Ciphertext, k: int) -> Ciphertext:
         self._rotatable(a, k)

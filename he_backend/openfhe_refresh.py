@@ -99,10 +99,6 @@ class Refreshing:
             )
         return replace(a, handle=handle, level=level)
 
-    def prepare_refresh(self) -> None:
-        """Do ahead what the first refresh would do: encode its matrices."""
-        self._ring.prepare_refresh()
-
     def check_refresh_keys(self) -> None:
         """Compare the keys that are loaded with those that a refresh uses: the library would read past their end.
 

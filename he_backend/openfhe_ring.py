@@ -7,8 +7,10 @@ dropping) share `KEY_MAPS`, so that a client who uploads keys does not disturb t
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 import math
@@ -17,7 +19,8 @@ import struct
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -39,14 +42,25 @@ def library() -> Any:
     """
     if importlib.util.find_spec("openfhe") is None:
         raise CapabilityError(f"openfhe is not installed: {INSTALL}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the OpenMP runtime when the library loads
     try:
-        import openfhe
+        with ThreadPoolExecutor(1, initializer=_one_openmp_thread) as fresh:
+            openfhe = fresh.submit(importlib.import_module, "openfhe").result()
     except ImportError as error:
         raise CapabilityError(f"openfhe is installed but does not load ({error}): {INSTALL}") from error
     # Nothing from outside is ever deserialised; our own objects find their context, so its tables exist already.
     openfhe.DisablePrecomputeCRTTablesAfterDeserializaton()
     return openfhe
+
+
+def _one_openmp_thread() -> None:
+    """Turn OpenMP off for what this thread loads.
+
+    The library asks once, when it is loaded, how many threads its caller may use. The environment answers that, unless torch came first and
+    brought the runtime along: its `set_num_threads(2)` made every primitive of two workers a pair of threads.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with suppress(OSError):  # there may be none before the library brings its own
+        ctypes.CDLL("libgomp.so.1").omp_set_num_threads(1)
 
 
 class Gate:

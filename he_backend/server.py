@@ -30,7 +30,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from . import heap, wire
+from . import bodies, heap, wire
 from .base import HEError, ManifestError, ParamsError, WireError
+from .bodies import Pace, SlowError
 from .circuit import Circuit
 from .jobs import BusyError, Engine, Job, Stage, Worker
 from .keys import KeyFile, Manifest, find_secret
@@ -50,7 +51,14 @@ log = logging.getLogger("polyformer.server")
 
 MAX_CONNECTIONS = 32
 
-STATUS = {WireError: 400, ManifestError: 409, BusyError: 503, FullError: 503, UnknownSessionError: 404}
+STATUS = {
+    WireError: 400,
+    SlowError: 408,
+    ManifestError: 409,
+    BusyError: 503,
+    FullError: 503,
+    UnknownSessionError: 404,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,7 @@ class Limits:
     max_replies: int = 8
     max_bodies: int = 4  # requests held in memory while they arrive
     max_json_bytes: int = 4 << 20
+    pace: Pace = field(default_factory=Pace)  # of every body
     max_sessions: int = 8
     max_state_bytes: int = 4 << 30  # of all sessions together
     session_idle_s: float = 1800.0
@@ -104,6 +113,9 @@ class Server:
             circuit, most=limits.max_sessions, most_bytes=limits.max_state_bytes, idle_s=limits.session_idle_s
         )
         self.key_lock = asyncio.Lock()
+        self.arrival = (
+            asyncio.Lock()
+        )  # of one key file at a time; `key_lock` is free meanwhile, so that keys can be removed
         self.bodies = asyncio.Semaphore(limits.max_bodies)
 
     async def start(self) -> None:
@@ -174,17 +186,22 @@ class Server:
 
     async def put_key(self, key_id: str, name: str, body: AsyncIterator[bytes]) -> dict[str, Any]:
         """Receive, check, load and keep one key file."""
-        async with self.key_lock:
-            file = self.store.entry(key_id, name)
+        async with self.arrival:
+            file, manifest = self.store.entry(key_id, name), self.store.manifest
             if name in self.store.missing():
                 part = await self.store.receive(file, body)
-                try:
-                    await self.load_key(part, file)
-                except BaseException:  # whatever it was, the file was not loaded
-                    self.store.reject(file)
-                    raise
-                self.store.accept(file)
-                self.update_keys()
+                async with self.key_lock:
+                    if self.store.manifest != manifest or not part.exists():
+                        raise ManifestError(
+                            "the server's keys were removed while this one arrived; send their manifest first"
+                        )
+                    try:
+                        await self.load_key(part, file)
+                    except BaseException:  # whatever it was, the file was not loaded
+                        self.store.reject(file)
+                        raise
+                    self.store.accept(file)
+                    self.update_keys()
         return self.key_state()
 
     async def load_key(self, path: Path, file: KeyFile) -> None:
@@ -241,7 +258,8 @@ class Server:
             raise BusyError("other requests are arriving; try again later")
         async with self.bodies:
             expected = self.expected("request", manifest.key_id)
-            inputs = await run_in_threadpool(wire.loads, await read_body(request, expected.max_bytes), expected)
+            body = await read_body(request, expected.max_bytes, self.limits.pace)
+            inputs = await run_in_threadpool(wire.loads, body, expected)
             async with self.key_lock:  # so that no keys go between this look and the job that needs them
                 if self.ready() != manifest:
                     raise ManifestError("the server's keys changed while the request arrived")
@@ -263,7 +281,9 @@ def create_app(server: Server) -> FastAPI:
     async def refused(request: Request, error: HEError) -> JSONResponse:
         place = getattr(request.scope.get("route"), "path", "")  # the template: a path holds ids of keys and jobs
         log.info("refused %s: %s", place, type(error).__name__)
-        return JSONResponse(error_json(error), status_code=STATUS.get(type(error), 422))
+        # Whoever is too slow must not keep one of the few connections either.
+        headers = {"connection": "close"} if isinstance(error, SlowError) else None
+        return JSONResponse(error_json(error), status_code=STATUS.get(type(error), 422), headers=headers)
 
     @app.get("/manifest")
     async def manifest() -> dict[str, Any]:
@@ -275,7 +295,8 @@ def create_app(server: Server) -> FastAPI:
 
     @app.put("/keys")
     async def put_index(request: Request) -> dict[str, Any]:
-        server.store.offer(wire.parse_json(await read_body(request, server.limits.max_json_bytes)))
+        limits = server.limits
+        server.store.offer(wire.parse_json(await read_body(request, limits.max_json_bytes, limits.pace)))
         return server.key_state()
 
     @app.get("/keys/{key_id}")
@@ -285,7 +306,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.put("/keys/{key_id}/{name}")
     async def put_key(key_id: str, name: str, request: Request) -> dict[str, Any]:
-        return await server.put_key(key_id, name, chunks(request))
+        return await server.put_key(key_id, name, bodies.chunks(request.stream(), server.limits.pace))
 
     @app.delete("/keys/{key_id}")
     async def delete_keys(key_id: str) -> dict[str, Any]:
@@ -352,32 +373,9 @@ class UnknownJobError(ManifestError):
 STATUS[UnknownJobError] = 404
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """A body of at most `most` bytes: first what it says of itself, then what it is.
-
-    Raises:
-        WireError: it is longer.
-    """
-    stated = request.headers.get("content-length", "0")
-    wire.check_length(int(stated) if stated.isdecimal() and len(stated) < 20 else most + 1, most)
-    data = bytearray()
-    async for chunk in chunks(request):
-        wire.check_length(len(data) + len(chunk), most)
-        data += chunk
-    return bytes(data)
-
-
-async def chunks(request: Request) -> AsyncIterator[bytes]:
-    """A body as it arrives.
-
-    Raises:
-        WireError: the client went away in the middle.
-    """
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except Exception as error:
-        raise WireError(f"the body ended early: {type(error).__name__}") from error
+async def read_body(request: Request, most: int, pace: Pace) -> bytes:
+    """See `bodies.read`."""
+    return await bodies.read(request.stream(), request.headers.get("content-length", "0"), most, pace)
 
 
 def error_json(error: HEError) -> dict[str, Any]:

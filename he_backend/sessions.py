@@ -8,6 +8,7 @@ after a while without a step, and with the process: nothing of them is written t
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import HEError, ManifestError, WireError
+from .base import HEError, ManifestError, ParamsError, WireError
 from .circuit import Circuit
 
 AGAIN = "start the sequence anew from its first token"
@@ -71,11 +72,20 @@ class Sessions:
         most: sessions at once. most_bytes: memory of their states together, by the circuit's own account.
         idle_s: seconds without a step after which a session ends.
         now: the clock, seconds that only grow.
+
+    Raises:
+        ParamsError: one state alone is larger than `most_bytes`: no sequence could ever begin.
     """
 
     def __init__(
         self, circuit: Circuit, *, most: int, most_bytes: int, idle_s: float, now: Callable[[], float] = time.monotonic
     ) -> None:
+        if circuit.steps and circuit.state_bytes > most_bytes:
+            raise ParamsError(
+                f"the state of one sequence is {circuit.state_bytes / 1e9:.3g} GB, larger than the {most_bytes / 1e9:.3g} GB that "
+                f"all states may take: allow {math.ceil(circuit.state_bytes / 1e8) / 10:g} GB or more (`polyformer serve "
+                "--state-gb`), or compile a step of fewer tokens or less width"
+            )
         self.steps, self.idle_s = circuit.steps, idle_s
         self.most = min(most, most_bytes // max(1, circuit.state_bytes)) if circuit.steps else 0
         self._now = now

@@ -250,11 +250,20 @@ class KeySwitchBias:
 
 
 def simulate_noise(
-    circuit: Circuit, tensors: Mapping[str, np.ndarray], *, step: int = 0, seed: int = 0, traced: Trace | None = None
+    circuit: Circuit,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    step: int = 0,
+    seed: int = 0,
+    traced: Trace | None = None,
+    visit: Callable[[int, Array], None] | None = None,
 ) -> dict[str, Array]:
     """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's.
 
     So the mismatch of real scales is no part of it: `execute.scale_tolerance` bounds that where the primes are known.
+
+    Args:
+        visit: is given the id of every circuit op that something reads, and its value with noise [slots].
     """
     params = circuit.params
     t = traced if traced is not None else trace(circuit)
@@ -271,6 +280,9 @@ def simulate_noise(
     for node in t.nodes:
         uses[list(set(node.args))] += 1
     uses[list(t.outputs.values())] += 1
+    made: dict[int, list[int]] = {}
+    for op_id, value in t.values.items() if visit is not None else ():
+        made.setdefault(value, []).append(op_id)
     for node in t.nodes:
         args = [values[a] for a in node.args]
         if node.op == "input":
@@ -295,6 +307,8 @@ def simulate_noise(
                 noise = noise + 1j * rng.standard_normal(y.shape, dtype=np.float32)
             y = y + std * noise
         values[node.id] = y
+        for op_id in made.get(node.id, ()):
+            visit(op_id, y)  # type: ignore[misc]
         for a in set(node.args):
             uses[a] -= 1
             if not uses[a]:

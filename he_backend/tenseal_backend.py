@@ -241,6 +241,9 @@ class Evaluator(_Party):
         self._relin: Any = None
         self._ev = self._ring.evaluator
 
+    def prepare(self, *, refresh: bool) -> None:
+        """Nothing: SEAL computes all that it keeps when its context is made."""
+
     def load_key(self, kind: str, k: int, level: int, body: Any) -> None:
         """One evaluation key from the bytes that `Client.make_key` gave; it serves every level.
 

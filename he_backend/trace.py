@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,7 @@ class Trace:
 
     inputs   node ids of the circuit's input ops, by (name, part); outputs likewise
     keys     rotation -> highest level at which it is used, inside refreshes too; relin_level is -1 without products
+    values   op id -> node that holds its value, relinearised and rescaled if anything wants it so; without ops that nothing reads
     """
 
     nodes: tuple[Node, ...]
@@ -63,6 +64,7 @@ class Trace:
     outputs: dict[tuple[str, int], int]
     keys: dict[int, int]
     relin_level: int
+    values: dict[int, int] = field(default_factory=dict)
 
     def counts(self) -> Counter[tuple[str, int]]:
         """How often each (primitive, level of its first argument) occurs; weighted_sum counts its terms."""
@@ -327,6 +329,7 @@ def trace(
     nodes = _live(t.nodes, set(outputs.values()) | set(inputs.values()))
     renumber = {n.id: i for i, n in enumerate(nodes)}
     keys: dict[int, int] = {}
+    settled = {n.args[0]: n.id for n in nodes if n.op in ("relinearize", "rescale")}
     relin = -1
     final = []
     for n in nodes:
@@ -345,7 +348,16 @@ def trace(
         outputs={k: renumber[v] for k, v in outputs.items()},
         keys=dict(sorted(keys.items())),
         relin_level=relin,
+        values={i: renumber[a] for i, a in enumerate(_ends(values, settled)) if a in renumber},
     )
+
+
+def _ends(values: Sequence[int], settled: Mapping[int, int]) -> Iterator[int]:
+    """Each value behind the relinearisation and the rescale that it gets, if it gets them."""
+    for a in values:
+        while a in settled:
+            a = settled[a]
+        yield a
 
 
 def _check_refresh(op: Op, params: Params, capabilities: frozenset[str]) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,7 @@ def loads(data: bytes, expected: Expected) -> dict[Part, Sealed]:
         {"circuit_sha256": expected.circuit_sha256, "key_id": expected.key_id, "log_n": expected.log_n},
         header,
         f"this {expected.format} is for something else",
+        hidden=("key_id",),
     )
     rows = header.get("ciphertexts")
     if not isinstance(rows, list) or len(rows) != len(expected.parts) or len(arrays) != len(rows):
@@ -165,11 +166,24 @@ def check_length(length: int, most: int) -> None:
         raise WireError(f"{length} bytes; at most {most} are allowed here")
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], message: str) -> None:
-    """ManifestError that lists every field of `ours` on which `theirs` disagrees."""
-    different = {name: (value, theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value}
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], message: str, *, hidden: Collection[str] = ()) -> None:
+    """ManifestError that lists every field of `ours` on which `theirs` disagrees.
+
+    Args:
+        hidden: fields of which only our first characters are told: who knows a key's id may remove the keys.
+    """
+    different = {
+        name: (hint(value) if name in hidden else value, theirs.get(name))
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    }
     if different:
         raise ManifestError(message, different)
+
+
+def hint(secret: str) -> str:
+    """So much of an id as tells two of one's own apart."""
+    return secret[:4] + "…"
 
 
 def _container(data: bytes) -> tuple[dict[str, Any], container.Arrays]:

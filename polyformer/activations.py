@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyformer.approx import Polynomial, fit, fit_weighted
+from polyformer.approx import Polynomial, depth_of_degree, fit, fit_weighted
 from polyformer.layers import PolynomialLayer, Tap
 
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,7 +25,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "square": lambda x: x * x,
     "quartic": lambda x: (x * x) * (x * x),
 }
-LEVELS = {"square": 1, "quartic": 2}  # of the activations that are polynomials as they stand
+DEGREES = {"square": 2, "quartic": 4}  # of the activations that are polynomials as they stand: powers of 2
 ACTIVATIONS = (*EXACT, "polynomial")
 
 
@@ -43,12 +43,16 @@ class Activation(nn.Module):
         self.polynomial = PolynomialLayer(degree, trainable=trainable) if kind == "polynomial" else None
 
     @property
-    def depth(self) -> int:
-        if self.kind in LEVELS:
-            return LEVELS[self.kind]
+    def degree(self) -> int:
+        if self.kind in DEGREES:
+            return DEGREES[self.kind]
         if self.polynomial is None:
             raise ValueError(f"activation {self.kind!r} is not polynomial; use 'square', 'quartic' or 'polynomial'")
-        return self.polynomial.polynomial().depth
+        return self.polynomial.degree
+
+    @property
+    def depth(self) -> int:
+        return depth_of_degree(self.degree)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tap(x)

@@ -35,9 +35,10 @@ class ClassifierConfig:
             raise ValueError(f"unknown pool {self.pool!r}; known: {', '.join(POOLS)}")
         if self.classes < 1:
             raise ValueError(f"classes is {self.classes}; it must be at least 1")
-        if self.body.causal:
+        if self.body.causal and "causal" not in mixers.unread(self.body.layer_mixers):
             raise ValueError("the body is causal; an encoder sees both sides, set causal=False in its ModelConfig")
-
+        if self.body.causal and self.pool == "first":
+            raise ValueError("pool is 'first', and the first position of a causal body sees no other one; use 'mean'")
         for name, known in (("order", "pre"), ("positions", "learned"), ("token_types", 0), ("head", "linear")):
             if getattr(self.body, name) != known:
                 raise ValueError(f"{name} of the body is {getattr(self.body, name)!r}; a classifier has {known!r}")

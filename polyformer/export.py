@@ -2,7 +2,7 @@
 
 Contract. Opset 17; runs unmodified in onnxruntime; one input, one output float32, batch 1:
 
-    Transformer   tokens int64 [1, T]        -> logits [1, T, V]
+    Transformer   tokens int64 [1, T]        -> logits [1, T, V], or without a head states [1, T, D]
     Encoder       tokens int64 [1, T]        -> logits [1, C]
     ViT           images float32 [1, c, H, W] -> logits [1, C]
 
@@ -14,12 +14,16 @@ and calls of local functions of the domain "polyformer":
 
 Node and value names are layer paths, `blocks.0.mixer.q`; a layer of several nodes gives its last value the path itself
 and the others a suffix, `blocks.0.mixer.q.matmul`. Newton steps and Goldschmidt steps are plain Mul, Add and Sub.
-Exact functions are exported as Softmax, Sqrt, Div, Erf, Sigmoid and Relu, so that a compiler can refuse them by name.
+Exact functions are exported as Softmax, Sqrt, Div, Erf, Tanh, Sigmoid and Relu, so that a compiler can refuse them by
+name. What released checkpoints have besides is written with the same operators: rotary positions as one Gather of each
+head's channels and products by constants, shared key heads as repeated columns of the projections, token types as the
+row of type 0, a tied head as the transposed table.
+
 PowerSoftmax in the forms exact, stable and mean is one function; it is exported with the row factors of its form
 (stable, whose factors depend on the data, as exact).
 
-The parts are in export_graph (nodes and constants), export_layers, export_attention, export_hyena and export_mixers
-(the table of mixers that can be written).
+The parts are in export_graph (nodes and constants), export_layers, export_blocks (residual blocks, embedding and head of
+a Transformer), export_attention, export_rotary, export_hyena and export_mixers (the table of mixers that can be written).
 """
 
 from __future__ import annotations
@@ -29,26 +33,24 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from torch import nn
 
 from polyformer.encoder import Classifier, Encoder
 from polyformer.export_attention import power_of
+from polyformer.export_blocks import block, head, positioned
 from polyformer.export_graph import DOMAIN, OPSET, Graph, polynomial_function
 from polyformer.export_layers import activation, linear, mlp, norm
 from polyformer.export_mixers import mixer
 from polyformer.fold import folded
-from polyformer.model import ModelConfig, Transformer
+from polyformer.model import Transformer
 from polyformer.norms import BatchNorm
 from polyformer.vision import ViT
 
 __all__ = [
     "DOMAIN",
     "OPSET",
-    "WRITABLE",
     "Graph",
     "activation",
     "build",
-    "check_known",
     "export_onnx",
     "linear",
     "mixer",
@@ -75,13 +77,12 @@ def build(model: Model) -> onnx.ModelProto:
     """Return the ONNX model for one window of full length, or one image; its BatchNorms are `folded` away.
 
     Raises:
-        ValueError: the config has a part that this writer does not know (those of released checkpoints).
+        ValueError: a mixer is not polynomial and has no exact form here either; its sentence says what to change.
         TypeError: a mixer, or the model, has no ONNX form.
     """
     if not isinstance(model, (Transformer, Encoder, ViT)):
         raise TypeError(f"{type(model).__name__} has no ONNX form; known: Transformer, Encoder, ViT")
     body = model.config if isinstance(model, Transformer) else model.config.body
-    check_known(body)
     g = Graph()
     if isinstance(model, ViT):
         given = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, model.channels, *model.size])
@@ -89,15 +90,17 @@ def build(model: Model) -> onnx.ModelProto:
     else:
         given = helper.make_tensor_value_info("tokens", TensorProto.INT64, [1, body.length])
         x = g.node("Gather", [g.constant("token.weight", model.token.weight), "tokens"], "token", axis=0)
-    assert model.position is not None
-    x = g.node("Add", [x, g.constant("position.weight", model.position[: body.length])], "position")
-    for i, block in enumerate(model.blocks):
-        x = _block(g, block, f"blocks.{i}", x)
-    x, shape = norm(g, model.norm, "norm", x), [1, body.length, body.vocab]  # type: ignore[arg-type]
+    x = positioned(g, model, x)
+    post = body.order == "post"
+    x = norm(g, model.norm, "norm", x) if post else x  # type: ignore[arg-type]
+    for i, layer in enumerate(model.blocks):
+        x = block(g, layer, f"blocks.{i}", x)  # type: ignore[arg-type]
+    x = x if post else norm(g, model.norm, "norm", x)  # type: ignore[arg-type]
     if isinstance(model, Classifier):
-        x, shape = _pooled(g, model, x), [1, model.config.classes]
-    assert isinstance(model.head, nn.Linear)
-    logits = linear(g, model.head, "head", x, output="logits")
+        logits = linear(g, model.head, "head", _pooled(g, model, x), output="logits")
+        shape = [1, model.config.classes]
+    else:
+        logits, shape = head(g, model, x)
     graph = helper.make_graph(
         g.nodes,
         "polyformer",
@@ -109,35 +112,6 @@ def build(model: Model) -> onnx.ModelProto:
     return helper.make_model(
         graph, functions=list(g.functions.values()), opset_imports=imports, producer_name="polyformer", ir_version=8
     )
-
-
-# What this writer knows, by field of the config; the parts of released checkpoints are not among it yet.
-WRITABLE: dict[str, tuple[object, ...]] = {
-    "order": ("pre",),
-    "causal": (True, False),
-    "kv_heads": (0,),
-    "rotary": (0,),
-    "positions": ("learned",),
-    "token_types": (0,),
-    "biases": (True,),
-    "gated": (False,),
-    "head": ("linear",),
-    "head_bias": (True,),
-    "activation": ("gelu", "silu", "relu", "square", "quartic", "polynomial"),
-}
-
-
-def check_known(config: ModelConfig) -> None:
-    """Refuse a config with a part outside `WRITABLE`.
-
-    Raises:
-        ValueError: it has one.
-    """
-    unknown = [
-        f"{name}={getattr(config, name)!r}" for name, known in WRITABLE.items() if getattr(config, name) not in known
-    ]
-    if unknown:
-        raise ValueError(f"export_onnx cannot write {', '.join(unknown)} yet; it writes {WRITABLE}")
 
 
 def _images(g: Graph, model: ViT) -> str:
@@ -159,10 +133,3 @@ def _pooled(g: Graph, model: Classifier, x: str) -> str:
         return g.node("ReduceMean", [x], "pool", axes=[1], keepdims=0)
     first = g.node("Gather", [x, g.constant("pool.at", np.array([0], dtype=np.int64))], "pool.first", axis=1)
     return g.node("Reshape", [first, g.constant("pool.flat", np.array([1, -1], dtype=np.int64))], "pool")
-
-
-def _block(g: Graph, block: nn.Module, name: str, x: str) -> str:
-    h = norm(g, block.norm1, f"{name}.norm1", x)  # type: ignore[arg-type]
-    mixed = g.node("Add", [x, mixer(g, block.mixer, f"{name}.mixer", h)], f"{name}.mixer.residual")  # type: ignore[arg-type]
-    h = h if block.norm2 is None else norm(g, block.norm2, f"{name}.norm2", mixed)  # type: ignore[arg-type]
-    return g.node("Add", [mixed, mlp(g, block.mlp, f"{name}.mlp", h)], f"{name}.mlp.residual")  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polyformer.export_graph import Graph
 from polyformer.export_layers import activation, linear
+from polyformer.export_rotary import projection, turned
 from polyformer.mixers.base import Attention
 from polyformer.mixers.gated_linear import GatedLinear
 from polyformer.mixers.linear import Linear
@@ -25,16 +26,16 @@ from polyformer.recurrence import decays
 
 
 def attention(g: Graph, layer: Attention, name: str, x: str) -> str:
-    """Heads split, scores, non-linearity, values, heads merged, (gate,) output projection."""
+    """Heads split (q and k turned by their positions), scores, non-linearity, values, heads merged, (gate,) output projection."""
     t, h, k = layer.length, layer.heads, layer.head_size
     split = g.constant(f"{name}.split", np.array([1, t, h, k], dtype=np.int64))
     merge = g.constant(f"{name}.merge", np.array([1, t, h * k], dtype=np.int64))
 
     def heads(part: str, order: list[int]) -> str:
-        y = linear(g, getattr(layer, part), f"{name}.{part}", x)
-        return g.node(
-            "Transpose", [g.node("Reshape", [y, split], f"{name}.{part}.split")], f"{name}.{part}.heads", perm=order
-        )
+        y = linear(g, projection(layer, part), f"{name}.{part}", x)
+        y = g.node("Reshape", [y, split], f"{name}.{part}.split")
+        y = y if part == "v" else turned(g, layer, name, part, y)
+        return g.node("Transpose", [y], f"{name}.{part}.heads", perm=order)
 
     q, key, v = heads("q", [0, 2, 1, 3]), heads("k", [0, 2, 3, 1]), heads("v", [0, 2, 1, 3])
     if layer.las.width > 1:

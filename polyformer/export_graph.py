@@ -38,6 +38,11 @@ class Graph:
         self.nodes.append(helper.make_node(op, inputs, [output], name=name, domain=domain, **attributes))  # type: ignore[arg-type]
         return output
 
+    def renamed(self, output: str) -> str:
+        """Call the value of the last node by another name, that of an output of the graph; return it."""
+        self.nodes[-1].output[0] = output
+        return output
+
     def constant(self, name: str, value: Tensor | np.ndarray | float) -> str:
         """Add an initializer (float32 unless the array is integer) and return its name."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -12,9 +12,14 @@ from polyformer.model import MLP
 from polyformer.norms import Norm
 
 
-def linear(g: Graph, layer: nn.Linear, name: str, x: str, *, output: str | None = None) -> str:
-    """x W + b with W stored [in, out]."""
-    y = g.node("MatMul", [x, g.constant(f"{name}.weight", layer.weight.T)], f"{name}.matmul")
+def linear(
+    g: Graph, layer: nn.Linear, name: str, x: str, *, weight: str | None = None, output: str | None = None
+) -> str:
+    """x W + b with W stored [in, out], or x W; `weight` names W where the graph holds it already."""
+    weight = weight or g.constant(f"{name}.weight", layer.weight.T)
+    if layer.bias is None:
+        return g.node("MatMul", [x, weight], name, output=output)
+    y = g.node("MatMul", [x, weight], f"{name}.matmul")
     return g.node("Add", [y, g.constant(f"{name}.bias", layer.bias)], name, output=output)
 
 
@@ -65,6 +70,8 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
         return g.node("Relu", [x], name)
     if layer.kind == "silu":
         return g.node("Mul", [x, g.node("Sigmoid", [x], f"{name}.sigmoid")], name)
+    if layer.kind == "gelu_tanh":
+        return _gelu_tanh(g, name, x)
     erf = g.node(
         "Erf", [g.node("Mul", [x, g.constant(f"{name}.scale", math.sqrt(0.5))], f"{name}.scaled")], f"{name}.erf"
     )
@@ -76,6 +83,25 @@ def activation(g: Graph, layer: Activation, name: str, x: str) -> str:
     return g.node("Mul", [x, gate], name)
 
 
+def _gelu_tanh(g: Graph, name: str, x: str) -> str:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form of GPT-2 (Hendrycks and Gimpel, arXiv 1606.08415)."""
+
+    def times(left: str, right: str, part: str) -> str:
+        return g.node("Mul", [left, right], f"{name}.{part}")
+
+    cube = times(times(x, x, "square"), x, "cube")
+    inner = g.node("Add", [x, times(cube, g.constant(f"{name}.c3", 0.044715), "bent")], f"{name}.inner")
+    tanh = g.node("Tanh", [times(inner, g.constant(f"{name}.scale", math.sqrt(2 / math.pi)), "scaled")], f"{name}.tanh")
+    shifted = g.node("Add", [tanh, g.constant(f"{name}.one", 1.0)], f"{name}.shifted")
+    return g.node("Mul", [x, times(shifted, g.constant(f"{name}.half", 0.5), "gate")], name)
+
+
 def mlp(g: Graph, layer: MLP, name: str, x: str) -> str:
+    """down(act(up x)), or gated down(act(gate x) * up x)."""
     up = linear(g, layer.up, f"{name}.up", x)
-    return linear(g, layer.down, f"{name}.down", activation(g, layer.act, f"{name}.act", up))
+    bent = activation(
+        g, layer.act, f"{name}.act", up if layer.gate is None else linear(g, layer.gate, f"{name}.gate", x)
+    )
+    return linear(
+        g, layer.down, f"{name}.down", bent if layer.gate is None else g.node("Mul", [bent, up], f"{name}.gated")
+    )

@@ -23,16 +23,27 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from polyformer.export import check_known
 from polyformer.export_attention import power_of
 from polyformer.export_graph import DOMAIN, OPSET, Graph
 from polyformer.export_layers import linear, mlp, norm
 from polyformer.fold import folded
 from polyformer.mixers.power_softmax import PowerSoftmax
-from polyformer.model import Transformer
+from polyformer.model import ModelConfig, Transformer
 from polyformer.norms import BatchNorm
 
 KIND = "step"  # metadata_props["kind"] of such a file
+# What a step is written for, by field of the config; the parts of released checkpoints are not among it.
+WRITABLE: dict[str, tuple[object, ...]] = {
+    "order": ("pre",),
+    "kv_heads": (0,),
+    "rotary": (0,),
+    "positions": ("learned",),
+    "token_types": (0,),
+    "biases": (True,),
+    "gated": (False,),
+    "head": ("linear",),
+    "head_bias": (True,),
+}
 
 
 def export_step(model: Transformer, path: Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -99,6 +110,21 @@ def build_step(model: Transformer) -> onnx.ModelProto:
     return helper.make_model(
         graph, functions=list(g.functions.values()), opset_imports=imports, producer_name="polyformer", ir_version=8
     )
+
+
+def check_known(config: ModelConfig) -> None:
+    """Refuse a config with a part outside `WRITABLE`.
+
+    Raises:
+        ValueError: it has one.
+    """
+    unknown = [
+        f"{name}={getattr(config, name)!r}" for name, known in WRITABLE.items() if getattr(config, name) not in known
+    ]
+    if unknown:
+        raise ValueError(
+            f"a step is not written for {', '.join(unknown)}, but for {WRITABLE}; write the whole window with export_onnx"
+        )
 
 
 def _row(g: Graph, name: str, table: Tensor) -> str:

@@ -12,7 +12,9 @@ of the config give the shapes of released checkpoints (GPT-2, GPT-NeoX, Llama, B
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +106,21 @@ class ModelConfig:
             raise ValueError("mlp_norm folds into the bias of the linear before it; set biases=True")
         if self.mixers and len(self.mixers) != self.blocks:
             raise ValueError(f"{len(self.mixers)} mixers given for {self.blocks} blocks; give one a block, or none")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in mixers.unread(self.layer_mixers):
+            if getattr(self, name) != defaults[name]:
+                ours = ", ".join(dict.fromkeys(self.layer_mixers))
+                others = ", ".join(other for other in mixers.names() if name in mixers.load(other).options)
+                raise ValueError(
+                    f"{name}={getattr(self, name)}, which no mixer of this model reads ({ours}); leave it at "
+                    f"{defaults[name]}, or use one that does: {others}"
+                )
+
+    def at_defaults(self, names: Iterable[str]) -> ModelConfig:
+        """Return a copy with these fields at their defaults."""
+        chosen = set(names)
+        changes: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in chosen}
+        return replace(self, **changes)
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:
@@ -175,8 +192,15 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
     def _mix(self, x_BTD: Tensor, visible_BT: Tensor | None) -> Tensor:
-        """Only attention can hide keys, so the argument is passed on only where there is one."""
-        return self.mixer(x_BTD) if visible_BT is None else self.mixer(x_BTD, visible_BT)
+        """Not every mixer can hide keys, so the argument is passed on only where there is one."""
+        if visible_BT is None:
+            return self.mixer(x_BTD)
+        if not self.mixer.hides_keys:
+            raise ValueError(
+                f"mixer {type(self.mixer).__name__} cannot hide keys (visible_BT was given); use softmax, power_softmax "
+                "or pointwise, or windows without padding"
+            )
+        return self.mixer(x_BTD, visible_BT)
 
     @property
     def depth(self) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from polyformer.mixers.base import Mixer
+from polyformer.mixers import Mixer, unread
 from polyformer.model import ModelConfig, lone_norm, reset_linears, stack, stack_levels
 from polyformer.vision import VisionConfig, layers, patches
 
@@ -48,12 +48,14 @@ class SwinConfig(VisionConfig):
         """Return what stage s is, as the config of a plain vision model whose pixels are its patches."""
         first, blocks, times = sum(self.stages[:s]), self.stages[s], 2**s
         grid = (self.grid[0] // times, self.grid[1] // times)
+        names = self.body.layer_mixers[first : first + blocks]
+        common = self.body.at_defaults(unread(names))  # another stage may read more
         body = replace(
-            self.body,
+            common,
             length=grid[0] * grid[1],
             width=self.body.width * times,
             heads=self.body.heads * times,
-            kv_heads=self.body.kv_heads * times,
+            kv_heads=common.kv_heads * times,
             hidden=self.body.hidden * times,
             blocks=blocks,
             norms=(*self.body.norms[2 * first : 2 * (first + blocks)], self.body.norms[-1]),

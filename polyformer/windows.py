@@ -60,7 +60,7 @@ class Windowed(Mixer):
 
     def reference(self, x_BTD: Tensor) -> Tensor:
         y_BTD = torch.zeros_like(x_BTD)
-        for index_T in self.windows:
+        for index_T in (window.to(x_BTD.device) for window in self.windows):
             y_BTD = y_BTD.index_copy(1, index_T, self.inner.reference(x_BTD[:, index_T]))
         return y_BTD
 
@@ -78,6 +78,11 @@ class Windowed(Mixer):
 
     def project(self, y_BHTK: Tensor) -> Tensor:
         return self.inner.project(y_BHTK)
+
+    @property
+    def receptive_field(self) -> int | None:
+        """From the first to the last token of the longest window, in raster order; None if one window holds them all."""
+        return max(int(w[-1] - w[0]) for w in self.windows) if len(self.windows) > 1 else None
 
     @property
     def degree(self) -> int:

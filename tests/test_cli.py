@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 import typer.main
 
 from he_backend import owner
+from he_backend.circuit import Circuit
 from he_backend.openfhe_backend import available
 from polyformer import cli
 from polyformer.commands import infer, isolated
 from polyformer.commands.console import Advance, Failure
 from tests.he_backend.running import ROOT, free_port, running
 from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, mlp, reference
-from tests.he_backend.stub import StubOwner
+from tests.he_backend.stub import StubEngine, StubOwner
 
 COMMANDS = (
     *("train", "convert", "export", "plan", "compile", "keygen", "serve", "encrypt", "evaluate", "decrypt", "infer"),
@@ -147,6 +149,10 @@ def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert facts["what"] == what
         assert circuit.sha256 in facts.values()
         assert ("INSECURE" in shown.err) == (name != "request")
+        assert "predicted error after" not in facts
+    replace(circuit, errors={1: 0.0078125, 2: 2e-5, 3: 0.001}).save(tmp_path / "m.circuit")
+    assert cli.run(["inspect", str(tmp_path / "m.circuit"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted error after"] == {"FFN": 0.0078, "activation": 2e-5}
 
 
 def test_a_test_ring_must_be_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +161,33 @@ def test_a_test_ring_must_be_allowed(tmp_path: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert "INSECURE" in error
     assert "--insecure" in error
+
+
+@pytest.mark.parametrize(
+    ("predicted", "options", "budget"),
+    [
+        ({"plaintext_bytes": 123456789.0}, [], 123456789),
+        ({}, [], 4e9),
+        ({"plaintext_bytes": 5.0}, ["--plaintext-gb", "2"], 2e9),
+    ],
+    ids=["the plan's", "no plan", "an option"],
+)
+def test_serve_keeps_to_the_plan(
+    predicted: dict[str, float], options: list[str], budget: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace(mlp(TEST_PARAMS), predicted=predicted).save(tmp_path / "m.circuit")
+    seen: dict[str, object] = {}
+
+    class Engine(StubEngine):
+        def __init__(self, circuit: Circuit, **kwargs: object) -> None:
+            super().__init__(circuit)
+            seen.update(kwargs)
+
+    monkeypatch.setattr("he_backend.server.ensure_environment", lambda: None)
+    monkeypatch.setattr("he_backend.engine.CircuitEngine", Engine)
+    monkeypatch.setattr("he_backend.server.serve", lambda server, **_: None)
+    assert cli.run(["serve", str(tmp_path / "m.circuit"), "--folder", str(tmp_path / "s"), "--insecure", *options]) == 0
+    assert seen["plaintext_budget"] == budget
 
 
 def test_serve_refuses_to_start_beside_a_secret_key(tmp_path: Path) -> None:

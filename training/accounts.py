@@ -68,20 +68,30 @@ def parameter_count(config: ModelConfig) -> int:
     """Parameters of a model with exact functions, in closed form; refuses a config that has trained coefficients."""
     if config.activation == "polynomial":
         raise ValueError("a polynomial activation has coefficients of its own; count them on the model from on_meta")
-    d, h, v = config.width, config.hidden, config.vocab
+    d, v = config.width, config.vocab
     norms = sum(d * (1 if kind.startswith("rms") else 2) for kind in config.norms)
-    block = 4 * (d * d + d) + (d * h + h) + (h * d + d)
+    block = sum((into + config.biases) * out for into, out in block_linears(config))
     return v * d + config.length * d + config.blocks * block + norms + d * v + v
+
+
+def block_linears(config: ModelConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of each linear of a block with attention: q, k, v, o, then up, down and perhaps the gate."""
+    d, h = config.width, config.hidden
+    keys = d * config.kv_heads // config.heads if config.kv_heads else d
+    return [(d, d), (d, keys), (d, keys), (d, d), (d, h), (h, d), *([(d, h)] if config.gated else [])]
 
 
 def forward_flops(config: ModelConfig, tokens: int | None = None) -> int:
     """FLOPs of a forward pass, a token, in windows of `tokens` (the full window if None): matrix products alone.
 
-    Projections 8 D^2, MLP 4 D hidden, head 2 D V; scores and values 2 T D each, over the whole square since the mask
-    multiplies. Kaplan et al. 2020 (arXiv 2001.08361, table 1), with the head counted.
+    Linears 2 a weight (with as many key heads as heads and no gate 8 D^2 of attention, 4 D hidden of the MLP), head
+    2 D V; scores and values 2 T D each, over the whole square, as MFU is defined (Chowdhery et al. 2022, arXiv
+    2204.02311, appendix B): the tiles of `power_sums` leave out most of what a causal mask hides, so a long window makes
+    as little as half of that. Kaplan et al. 2020 (arXiv 2001.08361, table 1), with the head counted.
     """
     d, t = config.width, config.length if tokens is None else tokens
-    return config.blocks * (8 * d * d + 4 * d * config.hidden + 4 * t * d) + 2 * d * config.vocab
+    linears = sum(2 * into * out for into, out in block_linears(config))
+    return config.blocks * (linears + 4 * t * d) + 2 * d * config.vocab
 
 
 def model_flops(config: ModelConfig, tokens: int | None = None) -> int:

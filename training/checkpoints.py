@@ -40,6 +40,7 @@ class RunState:
     step: int
     position: Position
     recipe: str  # JSON of the recipe, compared when the run goes on
+    loss: float | None = None  # of this step, nats a token: what a run has to show that has no step left to do
 
 
 def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, state: RunState) -> Path:
@@ -77,7 +78,7 @@ def complete(folder: Path) -> list[Path]:
 def read_state(checkpoint: Path) -> RunState:
     """Return the state of a complete checkpoint, without its tensors."""
     values = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
-    return RunState(step=values["step"], position=Position(**values["position"]), recipe=values["recipe"])
+    return RunState(**values | {"position": Position(**values["position"])})
 
 
 def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> RunState:

@@ -49,9 +49,10 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
             reports=folder.path / "stages.jsonl",
             progress=progress,
         )
-        folder.save_model(kind.result, model)
+        # The model is last: while it is missing the states count, and all of this is done again.
         folder.update_metrics(**{_key("quality", kind.result): quality(reports)})
-        machine.finish(place)
+        folder.save_model(kind.result, model)
+    machine.finish(place)
     figures = report(folder.load_model(kind.result), windows, torch.from_numpy(stress_tokens(out)))
     figures[f"heldout_loss_{kind.result}"] = figures.pop("heldout_loss_polynomial")
     return folder.update_metrics(**{_key(name, kind.result): value for name, value in figures.items()})

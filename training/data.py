@@ -26,11 +26,12 @@ def read_documents(path: Path | None = None) -> list[str]:
     """Return documents: the files *.txt of a folder, or the parts of one file between form feeds; None is the text in
     this package.
 
-    A single file without form feeds is cut into 20 parts of equal length, so that some can be held out.
+    A single file without form feeds is cut into 20 parts of equal length, so that some can be held out. Bytes that are
+    not UTF-8 become U+FFFD.
     """
     path = OWN_TEXT if path is None else path
     if path.is_dir():
-        docs = [p.read_text(encoding="utf-8") for p in sorted(path.glob("*.txt"))]
+        docs = [p.read_text(encoding="utf-8", errors="replace") for p in sorted(path.glob("*.txt"))]
     elif path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
         docs = [d for d in text.split("\f") if d.strip()]

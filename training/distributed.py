@@ -55,8 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peak = None if options.peak_tflops is None else options.peak_tflops * 1e12 * dist.get_world_size()
         outcome = scale.run(recipe, options.out, data, mesh, tracking=options.track, peak_flops=peak)
         if dist.get_rank() == 0:
-            text = json.dumps({"recipe": recipe.name, "processes": dist.get_world_size(), **asdict(outcome)}, indent=1)
-            (options.out / "outcome.json").write_text(text + "\n", encoding="utf-8")
+            _write_outcome(options.out / "outcome.json", recipe.name, outcome)
+
+
+def _write_outcome(path: Path, recipe: str, outcome: scale.Outcome) -> None:
+    """Write how the run ended. A run that was finished before has that on file: it stays."""
+    if outcome.resumed_from == outcome.steps and path.exists():
+        return
+    text = json.dumps({"recipe": recipe, "processes": dist.get_world_size(), **asdict(outcome)}, indent=1)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _data(given: Path | None, out: Path, vocab: int) -> Path:

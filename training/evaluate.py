@@ -1,4 +1,4 @@
-"""Quality of a model on data that it has not seen: perplexity, bits per byte, accuracy of recall and of classes.
+"""Quality of a model on data that it has not seen: perplexity, bits per byte, accuracy of recall.
 
 Every figure is of the model as it stands, in evaluation mode and without gradients. A figure that is not finite is
 returned as it is: a diverged model has a loss of nan or inf, not an error.
@@ -64,7 +64,8 @@ def unigram_loss(train_docs: Sequence[Tensor], windows_NS: Tensor, *, vocab: int
 
 @torch.no_grad()
 def answers(model: nn.Module, tokens_NT: Tensor, targets_NT: Tensor, *, batch: int = 256) -> Tensor:
-    """Return [n, q] bool, whether the likeliest token is the target at each of the q places that are asked.
+    """Return [n, q] bool, whether the likeliest token is the target at each of the q places that are asked, in
+    order: their mean over rows is accuracy against shots for `few_shot` (training/recall.py).
 
     Raises:
         ValueError: the rows ask at different places, so there is no curve over them.
@@ -80,21 +81,6 @@ def answers(model: nn.Module, tokens_NT: Tensor, targets_NT: Tensor, *, batch: i
     return torch.cat(parts) == targets_NT[:, columns]
 
 
-def recall_curve(model: nn.Module, tokens_NT: Tensor, targets_NT: Tensor, *, batch: int = 256) -> list[float]:
-    """Return the accuracy at each place that is asked, in order: against shots for `few_shot` (training/recall.py)."""
-    return answers(model, tokens_NT, targets_NT, batch=batch).double().mean(0).tolist()
-
-
 def accuracy(model: nn.Module, tokens_NT: Tensor, targets_NT: Tensor, *, batch: int = 256) -> float:
     """Return the share of right answers over all places that are asked."""
     return float(answers(model, tokens_NT, targets_NT, batch=batch).double().mean())
-
-
-@torch.no_grad()
-def class_accuracy(model: nn.Module, inputs: Tensor, labels_N: Tensor, *, batch: int = 256) -> float:
-    """Return the share of inputs (tokens or images) whose likeliest class, of logits [n, classes], is the label."""
-    was_training = model.training
-    model.eval()
-    right = [model(x).argmax(-1) == y for x, y in zip(inputs.split(batch), labels_N.split(batch), strict=True)]
-    model.train(was_training)
-    return float(torch.cat(right).double().mean())

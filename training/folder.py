@@ -70,7 +70,8 @@ class Folder:
         tokenizer = train_bpe(train_docs, recipe.vocab)
         if tokenizer.get_vocab_size() != recipe.vocab:
             raise ValueError(
-                f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {recipe.vocab}; lower `vocab`"
+                f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {recipe.vocab}; give more text, "
+                "or call training.train with a recipe of a smaller `vocab`"
             )
         tokenizer.save(str(self.path / "tokenizer.json"))
         tokens = {f"train.{i}": d for i, d in enumerate(encode_documents(tokenizer, train_docs))}

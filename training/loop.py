@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from training.data import IGNORE
 from training.recipe import Progress
+from training.trackers import keep_lines
 
 
 class Batches(Protocol):
@@ -66,13 +67,14 @@ def run_stage(
     until: Callable[[int], bool] | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Train `model` in place for one stage and return the steps done. If `folder/stage.safetensors` exists, go on from
-    there; delete it at the end. `until`, asked after every step with the number of steps done, may end the stage early.
+    """Train `model` in place for one stage and return the steps done. If the stage's checkpoint exists, go on from
+    there. `until`, asked after every step with the number of steps done, may end the stage early.
 
-    The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators.
+    The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators. It stays: once
+    the trained model is kept somewhere, the caller removes it by `discard_checkpoint`.
     """
     optimiser = _optimiser(model, schedule)
-    checkpoint = folder / f"{stage}.safetensors"
+    checkpoint = _checkpoint(folder, stage)
     first = load_checkpoint(checkpoint, model, optimiser, sampler) if checkpoint.exists() else 0
     _trim_log(log, stage, first)
     model.train()
@@ -102,8 +104,16 @@ def run_stage(
             if done % schedule.checkpoint_every == 0:
                 save_checkpoint(checkpoint, model, optimiser, sampler, done)
     model.eval()
-    checkpoint.unlink(missing_ok=True)
     return done
+
+
+def discard_checkpoint(folder: Path, stage: str) -> None:
+    """Remove the checkpoint of a stage, if there is one: what it was trained to is kept, or never wanted again."""
+    _checkpoint(folder, stage).unlink(missing_ok=True)
+
+
+def _checkpoint(folder: Path, stage: str) -> Path:
+    return folder / f"{stage}.safetensors"
 
 
 def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
@@ -146,8 +156,4 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimiz
 
 def _trim_log(log: Path, stage: str, first: int) -> None:
     """Drop lines of this stage beyond the checkpoint, so that a resumed log reads like an uninterrupted one."""
-    if log.exists():
-        lines = [(json.loads(t), t) for t in log.read_text(encoding="utf-8").splitlines()]
-        log.write_text(
-            "".join(t + "\n" for d, t in lines if d["stage"] != stage or d["step"] <= first), encoding="utf-8"
-        )
+    keep_lines(log, lambda line: line["stage"] != stage or line["step"] <= first)

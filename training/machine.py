@@ -26,7 +26,7 @@ from torch import Tensor
 from polyformer.model import ModelConfig, Transformer
 from polyformer.ranges import Collector, measure, range_loss
 from training.data import Sampler
-from training.loop import Schedule, run_stage
+from training.loop import Schedule, discard_checkpoint, run_stage
 from training.recipe import Progress
 from training.stages import Continue, Ranges, Rows, Stage, Substitute, Swap, Training, Tune
 from training.substitution import (
@@ -96,6 +96,7 @@ def run(
         facts = _apply(state, stage, material, place, log, progress)
         state.reports.append(_report(state, stage, material, facts))
         _save(place, state, stages)
+        discard_checkpoint(place, stage.name)
         _write_reports(reports, state.reports)
     _write_reports(reports, state.reports)
     return state.model, state.reports

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from polyformer.layers import PolynomialLayer
-from polyformer.mixers.base import Attention
+from polyformer.mixers.base import Attention, ChannelMixer
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import Transformer
 from polyformer.norms import Norm
@@ -79,9 +79,26 @@ def apply(model: Transformer, plan: Plan, mesh: DeviceMesh | None) -> Transforme
         half = torch.bfloat16 if plan.precision == "bf16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
         for block in model.blocks:
+            if half is not None:
+                shard_exact_parts(block, mesh, policy)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def shard_exact_parts(block: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Shard by themselves, and gather in float32, the coefficients of polynomials and what a recurrence holds beside its
+    linears: rates of decay above all. Widening them after gathering is too late: 0.998 is 1 in bfloat16, and a decay of 1
+    forgets nothing. The linears of such a mixer stay under `policy`, one gathering each.
+    """
+    exact = MixedPrecisionPolicy(reduce_dtype=policy.reduce_dtype)
+    for module in list(block.modules()):
+        if isinstance(module, ChannelMixer):
+            for child in module.children():
+                if any(True for _ in child.parameters()):
+                    fully_shard(child, mesh=mesh, mp_policy=policy)
+        if isinstance(module, ChannelMixer | PolynomialLayer) and any(True for _ in module.parameters()):
+            fully_shard(module, mesh=mesh, mp_policy=exact)
 
 
 def keep_powers_in_fp32(model: nn.Module) -> None:

@@ -10,13 +10,17 @@ weights as LLaMA's three matrices.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
 
 from polyformer.model import ModelConfig
 from training.loop import Schedule
 from training.shards import BYTE_VOCAB
 
 PRECISIONS = ("fp32", "bf16")
+# How a run is called and carried out: a run may go on with others.
+NOT_MATHEMATICS = ("name", "checkpointing", "compile", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class ScaleRecipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.batch % self.micro_batch:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; change one of them"
@@ -88,6 +94,29 @@ class ScaleRecipe:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
+
+    def differences(self, other: str) -> list[str]:
+        """Return what decides the curve and is another value in the JSON of another recipe: one phrase a field, with
+        both values. Fields that the JSON lacks, because they are younger, have their defaults there.
+        """
+        ours, theirs = json.loads(self.to_json()), json.loads(other)
+        return [
+            *_differences(ScaleRecipe, ours, theirs, skipped=("model", *NOT_MATHEMATICS)),
+            *_differences(ModelConfig, ours["model"], theirs["model"], prefix="model."),
+        ]
+
+
+def _differences(
+    kind: type, ours: dict[str, Any], theirs: dict[str, Any], *, prefix: str = "", skipped: Sequence[str] = ()
+) -> list[str]:
+    """Return the differing fields of two values of one dataclass, as JSON has them."""
+    defaults = json.loads(json.dumps({f.name: f.default for f in fields(kind) if f.default is not MISSING}))
+    ours, theirs = defaults | ours, defaults | theirs
+    return [
+        f"{prefix}{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in dict.fromkeys((*ours, *theirs))
+        if name not in skipped and ours.get(name) != theirs.get(name)
+    ]
 
 
 def names() -> list[str]:

@@ -26,8 +26,8 @@ from training.shards import ShardReader
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a run ended: the last step and its loss (nats a token), tokens a second over the steps of this process's
-    life, and the share of `peak_flops` of all processes that the model's own operations made (None if no peak is
-    known).
+    life (None if it had none left to do), and the share of `peak_flops` of all processes that the model's own operations
+    made (None if no peak is known).
     """
 
     steps: int
@@ -87,10 +87,9 @@ def run(
     model = sharded_model(recipe, mesh)
     schedule = recipe.schedule()
     opt = optimiser.build(recipe.optimiser, model, lr=recipe.lr, weight_decay=recipe.weight_decay, seed=recipe.seed)
-    first = _resume(recipe, folder / "checkpoints", model, opt, reader)
+    first, loss = _resume(recipe, folder / "checkpoints", model, opt, reader)
     tracking_here = trackers.open_all(tracking, folder, run=recipe.name, first=first) if rank == 0 else []
     speed = Throughput(flops_per_token=accounts.model_flops(recipe.model), peak_flops=peak_flops)
-    loss = None
     model.train()
     for step in range(first, recipe.steps):
         begin = time.perf_counter()
@@ -112,7 +111,7 @@ def run(
         for tracker in tracking_here:
             tracker.write(done, {"loss": loss, "gradient": norm, "lr": schedule.rate(step), **figures})
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            state = checkpoints.RunState(step=done, position=reader.position, recipe=recipe.to_json())
+            state = checkpoints.RunState(step=done, position=reader.position, recipe=recipe.to_json(), loss=loss)
             checkpoints.save(folder / "checkpoints", model, opt, state)
     for tracker in tracking_here:
         tracker.close()
@@ -147,14 +146,17 @@ def plan_of(recipe: ScaleRecipe) -> parallel.Plan:
 
 def _resume(
     recipe: ScaleRecipe, folder: Path, model: Transformer, opt: torch.optim.Optimizer, reader: ShardReader
-) -> int:
-    """Load the last complete checkpoint, if there is one, and return the steps done."""
+) -> tuple[int, float | None]:
+    """Load the last complete checkpoint, if there is one, and return the steps done and the loss of the last one."""
     found = checkpoints.complete(folder)
     if not found:
-        return 0
-    theirs = checkpoints.read_state(found[-1]).recipe
-    if theirs != recipe.to_json():
-        raise ValueError(f"{found[-1]} is of another recipe; resume with the same one or choose an empty folder")
+        return 0, None
+    differing = recipe.differences(checkpoints.read_state(found[-1]).recipe)
+    if differing:
+        raise ValueError(
+            f"{found[-1]} is of another recipe: {'; '.join(differing)}; resume with the same values or choose an empty "
+            "folder"
+        )
     state = checkpoints.load(found[-1], model, opt)
     reader.seek(state.position)
-    return state.step
+    return state.step, state.loss

@@ -102,6 +102,8 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, *, length: int, seed: int) -> None:
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must be at least 0, it keys the order of the windows")
         index_path = folder / "shards.json"
         if not index_path.exists():
             raise FileNotFoundError(f"{index_path} is missing: write the shards with training.shards.write_shards")
@@ -177,6 +179,8 @@ def permuted(i: int, n: int, *, key: int) -> int:
     """
     if not 0 <= i < n:
         raise ValueError(f"{i} is outside 0..{n - 1}")
+    if key < 0:
+        raise ValueError(f"key is {key}; it must be at least 0")
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:

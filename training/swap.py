@@ -105,7 +105,8 @@ def recover(
     Args:
         docs: training documents as token ids, one int64 vector each; the end-of-text token has id 0.
         heldout_NS: held-out windows [n, T + 1], T at most the model's window.
-        out: folder for `train.jsonl` and the checkpoint; an interrupted run goes on there and measures from there.
+        out: folder for `train.jsonl` and the checkpoint; an interrupted run goes on there and measures from there. The
+            checkpoint stays: keep the model, then `loop.discard_checkpoint(out / "checkpoints", "swap")`.
         steps, batch, lr, warmup: of the schedule.
         every: steps between measurements, a multiple of 10 (the loop reports every 10).
         checkpoint_every: steps between checkpoints (of a large model three times its size); None is `every`.

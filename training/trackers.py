@@ -5,6 +5,7 @@ A tracker takes a step and its figures. `jsonl` is the record that tests and rep
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,7 @@ class JsonLines:
 
     def __init__(self, folder: Path, run: str, first: int) -> None:
         self.path = folder / "log.jsonl"
-        kept = [t for t in read_lines(self.path) if json.loads(t)["step"] <= first]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(t + "\n" for t in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        keep_lines(self.path, lambda line: line["step"] <= first)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, figures: Figures) -> None:
@@ -59,16 +57,17 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars in a Weights & Biases run whose id is the name of the folder, so that a restart goes on in the same run."""
+    """Scalars in a Weights & Biases run whose id is a digest of the folder's whole path, so that a restart goes on in the
+    same run and folders of one name do not share one.
+    """
 
     def __init__(self, folder: Path, run: str, first: int) -> None:
         try:
             module: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise ImportError("Weights & Biases is not installed; run `pip install wandb`") from error
-        self._run = module.init(
-            project="polyformer", name=run, id=folder.resolve().name, resume="allow", dir=str(folder)
-        )
+        own = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+        self._run = module.init(project="polyformer", name=run, id=own, resume="allow", dir=str(folder))
 
     def write(self, step: int, figures: Figures) -> None:
         self._run.log(dict(figures), step=step)
@@ -98,3 +97,11 @@ def read_lines(path: Path) -> list[str]:
         return []
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the other lines of a log, and a half one, in place and at once: a kill leaves the old log or the new one."""
+    kept = [t for t in read_lines(path) if wanted(json.loads(t))]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(t + "\n" for t in kept), encoding="utf-8")
+    temporary.replace(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polyformer.model import Transformer
 from training.folder import Folder, calibration_tokens, heldout_windows
-from training.loop import Schedule, run_stage, token_loss
+from training.loop import Schedule, discard_checkpoint, run_stage, token_loss
 from training.recipe import Progress, Recipe
 
 
@@ -44,6 +44,7 @@ def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Prog
                 progress=progress,
             )
             folder.save_model(name, model)
+        discard_checkpoint(folder.checkpoints, name)
         folder.update_metrics(**{f"heldout_loss_{name}": heldout_loss(folder.load_model(name), heldout_windows(out))})
     return folder.update_metrics(
         text="state of the union 1993-2019" if text is None else str(text), parameters=model_size(folder)

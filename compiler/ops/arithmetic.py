@@ -13,6 +13,8 @@ from .functions import OR_FIT, function
 from .reading import Call, Handler, Reading
 from .refuse import refusal
 
+MAX_EXPONENT = 256
+
 
 def _expanded(g: Reading, call: Call, a: str, shape: tuple[int, ...]) -> str:
     """A tensor repeated along the axes that it is broadcast over."""
@@ -28,11 +30,18 @@ def _alike(g: Reading, call: Call, a: str, b: str) -> tuple[tuple[str, str], tup
 
 
 def _with_constant(g: Reading, call: Call, op: str, a: str, const: Array, name: str | None = None) -> None:
-    """x + c or x . c, x repeated first where the constant is the larger one."""
+    """x + c or x . c, x repeated first where the constant is the larger one; the op itself keeps its operand's shape."""
     shape = np.broadcast_shapes(g.shapes[a], const.shape)
     if math.prod(shape) > math.prod(g.shapes[a]):
         a = _expanded(g, call, a, shape)
-    g.emit(call, op, (a,), shape, const=const, name=name)
+    rank = len(g.shapes[a])
+    if rank == len(shape):
+        g.emit(call, op, (a,), shape, const=const, name=name)
+        return
+    # The constant only puts axes of length 1 in front, which would be lost where a pass folds it into what makes x.
+    inner = np.reshape(const, const.shape[const.ndim - rank :])
+    same = g.emit(call, op, (a,), g.shapes[a], const=inner, name=f"{name or call.outputs[0]}.same")
+    g.emit(call, "reshape", (same,), shape, name=name)
 
 
 def _elementwise(op: str) -> Handler:
@@ -91,6 +100,11 @@ def _pow(g: Reading, call: Call) -> None:
             function(g, call, "Pow", a, exponent=exponent)
             return
         raise call.fail(f"is a power with exponent {exponent}; only whole exponents >= 1 are polynomials")
+    if exponent > MAX_EXPONENT:
+        raise call.fail(
+            f"is a power with exponent {exponent:g}; at most {MAX_EXPONENT} is compiled, it takes {MAX_EXPONENT.bit_length() - 1} "
+            "levels already: use a lower one"
+        )
     coefficients = np.zeros(int(exponent) + 1)
     coefficients[-1] = 1.0
     g.emit(call, "polynomial", (a,), g.shapes[a], attrs={"coefficients": coefficients, "interval": None})

@@ -57,7 +57,7 @@ def _gemm(g: Reading, call: Call) -> None:
     a, b = call.inputs[:2]
     alpha, beta = call.attrs.get("alpha", 1.0), call.attrs.get("beta", 1.0)
     name = call.outputs[0]
-    c = call.inputs[2] if len(call.inputs) > 2 else ""
+    c = call.inputs[2] if len(call.inputs) > 2 and beta else ""  # 0 C is nothing, whatever C is
 
     def turned(x: str, flag: str) -> str:
         if not call.attrs.get(flag):

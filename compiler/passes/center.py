@@ -74,6 +74,23 @@ def _left_over(node: Node, view: View) -> list[Node] | None:
     return [replace(node, op="linear", const=np.eye(d) - 1.0 / d)]
 
 
+def _once(graph: Graph) -> Graph:
+    """Make equal lookups, and equal sums of them with constants, once: each norm that reads the embedding centred its own."""
+    known: dict[tuple[str, str, bytes], str] = {}
+    same: dict[str, str] = {}
+    nodes = []
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(same.get(name, name) for name in node.inputs))
+        if node.op in ("gather", "add_const") and node.const is not None:
+            key = (node.op, node.inputs[0], node.const.tobytes())
+            if (first := known.setdefault(key, node.name)) != node.name and node.name not in graph.outputs:
+                same[node.name] = first
+                continue
+        nodes.append(node)
+    return replace(graph, nodes=tuple(nodes))
+
+
 def center(graph: Graph) -> Graph:
     """Fold all means; a graph without LayerNorm comes back unchanged."""
-    return rewrite(rewrite(graph, [_find, _push]), [_left_over])
+    found = rewrite(graph, [_find, _push])
+    return graph if found is graph else rewrite(_once(found), [_left_over])

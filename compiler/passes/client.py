@@ -32,8 +32,13 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
     gathers = [n for n in graph.nodes if n.op == "gather"]
     if not gathers:
         return graph, None
-    if len(gathers) > 1 or len(graph.users()[graph.input]) > 1:
-        raise UnsupportedOpError(f"{len(gathers)} embeddings read the token ids; the client computes one")
+    readers = graph.users()[graph.input]
+    if len(gathers) > 1 or len(readers) > 1:
+        names = ", ".join(dict.fromkeys(f"{n.source!r} ({n.op})" for n in (*readers, *gathers)))
+        raise UnsupportedOpError(
+            f"the client computes one embedding of the token ids and sends nothing else of them; they are read by {names}: "
+            "put all that the model takes from the ids into one table"
+        )
     (gather,) = gathers
     assert gather.const is not None
     tokens, features = gather.shape[-2:]

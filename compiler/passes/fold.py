@@ -34,7 +34,7 @@ def _into_next(node: Node, view: View) -> list[Node] | None:
     maker = view.maker(node.inputs[0], "mul_const", "add_const") if node.op == "linear" else None
     if maker is None or node.const is None:
         return None
-    c = feature_vector(maker.const, node.const.shape[0])
+    c = feature_vector(maker.const, node.const.shape[-2])
     if c is None:
         return None
     if maker.op == "mul_const":
@@ -48,7 +48,7 @@ def _into_previous(node: Node, view: View) -> list[Node] | None:
     maker = view.maker(node.inputs[0], "linear") if node.op in ("mul_const", "add_const") else None
     if maker is None or maker.const is None or not view.only_user(maker.name, node):
         return None
-    c = feature_vector(node.const, maker.const.shape[1])
+    c = feature_vector(node.const, maker.const.shape[-1])
     if c is None:
         return None
     if node.op == "add_const":

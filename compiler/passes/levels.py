@@ -1,7 +1,7 @@
 """Levels: every op runs as low as what reads its result allows, because a primitive's cost falls with the level.
 
 need(op) = max over readers of need(reader) + depth(reader); outputs need 0. Linear maps of one value are kept at one level, the
-highest of theirs, because they then share their rotations.
+highest of theirs, because they then share their rotations. So are the ciphertexts of one input, which are encrypted alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHARED_BABIES = 4  # linear maps with fewer baby steps have little to share
 
 
 def assign_levels(ops: Sequence[Op], arrays: Arrays, slots: int) -> tuple[Op, ...]:
-    """The same ops with the lowest possible levels; the first input's level is the depth of the circuit."""
+    """The same ops with the lowest possible levels."""
     depths = [depth(op, arrays, slots) for op in ops]
     level = [0] * len(ops)
     shared: dict[int, int] = {}  # value -> level at which its linear maps read it
@@ -31,11 +31,22 @@ def assign_levels(ops: Sequence[Op], arrays: Arrays, slots: int) -> tuple[Op, ..
         for op in ops:
             if shares_rotations(op):
                 shared[op.args[0]] = max(shared.get(op.args[0], 0), level[op.id] + 1)
-    inputs = {op.attrs["name"] for op in ops if op.kind == "input"}
+    inputs: dict[str, int] = {}
+    for op in ops:
+        if op.kind == "input":
+            inputs[op.attrs["name"]] = max(inputs.get(op.attrs["name"], 0), level[op.id])
+    for op in ops:
+        if op.kind == "input":
+            level[op.id] = inputs[op.attrs["name"]]
     for op in ops:
         if op.kind == "output" and op.attrs["name"] in inputs:  # a state goes out at the level at which it came in
             level[op.id] = level[op.args[0]]
     return tuple(replace(op, level=level[op.id]) for op in ops)
+
+
+def top_level(ops: Sequence[Op]) -> int:
+    """The highest level of an op, which is an input's: the depth of a circuit that refreshes nothing."""
+    return max(op.level for op in ops)
 
 
 def shares_rotations(op: Op) -> bool:

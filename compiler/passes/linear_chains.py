@@ -27,11 +27,11 @@ VIEWS = ("reshape", "transpose")
 Shape = tuple[int, ...]
 
 
-def _shape(graph: Graph, view: View, name: str) -> Shape:
+def shape_of(graph: Graph, view: View, name: str) -> Shape:
     return view.nodes[name].shape if name in view.nodes else graph.input_shape
 
 
-def _map(node: Node, shape: Shape) -> tuple[sparse.csr_matrix, np.ndarray | None] | None:
+def as_map(node: Node, shape: Shape) -> tuple[sparse.csr_matrix, np.ndarray | None] | None:
     """A node that reads a tensor of this shape as matrix and bias; None if it is not linear or has a plan of its own."""
     size = math.prod(shape)
     match node.op:
@@ -51,7 +51,7 @@ def _map(node: Node, shape: Shape) -> tuple[sparse.csr_matrix, np.ndarray | None
         case "reduce_sum":
             return maps.sums(shape, (len(shape) - 1,)), None
         case "linear" if size == shape[-1]:
-            assert node.const is not None
+            assert node.const is not None and node.const.ndim == 2
             return sparse.csr_matrix(node.const.T), node.bias
     return None
 
@@ -86,7 +86,7 @@ def _chain(graph: Graph, refused: set[object], node: Node, view: View) -> list[N
         return None
     if _serves_attention(node, view) or _serves_attention(maker, view):
         return None
-    outer, inner = _map(node, maker.shape), _map(maker, _shape(graph, view, maker.inputs[0]))
+    outer, inner = as_map(node, maker.shape), as_map(maker, shape_of(graph, view, maker.inputs[0]))
     if outer is None or inner is None:
         return None
     (a, shift), (b, bias) = outer, inner
@@ -111,8 +111,8 @@ def _parallel(graph: Graph, node: Node, view: View) -> list[Node] | None:
         return None
     if not (view.only_user(u.name, node) and view.only_user(v.name, node) and u.shape == v.shape == node.shape):
         return None
-    shape = _shape(graph, view, u.inputs[0])
-    first, second = _map(u, shape), _map(v, shape)
+    shape = shape_of(graph, view, u.inputs[0])
+    first, second = as_map(u, shape), as_map(v, shape)
     if first is None or second is None:
         return None
     biases = [b for _, b in (first, second) if b is not None]
@@ -141,10 +141,10 @@ def _columns(graph: Graph, node: Node, view: View) -> list[Node] | None:
     index, maker = matrix.indices, view.nodes.get(node.inputs[0])
     while maker is not None and maker.op in VIEWS:
         if maker.op == "transpose":
-            before = _shape(graph, view, maker.inputs[0])
+            before = shape_of(graph, view, maker.inputs[0])
             index = np.arange(math.prod(before)).reshape(before).transpose(maker.attrs["perm"]).reshape(-1)[index]
         maker = view.nodes.get(maker.inputs[0])
-    if maker is None or maker.op != "linear" or maker.const is None:
+    if maker is None or maker.op != "linear" or maker.const is None or maker.const.ndim != 2:
         return None
     tokens, features = math.prod(maker.shape[:-1]), maker.shape[-1]
     token, feature = (part.reshape(node.shape) for part in np.divmod(index, features))

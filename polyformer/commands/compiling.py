@@ -162,7 +162,7 @@ def compile_files(
         samples = file["tokens"] if "tokens" in file else file["inputs"]
     target = Target(
         backend=backend,
-        max_memory_gb=max_memory_gb or 0.8 * machine_memory_gb(),
+        max_memory_gb=0.8 * machine_memory_gb() if max_memory_gb is None else max_memory_gb,
         max_latency_s=max_latency_s,
         max_error=max_error,
         insecure_log_n=insecure_log_n,
@@ -186,6 +186,7 @@ def compile_files(
         "certificate": str(compiled.certificate),
         "plan": str(compiled.plan),
         "op_seconds": {str(k): v for k, v in compiled.op_seconds.items()},
+        "op_errors": {str(k): v for k, v in circuit.errors.items()},
         "ops": [{"id": op.id, "kind": op.kind, "level": op.level, "source": op.source} for op in circuit.ops],
     }
     if to is not None:

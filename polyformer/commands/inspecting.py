@@ -73,6 +73,7 @@ def describe(path: Path) -> dict[str, Any]:
 def container(path: Path) -> dict[str, Any]:
     """A circuit, a client specification, or a frame."""
     from he_backend import container as file
+    from he_backend import efficiency
     from he_backend.circuit import Circuit, ClientSpec
 
     header, arrays, _ = file.read(path)
@@ -95,6 +96,9 @@ def container(path: Path) -> dict[str, Any]:
         }
         if kind == "circuit":
             facts["operators"] = dict(Counter(op.kind for op in loaded.ops))
+            if loaded.errors:
+                by_node = efficiency.largest([vars(op) for op in loaded.ops], loaded.errors)
+                facts["predicted error after"] = {name: float(f"{error:.2g}") for name, error in by_node.items()}
     else:
         facts |= {k: header.get(k) for k in ("circuit_sha256", "key_id", "log_n", "ciphertexts")}
     facts["arrays"] = f"{len(arrays)}, {size(sum(a.nbytes for a in arrays.values()))}"

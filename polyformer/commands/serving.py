@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from polyformer.commands.console import Failure, must_exist, say, warn_insecure
+from polyformer.commands.console import Failure, must_exist, say, size, warn_insecure
 from polyformer.commands.options import THREADS, Insecure
 
-PLAINTEXT_GB = 4.0
+PLAINTEXT_GB = 4.0  # for weights, where a circuit does not say what its plan keeps
+STATE_GB = 4.3
 
 
 def register(app: typer.Typer) -> None:
@@ -27,9 +28,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="Primitives evaluated at once.")] = THREADS,
-    plaintext_gb: Annotated[float, typer.Option(min=0, help="Memory for weights encoded ahead.")] = PLAINTEXT_GB,
+    plaintext_gb: Annotated[
+        float | None,
+        typer.Option(min=0, help="Memory for weights encoded ahead; default: what the circuit's plan keeps."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run.")] = 4,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sequences whose keys and values are kept at once.")] = 8,
+    state_gb: Annotated[float, typer.Option(min=0, help="Memory for the keys and values of all sequences.")] = STATE_GB,
     insecure: Insecure = False,
 ) -> None:
     """Serve a circuit over HTTP. It never sees a secret key, and refuses to start beside one."""
@@ -46,12 +51,18 @@ def serve(
     loaded = Circuit.load(circuit)
     if loaded.params.insecure:
         warn_insecure(loaded.params.name)
-    engine = CircuitEngine(loaded, threads=threads, plaintext_budget=int(plaintext_gb * 1e9), allow_insecure=insecure)
+    planned = loaded.predicted.get("plaintext_bytes", PLAINTEXT_GB * 1e9)
+    budget = int(planned if plaintext_gb is None else plaintext_gb * 1e9)
+    engine = CircuitEngine(loaded, threads=threads, plaintext_budget=budget, allow_insecure=insecure)
+    limits = Limits(max_queue=max_queue, max_sessions=max_sessions, max_state_bytes=int(state_gb * 1e9))
     try:
-        server = Server(loaded, engine, folder, limits=Limits(max_queue=max_queue, max_sessions=max_sessions))
+        server = Server(loaded, engine, folder, limits=limits)
     except ManifestError as error:
         raise Failure(
             f"{folder} holds keys for another circuit: give this one a folder of its own with --folder"
         ) from error
     say(f"serving {loaded.params.name} on http://{host}:{port}; keys in {folder}; Ctrl-C ends")
+    if loaded.steps:  # the plan has room for one
+        states = f"{server.sessions.most} sequences at once, {size(loaded.state_bytes)} each"
+        say(f"{states}; all but the first are beside the plan's memory (--max-sessions, --state-gb)")
     run(server, host=host, port=port)

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 
-from polyformer.mixers.base import Mixer
+from polyformer.mixers.base import OPTIONS, Mixer
 
-__all__ = ["Mixer", "load", "names"]
+__all__ = ["Mixer", "load", "names", "unread"]
 
 
 def names() -> list[str]:
@@ -31,3 +32,11 @@ def load(name: str) -> type[Mixer]:
         raise ValueError(f"unknown mixer {name!r}; known: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+
+
+def unread(layers: Sequence[str]) -> tuple[str, ...]:
+    """Return the options of a config that no layer of a stack reads: the ones that must stay at their defaults, or the
+    model would not be what its config says. A layer of a hybrid stack may leave unread what another one reads.
+    """
+    read = {option for name in layers for option in load(name).options}
+    return tuple(option for option in OPTIONS if option not in read) if layers else ()

@@ -21,6 +21,9 @@ from polyformer.norms import BatchNorm
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
 
+# Fields of a config that change what a layer computes and that not every mixer knows (`mixers.unread`).
+OPTIONS: tuple[str, ...] = ("causal", "kv_heads", "rotary", "score_norm", "las_decay", "las_width")
+
 
 class Mixer(nn.Module, ABC):
     """y = A(x) x, one input-dependent matrix a head: `forward` is project(matrix(x) value(x) + offset(x)).
@@ -28,6 +31,9 @@ class Mixer(nn.Module, ABC):
     What the matrix acts on is an affine map of x; all that depends on x in another way (scores, decays, gates) and the
     short convolution is in the matrix (methods.md 5.1).
     """
+
+    options: tuple[str, ...] = ()  # those of OPTIONS that it reads
+    hides_keys = False  # whether `forward` takes `visible_BT`
 
     @abstractmethod
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -80,8 +86,11 @@ class Attention(Mixer):
     (RoFormer, arXiv 2104.09864) turn the leading R channels of q and k, channel c with c + R/2, by the angle
     t base^(-2c/R). Without `causal` every position sees every key. `visible_BT` (bool), where a method takes it, hides
     keys of padding on top of that. A non-linearity takes its scores from `normed_scores`, multiplies them by `factor`
-    and its weights by `las.smooth(v)`.
+    and its weights by `las.smooth(v)`. What a non-linearity does not read of OPTIONS stays at its default, whatever the
+    other layers of a hybrid stack do.
     """
+
+    options: tuple[str, ...] = OPTIONS
 
     mask_TT: Tensor
     cos_TR: Tensor
@@ -89,15 +98,9 @@ class Attention(Mixer):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        config = config.at_defaults(option for option in OPTIONS if option not in self.options)
         d = config.width
         self.heads, self.head_size, self.length = config.heads, d // config.heads, config.length
-        options = [name for name in ("las_decay", "score_norm") if getattr(config, name)]
-        options += ["las_width > 1"] * (config.las_width > 1) + ["causal=False"] * (not config.causal)
-        if options and not self.scored:
-            raise ValueError(
-                f"{type(self).__name__} has no matrix of scores and cannot take {', '.join(options)}; "
-                "use softmax, power_softmax or pointwise"
-            )
         if config.score_norm and config.causal:
             raise ValueError("score_norm takes statistics over hidden keys too; set causal=False, or score_norm=False")
         self.kv_heads, self.causal, self.rotary = config.kv_heads or config.heads, config.causal, config.rotary
@@ -112,8 +115,6 @@ class Attention(Mixer):
             angle_TR = torch.arange(config.length)[:, None] * config.rotary_base ** (-c / config.rotary).repeat(2)
             self.register_buffer("cos_TR", angle_TR.cos().float(), persistent=False)
             self.register_buffer("sin_TR", angle_TR.sin().float(), persistent=False)
-
-    scored = True  # the forward pass makes the T x T scores, so that LaS, a norm over them and both sides are possible
 
     def normed_scores(self, s_BHTT: Tensor) -> Tensor:
         """Return scores through the BatchNorm over heads, if there is one; masks and decay come after it."""
@@ -151,7 +152,8 @@ class Attention(Mixer):
         x_BHTR, rest = x_BHTK[..., : self.rotary], x_BHTK[..., self.rotary :]
         low, high = x_BHTR.chunk(2, -1)
         turned_BHTR = torch.cat((-high, low), -1)
-        return torch.cat((x_BHTR * self.cos_TR[:t] + turned_BHTR * self.sin_TR[:t], rest), -1)
+        turned = torch.cat((x_BHTR * self.cos_TR[:t] + turned_BHTR * self.sin_TR[:t], rest), -1)
+        return turned.to(x_BHTK.dtype)  # sharding leaves buffers in float32 where q, k and v are bfloat16
 
     def mask(self, t: int, visible_BT: Tensor | None = None) -> Tensor:
         """Return the mask of ones and zeros: [T, T], or [B, 1, T, T] where keys are hidden."""

@@ -34,7 +34,7 @@ EPS = 1e-5  # below the mean square of a row
 class GatedLinear(Attention):
     """Causal linear attention with the decay `config.decay` and the gate `config.output_gate`."""
 
-    scored = False
+    options = ("kv_heads", "rotary")  # there is no matrix of scores: no LaS, no norm over them, no other side
 
     log_fixed_H: Tensor
 

@@ -132,11 +132,6 @@ class Hyena(Mixer):
         return self.o(y_BDT1[..., 0].transpose(1, 2))
 
     @property
-    def receptive_field(self) -> int | None:
-        """None: filters are as long as the window."""
-        return None
-
-    @property
     def degree(self) -> int:
         return self.order + 1
 

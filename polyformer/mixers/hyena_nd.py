@@ -37,6 +37,8 @@ CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F
 class HyenaNd(Hyena):
     """Hyena over a grid of 1, 2 or 3 axes, not causal. The short convolution is centred, 3 taps an axis."""
 
+    options = ("causal",)
+
     def __init__(self, config: ModelConfig) -> None:
         self.direction = config.hyena_direction
         n = len(config.grid)

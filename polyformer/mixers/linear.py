@@ -28,7 +28,7 @@ FEATURES = ("identity", "elu")
 class Linear(Attention):
     """Causal linear attention with the feature map `config.feature_map`."""
 
-    scored = False
+    options = ("kv_heads", "rotary")  # there is no matrix of scores: no LaS, no norm over them, no other side
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -29,7 +29,11 @@ SCALINGS = ("none", "after_sqrt", "after", "both")
 
 
 class Pointwise(Attention):
-    """Pointwise attention with sigma = `config.activation` and the scaling `config.length_scaling`."""
+    """Pointwise attention with sigma = `config.activation` and the scaling `config.length_scaling`. Hidden keys of padding
+    leave S as it is.
+    """
+
+    hides_keys = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -40,23 +44,23 @@ class Pointwise(Attention):
         self.after = {"none": 1.0, "after_sqrt": n**-0.5, "after": 1 / n, "both": 1 / n}[config.length_scaling]
         self.act = Activation(config.activation, degree=config.activation_degree)
 
-    def weights(self, q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
+    def weights(self, q_BHTK: Tensor, k_BHTK: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         """Return A_BHTT, before pooling."""
         t = q_BHTK.shape[2]
         s_BHTT = self.normed_scores(q_BHTK @ k_BHTK.transpose(-1, -2) * (self.before / math.sqrt(self.head_size)))
         if any(self.las.alphas):
             s_BHTT = s_BHTT * self.las.decay(t, s_BHTT)
-        return self.act(s_BHTT) * (self.mask_TT[:t, :t] * self.after)
+        return self.act(s_BHTT) * (self.mask(t, visible_BT) * self.after)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
-        return self.project(self.weights(q, k) @ self.las.smooth(v))
+        return self.project(self.weights(q, k, visible_BT) @ self.las.smooth(v))
 
-    def matrix(self, x_BTD: Tensor) -> Tensor:
+    def matrix(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, _ = self.qkv(x_BTD)
-        return self.las.pool(self.weights(q, k))
+        return self.las.pool(self.weights(q, k, visible_BT))
 
-    def reference(self, x_BTD: Tensor) -> Tensor:
+    def reference(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
         v, t, rows = self.las.smooth(v), x_BTD.shape[1], []
         for i in range(t):
@@ -67,18 +71,17 @@ class Pointwise(Attention):
                     scale_H, shift_H = self.score_norm.affine()
                     s_BH1 = s_BH1 * scale_H[:, None] + shift_H[:, None]
                 s_BH1 = s_BH1 * self.las.decay(t, s_BH1)[:, i, j, None]
-                row_BHK = row_BHK + self.after * self.act(s_BH1) * v[:, :, j]
+                term_BHK = self.after * self.act(s_BH1) * v[:, :, j]
+                row_BHK = row_BHK + (term_BHK if visible_BT is None else term_BHK * visible_BT[:, j, None, None])
             rows.append(row_BHK)
         return self.project(torch.stack(rows, 2))
 
     @property
     def degree(self) -> int:
-        """Scores have degree 2, sigma of degree d makes 2d, the values add 1."""
-        if self.act.polynomial is not None:
-            return 2 * self.act.polynomial.degree + 1
-        if self.act.kind == "square":
-            return 5
-        raise ValueError(f"pointwise attention with {self.act.kind!r} is not polynomial; use 'square' or 'polynomial'")
+        """Scores have degree 2, sigma of degree d makes 2d, the values add 1; raises ValueError where sigma is not
+        polynomial.
+        """
+        return 2 * self.act.degree + 1
 
     @property
     def depth(self) -> int:

@@ -41,6 +41,8 @@ class PowerSoftmax(Attention):
     all T keys are visible, n_i = T. Hidden keys of padding leave n_i as it is: a factor changes no weight.
     """
 
+    hides_keys = True
+
     row_T: Tensor
     goldschmidt_start_T: Tensor
 

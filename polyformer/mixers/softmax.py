@@ -18,11 +18,13 @@ class Softmax(Attention):
     then pooled.
     """
 
+    hides_keys = True
+
     def forward(self, x_BTD: Tensor, visible_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
         v = self.las.smooth(v)
         if any(self.las.alphas) or self.score_norm is not None:  # the fused kernel cannot touch the scores themselves
-            y_BHTK = self.weights(q, k, visible_BT) @ v
+            y_BHTK = self.weights(q, k, visible_BT).to(v.dtype) @ v  # masks and decays may be wider than bfloat16
         elif visible_BT is None:
             y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:

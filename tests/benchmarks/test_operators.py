@@ -1,4 +1,4 @@
-"""Errors after every node, and the tables that a record and the demo's report share."""
+"""Errors after every node, measured and predicted, and the tables that a record and the demo's report share."""
 
 from dataclasses import asdict, replace
 
@@ -7,8 +7,10 @@ import numpy as np
 from benchmarks import report
 from benchmarks.operators import errors, probed, shortened
 from benchmarks.two_tables import of_record, two_tables
+from compiler.errors import with_errors
 from he_backend import efficiency, keys
 from he_backend.execute import Executor
+from he_backend.trace import trace
 from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp
 
 
@@ -31,13 +33,16 @@ def test_errors_and_efficiency_of_a_request():
         x = np.linspace(-1, 1, WIDTH)
         found = errors(circuit, client, server, x, threads=2)
         assert set(found) == {1, 2, 3} and all(0 < e < 1e-5 for e in found.values())
+        foretold = with_errors(circuit, trace(circuit), [x, -x]).errors
+        assert set(foretold) == set(found)
+        assert all(found[i] <= foretold[i] <= 30 * found[i] for i in found)
         slots = np.repeat(x, server.slots // WIDTH)
         sent = server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=3)), level=3)
         runs = [asdict(Executor(circuit, server).run({("x", 0): sent}).timing) for _ in range(2)]
     finally:
         server.close()
     ops = [{"id": op.id, "kind": op.kind, "source": op.source, "level": op.level} for op in circuit.ops]
-    tables = efficiency.tables(ops, runs, errors=found)
+    tables = efficiency.tables(ops, runs, errors=found, predicted_errors=foretold)
     assert 0 < tables["efficiency"] <= 1.0
     assert {row["name"] for row in tables["operators"]} == {"FFN", "activation"}
     for rows in (tables["operators"], tables["primitives"]):
@@ -48,7 +53,11 @@ def test_errors_and_efficiency_of_a_request():
     }
     assert {row["name"] for row in tables["primitives"]} >= {"encode", "rotate", "ct-ct", "ct-pt", "rescale"}
     by_node, by_primitive = two_tables(tables, 2)
-    assert by_node.columns[-1] == "largest error" and len(by_primitive.rows[0]) == len(by_primitive.columns)
+    assert by_node.columns[-2:] == ("predicted error", "largest error")
+    assert by_node.rows[1][0] == "activation" and by_node.rows[1][-2:] == (foretold[2], found[2])
+    assert len(by_primitive.rows[0]) == len(by_primitive.columns)
+    unmeasured = two_tables(efficiency.tables(ops, runs, predicted_errors=foretold), 2)[0]
+    assert unmeasured.columns[-1] == "predicted error" and len(unmeasured.rows[0]) == len(unmeasured.columns)
     record = {"metrics": {**tables, "weights": "random"}, "machine": {"threads": 2}}
     assert "weights: random" in of_record(record)[0].markdown()
     page = report.render({"tables": tables})

@@ -18,10 +18,11 @@ class Builder:
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
+        self.functions: dict[str, onnx.FunctionProto] = {}  # local ones, by name
 
     def constant(self, values: np.ndarray) -> str:
         name = f"c{len(self.constants)}"
-        kind = np.float32 if np.asarray(values).dtype.kind == "f" else np.int64
+        kind = {"f": np.float32, "b": np.bool_}.get(np.asarray(values).dtype.kind, np.int64)
         self.constants.append(numpy_helper.from_array(np.asarray(values, dtype=kind), name))
         return name
 
@@ -30,6 +31,14 @@ class Builder:
         output = name or f"{kind.lower()}{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, names, [output], name=output, **attributes))
         return output
+
+    def split(self, x: str, sizes: list[int], axis: int) -> list[str]:
+        """The parts of a Split."""
+        names = [f"split{len(self.nodes)}.{i}" for i in range(len(sizes))]
+        self.nodes.append(
+            helper.make_node("Split", [x, self.constant(np.array(sizes))], names, name=names[0], axis=axis)
+        )
+        return names
 
     def linear(self, x: str, n_in: int, n_out: int, *, name: str = "", bias: bool = True) -> str:
         y = self.op("MatMul", x, self.rng.normal(0, n_in**-0.5, (n_in, n_out)), name=f"{name}.matmul" if bias else name)
@@ -43,7 +52,9 @@ class Builder:
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
             self.constants,
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        domains = [f.domain for f in self.functions.values()]
+        opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(d, 1) for d in sorted(set(domains)))]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=list(self.functions.values()))
         onnx.save(model, str(path))
         return path
 

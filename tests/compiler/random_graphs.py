@@ -7,13 +7,14 @@ drawn, weights come from a seed, so that an example that fails shrinks to few op
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from onnx import helper
 
 from .models import Builder
 
@@ -293,6 +294,104 @@ def _conv(w: Writer, x: Value) -> Value | None:
     return w.op("Conv", x, weight, *bias, shape=(1, made, *out), **attributes)
 
 
+def _average_pool(w: Writer, x: Value) -> Value | None:
+    """1-D or 2-D, strided, padded; the padding counted or not."""
+    if len(x.shape) < 3:
+        return None
+    size = x.shape[2:]
+    kernel = [w.integer(1, min(3, n)) for n in size]
+    pads = [w.integer(0, k - 1) for k in 2 * kernel]
+    stride = w.integer(1, 2)
+    padded = [n + pads[i] + pads[i + len(size)] for i, n in enumerate(size)]
+    out = [(n - k) // stride + 1 for n, k in zip(padded, kernel, strict=True)]
+    attributes: dict[str, Any] = {"kernel_shape": kernel, "pads": pads, "strides": [stride] * len(size)}
+    attributes["count_include_pad"] = w.integer(0, 1)
+    return w.op("AveragePool", x, shape=(*x.shape[:2], *out), **attributes)
+
+
+def _batch_normalization(w: Writer, x: Value) -> Value:
+    channels = x.shape[1]
+    scale, bias, mean = (w.weights(channels) for _ in range(3))
+    variance = w.b.rng.uniform(0.5, 2, channels)
+    return w.op("BatchNormalization", x, scale, bias, mean, variance, shape=x.shape, epsilon=w.one_of((1e-5, 0.1)))
+
+
+def _split(w: Writer, x: Value) -> Value | None:
+    """Two or three parts, of which one goes on and the others wait in the pool."""
+    axis = w.axis(x)
+    n = x.shape[axis]
+    if n < 2:
+        return None
+    cuts = sorted(w.draw(st.sets(st.integers(1, n - 1), min_size=1, max_size=2)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+    parts = [
+        Value(name=name, shape=(*x.shape[:axis], size, *x.shape[axis + 1 :]), degree=x.degree)
+        for name, size in zip(w.b.split(x.name, sizes, axis), sizes, strict=True)
+    ]
+    chosen = w.integer(0, len(parts) - 1)
+    w.pool += [part for i, part in enumerate(parts) if i != chosen]
+    return parts[chosen]
+
+
+def _pad(w: Writer, x: Value) -> Value:
+    """One axis padded or cropped by each end, by a number, the edge or a reflection."""
+    axis = w.axis(x)
+    n = x.shape[axis]
+    mode = w.one_of(("constant", "edge", "reflect"))
+    most = n - 1 if mode == "reflect" else 2
+    ends = [w.integer(-((n - 1) // 2) if mode == "constant" else 0, most) for _ in range(2)]
+    pads = np.zeros((2, len(x.shape)), dtype=np.int64)
+    pads[:, axis] = ends
+    shape = (*x.shape[:axis], n + sum(ends), *x.shape[axis + 1 :])
+    fill = [np.array(w.one_of((0.0, 0.75)))] if mode == "constant" else []
+    return w.op("Pad", x, pads.reshape(-1), *fill, shape=shape, mode=mode)
+
+
+def _where(w: Writer, x: Value) -> Value | None:
+    """A constant mask that chooses between a tensor and a number, either way round, or another tensor."""
+    kept = w.integer(0, len(x.shape))
+    mask = w.b.rng.uniform(size=x.shape[len(x.shape) - kept :]) < 0.5
+    condition = w.b.constant(mask)
+    if w.draw(st.booleans()):
+        constant = w.b.constant(_constant(w, x))
+        pair = w.draw(st.permutations((x.name, constant)))
+        return Value(name=w.b.op("Where", condition, *pair), shape=x.shape, degree=x.degree)
+    y = w.other(lambda v: _broadcastable(x.shape, v.shape, w.max_size))
+    if y is None:
+        return None
+    shape = np.broadcast_shapes(x.shape, y.shape)
+    return Value(name=w.b.op("Where", condition, x.name, y.name), shape=shape, degree=max(x.degree, y.degree))
+
+
+def _local_function(w: Writer, x: Value) -> Value | None:
+    """Functions that the file brings along: a polynomial, kept whole, or a gate, written out; its body calls the polynomial."""
+    if 2 * x.degree > MAX_DEGREE:
+        return None
+    own, public = helper.make_opsetid("polyformer", 1), helper.make_opsetid("", 17)
+    body = [
+        helper.make_node("Mul", ["a", "x"], ["ax"]),
+        helper.make_node("Add", ["ax", "b"], ["u"]),
+        helper.make_node("Mul", ["u", "c2"], ["p1"]),
+        helper.make_node("Add", ["p1", "c1"], ["h1"]),
+        helper.make_node("Mul", ["u", "h1"], ["p0"]),
+        helper.make_node("Add", ["p0", "c0"], ["y"]),
+    ]
+    names = ["x", "a", "b", "c0", "c1", "c2"]
+    kind = "Polynomial_power_2"
+    w.b.functions[kind] = helper.make_function("polyformer", kind, names, ["y"], body, [public])
+    numbers = [np.array(w.b.rng.uniform(0.3, 0.8)) for _ in names[1:]]
+    if w.draw(st.booleans()):
+        return w.op(kind, x, *numbers, shape=x.shape, degree=2 * x.degree, domain="polyformer")
+    gate = [
+        helper.make_node("Mul", ["x", "g"], ["gx"]),
+        helper.make_node(kind, ["gx", *names[1:]], ["y"], domain="polyformer"),
+    ]
+    w.b.functions["Gate"] = helper.make_function(
+        "polyformer", "Gate", ["x", "g", *names[1:]], ["y"], gate, [public, own]
+    )
+    return w.op("Gate", x, _constant(w, x), *numbers, shape=x.shape, degree=2 * x.degree, domain="polyformer")
+
+
 STEPS: dict[str, Callable[[Writer, Value], Value | None]] = {
     "Add": _two("Add"),
     "Sub": _two("Sub"),
@@ -319,22 +418,29 @@ STEPS: dict[str, Callable[[Writer, Value], Value | None]] = {
     "Expand": _expand,
     "CumSum": _cumsum,
     "Conv": _conv,
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_normalization,
+    "Split": _split,
+    "Pad": _pad,
+    "Where": _where,
+    "local function": _local_function,
 }
 
 
 @st.composite
-def programs(draw: Draw, *, max_steps: int = 6, max_size: int = 96) -> Program:
+def programs(draw: Draw, *, max_steps: int = 6, max_size: int = 96, steps: Collection[str] = STEPS) -> Program:
     """A program of one to `max_steps` ops; steps that do not fit the tensor that they drew are left out.
 
     Args:
         max_size: elements of any tensor; the input has half as many at most.
+        steps: names of those that are drawn.
     """
     rank = draw(st.integers(2, 4))
     side = int((max_size / 2) ** (1 / (rank - 1)))
     shape = (1, *(draw(st.integers(1, side)) for _ in range(rank - 1)))
     w = Writer(shape, draw(st.integers(0, 2**16)), draw, max_size)
     ops = []
-    for name in draw(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=max_steps)):
+    for name in draw(st.lists(st.sampled_from(sorted(steps)), min_size=1, max_size=max_steps)):
         # Mostly the newest tensor, so that programs get deep; sometimes an older one, so that they branch and join.
         x = w.pool[-1] if draw(st.integers(0, 3)) else w.one_of(w.pool)
         made = STEPS[name](w, x)

@@ -14,7 +14,7 @@ from he_backend.base import UnsupportedOpError
 from he_backend.simulator import simulate
 from polyformer import cli
 
-from .test_import_ops import Model
+from .op_cases import Model
 
 SHAPE = (1, 4, 6)
 
@@ -49,12 +49,34 @@ def layer_norm(m):
     return m.op("Div", centred, m.op("Sqrt", m.op("Add", variance, np.array(0.5))))
 
 
+def with_constants(kind, *constants):
+    def make(m):
+        h = m.op("MatMul", "x", m.normal(6, 5) / 3)
+        return m.op("MatMul", m.op(kind, *(h if c is None else c for c in constants)), m.normal(5, 2))
+
+    return make
+
+
+# None: the tensor.
+WITH_CONSTANTS = {
+    "Clip": ("Clip", None, np.array(-0.5), np.array(1.0)),
+    "Clip, one bound": ("Clip", None, "", np.array(0.4)),
+    "Max": ("Max", np.array(0.0), None),
+    "Max of several": ("Max", None, np.zeros((1, 5)), np.array([-3.0])),
+    "Min": ("Min", None, np.array(0.3)),
+    "PRelu": ("PRelu", None, np.full(5, 0.1)),
+}
+
+
 CASES = {
     **{kind: (layer(kind), (kind,)) for kind in ("Relu", "Sigmoid", "Tanh", "Exp", "Erf", "Gelu", "Softplus", "Abs")},
     **{kind: (layer(kind), (kind,)) for kind in ("LeakyRelu", "Elu", "Selu", "HardSigmoid", "HardSwish", "Softsign")},
     **{kind: (layer(kind), (kind,)) for kind in ("Mish", "Sin", "Cos")},
     "Gelu, tanh": (layer("Gelu", approximate="tanh"), ("Gelu",)),
     "gelu by Erf": (gelu_by_erf, ("Erf",)),
+    **{name: (with_constants(*args), (args[0],)) for name, args in WITH_CONSTANTS.items()},
+    "Clip, attributes": (layer("Clip", opset=6, min=-0.5, max=1.0), ("Clip",)),
+    "Celu": (layer("Celu", alpha=0.7), ("Celu",)),
     "silu": (silu, ("Sigmoid",)),
     "layer norm": (layer_norm, ("Reciprocal", "Sqrt")),
     "root": (lambda m: m.op("Pow", m.op("Add", m.op("Mul", "x", "x"), np.array(1.0)), np.array(0.5)), ("Pow",)),
@@ -136,6 +158,23 @@ def test_what_is_not_elementwise_is_refused(tmp_path, kind):
         import_onnx(path, approximate=True)
 
 
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda m: m.op("Max", "x", m.op("Neg", "x")), r"Max of 2 tensors .* as b \+ Relu\(a - b\)"),
+        (lambda m: m.op("Min", "x", m.op("Neg", "x"), np.array(1.0)), r"Min of 2 tensors .* as a - Relu\(a - b\)"),
+        (lambda m: m.op("PRelu", "x", np.arange(6.0)), "PRelu whose slope is not one number .*6 different"),
+        (lambda m: m.op("Max", "x", np.zeros((2, 1, 1, 6))), "repeats its tensor"),
+        (lambda m: m.op("Clip", "x", m.op("ReduceMean", "x", keepdims=0)), "Clip whose min .* depends on the input"),
+    ],
+    ids=["max of two", "min of two", "slope a channel", "repeated", "bound from the input"],
+)
+def test_what_is_elementwise_but_not_one_function_is_refused_truly(tmp_path, make, says):
+    m = Model(SHAPE)
+    with pytest.raises(UnsupportedOpError, match=says):
+        import_onnx(m.save(tmp_path / "m.onnx", make(m)), approximate=True)
+
+
 def test_an_approximated_model_compiles(tmp_path):
     m = Model((1, 16))
     h = m.op("Relu", m.op("Gemm", "x", m.normal(16, 8) / 4, m.normal(8)))
@@ -167,6 +206,15 @@ def test_command_line_says_what_was_approximated(tmp_path, capsys, approximate):
         assert "1.Sigmoid: Sigmoid by a polynomial of degree" in json.loads(shown.out)["approximations"]
     else:
         assert "--approximate" in shown.err
+
+
+def test_command_line_refuses_no_memory(tmp_path, capsys):
+    m = Model((1, 16))
+    path = m.save(tmp_path / "m.onnx", m.op("Mul", "x", "x"))
+    np.savez(tmp_path / "calibration.npz", inputs=np.ones((2, 16)))
+    for memory in ("0", "-3"):
+        assert cli.run(["compile", str(path), "--insecure-log-n", "11", "--max-memory-gb", memory]) != 0
+        assert "must be positive" in " ".join(capsys.readouterr().err.split())
 
 
 def test_margins_keep_the_sign():

@@ -1,32 +1,89 @@
-"""A corrupted circuit is refused in a sentence: by the loader where the file alone can tell, by the verifier where the model must."""
+"""A corrupted circuit is refused in a sentence: by the loader where the file alone can tell, by the verifier where the model must.
+
+One table for three circuits: a leveled one, one with refreshes, and one decoding step with states.
+"""
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from compiler import Target, compile_onnx, verify
+from he_backend import refresh
 from he_backend.base import WireError
 from he_backend.circuit import Circuit
 from he_backend.circuit_check import faults, key_faults
 
 from .models import norm_mlp
+from .test_deepen import deepened
 
+LOG_N = 10
 SLOTS = 512
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A compiled model with the samples that it was calibrated on."""
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """A circuit as the compiler made it, and the check that the compiler ends with."""
+
+    circuit: Circuit
+    check: Callable[[Circuit], None]
+
+
+def leveled(folder):
     samples = np.random.default_rng(1).normal(0, 0.5, (4, 4, 8)).astype(np.float32)
-    path = norm_mlp(tmp_path_factory.mktemp("m") / "m.onnx", layer_norm=True, width=8)
-    return compile_onnx(path, samples, target=Target(insecure_log_n=10)), samples
+    model = compile_onnx(
+        norm_mlp(folder / "m.onnx", layer_norm=True, width=8), samples, target=Target(insecure_log_n=LOG_N)
+    )
+    return Sound(circuit=model.circuit, check=lambda c: verify.finished(c, model.graph, samples))
+
+
+def refreshing(folder):
+    samples = list(np.random.default_rng(1).normal(0, 0.5, (4, 4, 8)))
+    graph, _, circuit = deepened(norm_mlp(folder / "m.onnx", layer_norm=True, width=8), samples, LOG_N)
+    return Sound(circuit=circuit, check=lambda c: verify.finished(c, graph, samples))
+
+
+def step(folder):
+    from .test_step import CASES, compiled_step  # torch
+
+    return Sound(circuit=compiled_step(folder, *CASES["no spare copies"])[0].circuit, check=verify.sound)
+
+
+CIRCUITS = {f.__name__: f for f in (leveled, refreshing, step)}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """By name; each is compiled once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = CIRCUITS[name](tmp_path_factory.mktemp("m"))
+        return made[name]
+
+    return of
+
+
+def on_each(table, others=()):
+    """Every corruption of a table on each circuit, and those of one kind of circuit on that alone."""
+    rows = [(circuit, name, row) for circuit in CIRCUITS for name, row in table.items()]
+    rows += [(circuit, name, row) for circuit, more in others for name, row in more.items()]
+    return pytest.mark.parametrize(
+        ("circuit", "row"), [pytest.param(c, row, id=f"{c}: {name}") for c, name, row in rows]
+    )
 
 
 def first(circuit, kind, *, last=False):
     found = [op for op in circuit.ops if op.kind == kind]
     return found[-1 if last else 0]
+
+
+def reply(circuit):
+    """The op of the reply: a step's states go out as well."""
+    return next(op for op in circuit.ops if op.kind == "output" and op.attrs["name"] == circuit.outputs[0].name)
 
 
 def with_op(circuit, op, **changes):
@@ -37,6 +94,12 @@ def with_op(circuit, op, **changes):
 
 def with_attrs(circuit, op, **changes):
     return with_op(circuit, op, attrs={**op.attrs, **changes})
+
+
+def with_another(circuit, op, **changes):
+    """The circuit with a copy of an op at its end."""
+    more = replace(op, id=len(circuit.ops), attrs={**op.attrs, **changes})
+    return replace(circuit, ops=(*circuit.ops, more))
 
 
 def with_array(circuit, name, array):
@@ -81,9 +144,11 @@ def without_key(circuit):
 def higher(circuit):
     """A whole circuit one level up, where its keys no longer reach."""
     ops = tuple(replace(op, level=op.level + 1) for op in circuit.ops)
-    inputs, outputs = (tuple(replace(s, level=s.level + 1) for s in door) for door in (circuit.inputs, circuit.outputs))
-    params = replace(circuit.params, levels=circuit.params.levels + 1)
-    return replace(circuit, params=params, ops=ops, inputs=inputs, outputs=outputs)
+    doors = {
+        name: tuple(replace(s, level=s.level + 1) for s in getattr(circuit, name))
+        for name in ("inputs", "outputs", "states")
+    }
+    return replace(circuit, params=replace(circuit.params, levels=circuit.params.levels + 1), ops=ops, **doors)
 
 
 def with_needless_keys(circuit):
@@ -106,7 +171,7 @@ BY_THE_LOADER = {
         r"level \d+ of a chain of \d+",
     ),
     "negative level": (
-        lambda c: with_op(with_signature(c, "outputs", level=-1), c.ops[-1], level=-1),
+        lambda c: with_op(with_signature(c, "outputs", level=-1), reply(c), level=-1),
         r"level -1 of a chain of \d+",
     ),
     "level of an input's signature": (
@@ -135,10 +200,26 @@ BY_THE_LOADER = {
         lambda c: with_op(c, first(c, "linear"), attrs={"plan": []}),
         "a linear needs the attribute 'weights'",
     ),
-    "output removed": (lambda c: without(c, "output"), r"output 'y': ciphertexts \[\] are there; its layout has 1"),
+    "output removed": (lambda c: without(c, "output"), r"output '.*': ciphertexts \[\] are there; its layout has 1"),
     "input renamed": (
         lambda c: with_attrs(c, first(c, "input"), name="z"),
-        r"input 'x': ciphertexts \[\] are there; its layout has 1",
+        r"input '.*': ciphertexts \[\] are there; its layout has 1",
+    ),
+    "an output twice": (
+        lambda c: with_another(c, first(c, "output", last=True)),
+        r"output 'y': ciphertexts \[0, 0\] are there; its layout has 1",
+    ),
+    "an input too many": (
+        lambda c: with_another(c, first(c, "input"), part=1),
+        r"input 'x': ciphertexts \[0, 1\] are there; its layout has 1",
+    ),
+    "an input of another name": (
+        lambda c: with_another(c, first(c, "input"), name="z"),
+        r"= input\(\).*: there is no input 'z'; known are x",
+    ),
+    "an output of another name": (
+        lambda c: with_another(c, first(c, "output"), name="z"),
+        r"= output\(.*: there is no output 'z'; known are y",
     ),
     "array removed": (
         lambda c: replace(c, arrays={k: a for k, a in c.arrays.items() if k != weights(c)}),
@@ -162,11 +243,11 @@ BY_THE_LOADER = {
     ),
     "layout beyond the tensor": (
         lambda c: with_layout(c, "outputs", out_of_range),
-        r"layout 'output' holds indices -?\d+ to 99; the tensor's are 0 to 32, exclusive",
+        r"layout 'output' holds indices -?\d+ to 99; the tensor's are 0 to \d+, exclusive",
     ),
     "layout without some elements": (
         lambda c: with_layout(c, "inputs", lambda a: np.where(a == 5, -1, a)),
-        r"input 'x': 1 of 32 elements lie in no slot of layout 'input'",
+        r"input '.*': 1 of \d+ elements lie in no slot of layout 'input'",
     ),
     "layout of a value, cut": (
         lambda c: with_array(c, first(c, "linear").layout or "layout.0", np.zeros(3, dtype=np.int32)),
@@ -205,10 +286,123 @@ BY_THE_LOADER = {
 }
 
 
-@pytest.mark.parametrize("name", BY_THE_LOADER)
-def test_the_loader_refuses(compiled, tmp_path, name):
-    change, says = BY_THE_LOADER[name]
-    change(compiled[0].circuit).save(tmp_path / "c")
+def refreshed(circuit):
+    """The operand of the first refresh."""
+    return circuit.ops[first(circuit, "refresh").args[0]]
+
+
+def without_a_key_of_the_refresh(circuit):
+    """One that no op but the refresh uses, if there is one: slots to coefficients has many."""
+    needed = refresh.rotations(circuit.params)
+    k = max(needed, key=lambda k: (needed[k] == circuit.keys[k], k))
+    return replace(circuit, keys={a: level for a, level in circuit.keys.items() if a != k})
+
+
+OF_REFRESHES = {
+    "a refresh above what it reaches": (
+        lambda c: with_op(c, first(c, "refresh"), level=c.params.refresh_output + 1),
+        r"= refresh\(.*: a refresh reaches level \d+",
+    ),
+    "refreshed at too low a level": (
+        lambda c: with_op(c, refreshed(c), level=c.params.refresh_input - 1),
+        r"= refresh\(.* needs its operand at level \d+; %\d+ has \d+",
+    ),
+    "a refresh of nobody": (
+        lambda c: with_attrs(c, first(c, "refresh"), kind="sparse"),
+        "a refresh is plain, pair, functional, not 'sparse'",
+    ),
+    "a plain refresh of two": (
+        lambda c: with_op(c, first(c, "refresh"), args=(refreshed(c).id, 0)),
+        "a refresh takes 1 operands, not 2",
+    ),
+    "half of a pair alone": (
+        lambda c: with_attrs(c, first(c, "refresh"), kind="pair"),
+        "a refresh takes 2 operands, not 1",
+    ),
+    "a function without its series": (
+        lambda c: with_attrs(c, first(c, "refresh"), kind="functional", scale=0.5),
+        "a refresh needs the attribute 'fourier'",
+    ),
+    "a function where the context has none": (
+        lambda c: with_attrs(higher(c), first(c, "refresh"), kind="functional", scale=0.5, fourier=[[0.5, 0.0]]),
+        "plain and functional refreshes exclude each other",
+    ),
+    "parameters without a refresh": (
+        lambda c: replace(c, params=replace(c.params, refresh_encode=0, refresh_decode=0, refresh_slots=0)),
+        r"= refresh\(.*: .* has no refresh: give it a refresh budget",
+    ),
+    "a period that values do not have": (
+        lambda c: replace(c, params=replace(c.params, refresh_slots=8)),
+        "its slots do not repeat with the refresh's period 8",
+    ),
+    "values beyond a refresh's interval": (
+        lambda c: with_op(c, refreshed(c), bound=1.5),
+        r"= refresh\(.*: %\d+ reaches 1.5; a refresh keeps slots within \[-1, 1\]",
+    ),
+    "rotation key of a refresh missing": (without_a_key_of_the_refresh, KEY_MISSING),
+}
+
+
+def with_state(circuit, **changes):
+    """The first state declared otherwise."""
+    return replace(circuit, states=(replace(circuit.states[0], **changes), *circuit.states[1:]))
+
+
+def state_op(circuit, kind):
+    return next(op for op in circuit.ops if op.kind == kind and op.attrs["name"] == circuit.states[0].name)
+
+
+def table(circuit):
+    """The array of a step's rows."""
+    return next(op for op in circuit.ops if op.kind in ("mul_step", "add_step")).attrs["array"]
+
+
+OF_STEPS = {
+    "a state at another level": (
+        lambda c: with_state(c, level=c.states[0].level - 1),
+        r"= input\(\).*: its signature says level \d+",
+    ),
+    "a state that goes out lower than it came in": (
+        lambda c: with_op(c, state_op(c, "output"), level=c.states[0].level - 1),
+        r"= output\(.*: its signature says level \d+",
+    ),
+    "a state at another scale": (
+        lambda c: with_op(c, state_op(c, "output"), factor=2 * c.states[0].factor),
+        r"= output\(.*: factor \S+; its signature says \S+",
+    ),
+    "a state that is not read": (
+        lambda c: with_attrs(c, state_op(c, "input"), name="z"),
+        r"input '.*': ciphertexts \[\] are there; its layout has 1",
+    ),
+    "a state that is not written": (
+        lambda c: with_attrs(c, state_op(c, "output"), name="z"),
+        r"output '.*': ciphertexts \[\] are there; its layout has 1",
+    ),
+    "a state that nobody declared": (
+        lambda c: replace(c, states=c.states[1:]),
+        r"= input\(\).*: there is no input '.*'; known are",
+    ),
+    "a state of another shape": (
+        lambda c: with_state(c, shape=(c.states[0].shape[0] + 1, *c.states[0].shape[1:])),
+        r"input '.*': \d+ of \d+ elements lie in no slot of layout",
+    ),
+    "layout of a state removed": (
+        lambda c: replace(c, arrays={k: a for k, a in c.arrays.items() if k != c.states[0].layout}),
+        r"input '.*': there is no layout array '.*'",
+    ),
+    "rows for a step less": (
+        lambda c: with_array(c, table(c), c.arrays[table(c)][:-1]),
+        r"has (\d+) rows for \d+ steps",
+    ),
+    "a step more than rows": (lambda c: replace(c, steps=c.steps + 1), r"has \d+ rows for \d+ steps"),
+    "no steps": (lambda c: replace(c, steps=0), r"has \d+ rows for 0 steps"),
+}
+
+
+@on_each(BY_THE_LOADER, [("refreshing", OF_REFRESHES), ("step", OF_STEPS)])
+def test_the_loader_refuses(sound, tmp_path, circuit, row):
+    change, says = row
+    change(sound(circuit).circuit).save(tmp_path / "c")
     with pytest.raises(WireError, match=says):
         Circuit.load(tmp_path / "c")
 
@@ -232,7 +426,7 @@ BY_THE_VERIFIER = {
     ),
     "scale of the output and its op": (
         lambda c: with_op(
-            with_signature(c, "outputs", factor=2 * c.outputs[0].factor), c.ops[-1], factor=2 * c.ops[-1].factor
+            with_signature(c, "outputs", factor=2 * c.outputs[0].factor), reply(c), factor=2 * reply(c).factor
         ),
         "output 'y' differs from the graph by 1.00e",
     ),
@@ -241,20 +435,31 @@ BY_THE_VERIFIER = {
 }
 
 
-@pytest.mark.parametrize("name", BY_THE_VERIFIER)
-def test_the_verifier_refuses(compiled, name):
-    change, says = BY_THE_VERIFIER[name]
-    model, samples = compiled
+@on_each(
+    {},
+    [
+        ("leveled", BY_THE_VERIFIER),
+        ("refreshing", BY_THE_VERIFIER),
+        ("refreshing", OF_REFRESHES),
+        ("step", {name: BY_THE_VERIFIER[name] for name in ("rotation key missing", "a form that the loader refuses")}),
+        ("step", OF_STEPS),
+    ],
+)
+def test_the_verifier_refuses(sound, circuit, row):
+    change, says = row
     with pytest.raises(verify.VerificationError, match=says):
-        verify.finished(change(model.circuit), model.graph, samples)
+        sound(circuit).check(change(sound(circuit).circuit))
 
 
-def test_a_sound_circuit_passes_both(compiled, tmp_path):
-    model, samples = compiled
-    assert [*faults(model.circuit), *key_faults(model.circuit)] == []
-    verify.finished(model.circuit, model.graph, samples)
-    model.circuit.save(tmp_path / "c")
-    assert Circuit.load(tmp_path / "c").sha256 == model.circuit.sha256
+@pytest.mark.parametrize("name", CIRCUITS)
+def test_a_sound_circuit_passes_both(sound, tmp_path, name):
+    circuit = sound(name).circuit
+    assert [*faults(circuit), *key_faults(circuit)] == []
+    sound(name).check(circuit)
+    circuit.save(tmp_path / "c")
+    again = Circuit.load(tmp_path / "c")
+    assert again.sha256 == circuit.sha256 and again.errors == circuit.errors
+    assert bool(circuit.refreshes) == (name == "refreshing") and bool(circuit.states) == (name == "step")
 
 
 def in_header(change):
@@ -294,11 +499,11 @@ IN_THE_FILE = {
 }
 
 
-@pytest.mark.parametrize("name", IN_THE_FILE)
-def test_a_changed_file_is_refused(compiled, tmp_path, name):
-    change, says = IN_THE_FILE[name]
+@on_each(IN_THE_FILE)
+def test_a_changed_file_is_refused(sound, tmp_path, circuit, row):
+    change, says = row
     path = tmp_path / "c"
-    compiled[0].circuit.save(path)
+    sound(circuit).circuit.save(path)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(WireError, match=says):
         Circuit.load(path)

@@ -24,21 +24,27 @@ from .test_three_ways import encrypted
 LOG_N = 11
 
 
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    """(graph, samples, what the search found) of a deep MLP whose leveled circuit needs 24 levels."""
-    path = deep_mlp(tmp_path_factory.mktemp("deep") / "m.onnx", layers=6)
-    rng = np.random.default_rng(1)
-    samples = [rng.uniform(-0.5, 0.5, 16) for _ in range(6)]
+def deepened(path, samples, log_n=LOG_N):
+    """(graph, what the search for refreshes found, the circuit) of a model, though a leveled chain would do on a test ring."""
     graph, _ = simplify(import_graph(path), samples[0][None])
     table = CostTable.load()
-    lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (LOG_N - 1), plan_cost(table, LOG_N))
-    lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (LOG_N - 1)))
-    target = Target(insecure_log_n=LOG_N)
-    found = deepen(lowered, LOG_N, samples, target, table, lambda stage, done, total: None)
+    lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (log_n - 1), plan_cost(table, log_n))
+    lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
+    target = Target(insecure_log_n=log_n)
+    found = deepen(lowered, log_n, samples, target, table, lambda stage, done, total: None)
     assert found.circuit is not None
     assert found.candidate is not None
     circuit = _finish(with_bounds(found.circuit, samples), found.candidate, found.error, None, graph, path)
+    return graph, found, circuit
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """(graph, samples, what the search found, circuit) of a deep MLP whose leveled circuit needs 24 levels."""
+    path = deep_mlp(tmp_path_factory.mktemp("deep") / "m.onnx", layers=6)
+    rng = np.random.default_rng(1)
+    samples = [rng.uniform(-0.5, 0.5, 16) for _ in range(6)]
+    graph, found, circuit = deepened(path, samples)
     return graph, samples, found, circuit
 
 
@@ -51,6 +57,25 @@ def test_the_circuit_refreshes_and_is_shorter_than_the_model(deep):
     assert f"{len(refreshes)} refreshes" in str(found.candidate)
     verify.levels(circuit)
     assert refresh_failure(circuit) < -100
+
+
+def test_what_fails_too_often_is_not_chosen(deep, monkeypatch):
+    """Here by its reply, whose bound the placed program carries; not by its refreshes alone."""
+    graph, samples, found, circuit = deep
+    table = CostTable.load()
+    seen = []
+
+    def over(placed, error, bounds=None):
+        seen.append([op.bound for op in placed.ops if op.kind == "output"])
+        return "too often"
+
+    monkeypatch.setattr("compiler.deepen.over_budget", over)
+    lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (LOG_N - 1), plan_cost(table, LOG_N))
+    lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (LOG_N - 1)))
+    again = deepen(lowered, LOG_N, samples, Target(insecure_log_n=LOG_N), table, lambda stage, done, total: None)
+    assert again.circuit is None
+    assert any("too often" in row.why for row in again.rows)
+    assert seen and seen[0] == pytest.approx([op.bound for op in circuit.ops if op.kind == "output"], rel=1e-6)
 
 
 def test_three_ways(deep):

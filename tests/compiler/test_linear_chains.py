@@ -11,7 +11,7 @@ from compiler.passes.fold import fold
 from compiler.passes.linear_chains import linear_chains
 
 from .models import attention
-from .test_import_ops import Model
+from .op_cases import Model
 
 
 def conv_block(m):

@@ -1,6 +1,7 @@
 """Passes keep the meaning of a graph and do what they are for."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 
 from compiler.certificate import certify
-from compiler.ir import evaluate
+from compiler.ir import Graph, Node, evaluate
 from compiler.layout import Heads, from_features, periodic, to_features
 from compiler.matvec import plan_matvec, split
 from compiler.onnx_import import import_onnx
 from compiler.passes.center import center
+from compiler.passes.client import split_client
 from compiler.passes.fold import fold
 from compiler.passes.fuse import fuse
+from compiler.pipeline import simplify
 from compiler.polynomials import monic_factors, prepare
+from compiler.verify import VerificationError, same_meaning
 from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Op
 from he_backend.kernels import NumpySlots, apply
@@ -71,6 +75,43 @@ def test_powers_fuse_to_one_polynomial(tmp_path):
     graph = fuse(import_onnx(attention(tmp_path / "m.onnx", power=4)))
     powers = [n for n in graph.nodes if n.op == "polynomial" and n.inputs == ("scores",)]
     assert [len(n.attrs["coefficients"]) for n in powers] == [5]
+
+
+@pytest.mark.parametrize("kind", ["Add", "Mul", "Sub", "Div"])
+@pytest.mark.parametrize("constant", [(1, 1, 1, 5), (1, 1, 1, 1)], ids=["vector", "number"])
+def test_a_constant_of_more_axes_keeps_them(tmp_path, kind, constant):
+    """The result has four axes, as a transpose behind it needs; the constant is folded all the same."""
+    import onnxruntime
+
+    b = Builder((1, 4, 6))
+    y = b.op(kind, b.linear("x", 6, 5, bias=False, name="up"), b.rng.normal(1, 0.1, constant))
+    path = b.save(tmp_path / "m.onnx", b.op("Transpose", y, perm=[0, 2, 1, 3]), (1, 4, 1, 5))
+    x = np.random.default_rng(1).normal(0, 0.5, (1, 4, 6)).astype(np.float32)
+    wanted = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0]
+    graph, _ = simplify(import_onnx(path), x)
+    found = evaluate(graph, x)[graph.output]
+    assert found.shape == wanted.shape == (1, 4, 1, 5)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert not any(n.op in ("add_const", "mul_const") and constant[-1] > 1 for n in graph.nodes)
+
+
+def test_a_pass_must_keep_the_shape(tmp_path):
+    graph = import_onnx(mlp(tmp_path / "m.onnx"))
+    last = replace(graph.nodes[-1], name="more", op="reshape", inputs=(graph.output,), shape=(1, 1, 10), const=None)
+    more = replace(graph, nodes=(*graph.nodes, last), output="more")
+    x = np.ones((1, 64))
+    with pytest.raises(VerificationError, match=r"'p' changed the output's shape from \(1, 10\) to \(1, 1, 10\)"):
+        same_meaning(graph, more, x, x, "p")
+    with pytest.raises(VerificationError, match="not finite on the first sample, before pass 'p'"):
+        same_meaning(graph, graph, x * np.nan, x, "p")
+
+
+def test_a_second_reader_of_the_ids_is_named():
+    ids = Node(name="e", op="gather", inputs=("x",), shape=(1, 3, 2), const=np.ones((5, 2)), source="embed")
+    other = Node(name="o", op="mul_const", inputs=("x",), shape=(1, 3), const=np.array(2.0), source="scale")
+    graph = Graph(input="x", input_shape=(1, 3), output="o", nodes=(ids, other))
+    with pytest.raises(UnsupportedOpError, match=r"read by 'embed' \(gather\), 'scale' \(mul_const\)"):
+        split_client(graph)
 
 
 def test_certificate_degree(tmp_path):

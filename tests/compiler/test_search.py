@@ -7,12 +7,13 @@ import pytest
 
 from compiler import Target, compile_onnx, plan, search
 from compiler.cost import CostTable
-from compiler.plan import candidates, output_room
+from compiler.plan import candidates, output_room, refuse
 from compiler.search import plan_cost
+from he_backend.base import ParamsError
 from he_backend.openfhe_ring import ring
 from he_backend.params import Params
 from he_backend.simulator import simulate
-from tests.compiler.models import mlp
+from tests.compiler.models import Builder, mlp
 
 
 def compiled(tmp_path, **limits):
@@ -63,6 +64,51 @@ def test_what_does_not_fit_the_first_modulus_is_not_chosen(tmp_path, monkeypatch
     assert found.circuit.params.scale_bits != 26
     why = [c.why for c in found.plan.others if c.params.scale_bits == 26]
     assert any("of the first modulus" in w for w in why)
+
+
+@pytest.mark.parametrize("first", [0, 590], ids=["part 0 is deeper", "part 1 is deeper"])
+def test_all_parts_of_an_input_are_at_one_level(tmp_path, first):
+    """600 numbers in two ciphertexts, one of which alone is read."""
+    b = Builder((1, 600))
+    h = b.op("Slice", "x", np.array([first]), np.array([first + 10]), np.array([1]))
+    path = b.save(tmp_path / "m.onnx", b.op("Mul", h, h), (1, 10))
+    x = np.random.default_rng(0).normal(0, 0.3, (6, 600)).astype(np.float32)
+    circuit = compile_onnx(path, x, target=Target(insecure_log_n=10)).circuit
+    assert [op.level for op in circuit.ops if op.kind == "input"] == [circuit.inputs[0].level] * 2
+    found = simulate(circuit, {"x": x[0]}).outputs[circuit.outputs[0].name]
+    np.testing.assert_allclose(found, x[0, first : first + 10] ** 2, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"max_error": 1e-30}, "predicted error"),
+        ({"max_latency_s": 1e-6}, "slower than 1e-06 s"),
+    ],
+)
+def test_a_refusal_names_the_limit_that_was_missed(tmp_path, limits, why):
+    with pytest.raises(ParamsError, match=why) as caught:
+        compiled(tmp_path, backend="tenseal", insecure_log_n=12, **limits)
+    assert "too many" not in str(caught.value)
+    assert "too many" not in str(refuse([], 3, Target(backend="tenseal")))
+    assert "TenSEAL has at most 19 at 128 bits: 11 too many" in str(refuse([], 30, Target(backend="tenseal")))
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({(3, 5): np.nan}, r"calibration sample 3 of 6 holds nan at \[5\]: "),
+        ({(1, 0): np.inf, (4, 2): np.nan}, r"calibration sample 1 of 6 holds inf at \[0\] and 1 others"),
+    ],
+)
+def test_calibration_that_is_not_finite_is_refused_at_the_door(tmp_path, bad, says):
+    x = np.zeros((6, 64), dtype=np.float32)
+    for at, value in bad.items():
+        x[at] = value
+    with pytest.raises(ParamsError, match=says):
+        compile_onnx(mlp(tmp_path / "m.onnx"), x, target=Target(insecure_log_n=11))
+    with pytest.raises(ParamsError, match="has no sample"):
+        compile_onnx(mlp(tmp_path / "m.onnx"), x[:0], target=Target(insecure_log_n=11))
 
 
 def test_tenseal_sums_one_by_one(tmp_path):

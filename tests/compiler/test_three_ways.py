@@ -1,8 +1,11 @@
 """The test that matters: ONNX in onnxruntime = the circuit in the simulator = the circuit under encryption."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -14,6 +17,7 @@ from he_backend import keys
 from he_backend.base import HEError, ParamsError, UnsupportedOpError
 from he_backend.circuit import Circuit
 from he_backend.execute import Executor
+from he_backend.params import Params
 from he_backend.simulator import input_slots, output_tensors, simulate
 
 from .models import attention, mlp, norm_mlp
@@ -32,32 +36,41 @@ CASES = {
 }
 
 
-def encrypted(circuit: Circuit, x: np.ndarray) -> np.ndarray:
-    """One evaluation under real encryption, client and server as two objects that share bytes only."""
-    module = keys.backend(circuit.params.backend)
-    insecure = circuit.params.insecure
-    client = module.Client(circuit.params, allow_insecure=insecure)
-    server = module.Evaluator(circuit.params, key_id=client.key_id, allow_insecure=insecure)
+@contextmanager
+def parties(params: Params) -> Iterator[tuple[Any, Any]]:
+    """Client and server, two objects that are given nothing in common but bytes."""
+    module = keys.backend(params.backend)
+    client = module.Client(params, allow_insecure=params.insecure)
+    server = module.Evaluator(params, key_id=client.key_id, allow_insecure=params.insecure)
     try:
-        for kind, k, level in keys.wanted(circuit.spec()):
-            server.load_key(kind, k, level, client.make_key(kind, k, level))
-        sent = {
-            part: server.import_ciphertext(
-                client.export_ciphertext(client.encrypt(slots, level=circuit.inputs[0].level)),
-                level=circuit.inputs[0].level,
-            )
-            for part, slots in input_slots(circuit, {"x": x}).items()
-        }
-        run = Executor(circuit, server).run(sent)
-        back = {
-            part: client.decrypt(
-                client.import_ciphertext(server.export_ciphertext(c), level=c.level), scale=run.scales[part]
-            )
-            for part, c in run.outputs.items()
-        }
+        yield client, server
     finally:
         server.close()
+
+
+def asked(circuit: Circuit, client: Any, server: Any, x: np.ndarray) -> np.ndarray:
+    """The reply to one request, opened."""
+    level = circuit.inputs[0].level
+    sent = {
+        part: server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=level)), level=level)
+        for part, slots in input_slots(circuit, {"x": x}).items()
+    }
+    run = Executor(circuit, server).run(sent)
+    back = {
+        part: client.decrypt(
+            client.import_ciphertext(server.export_ciphertext(c), level=c.level), scale=run.scales[part]
+        )
+        for part, c in run.outputs.items()
+    }
     return output_tensors(circuit, back)["y"]
+
+
+def encrypted(circuit: Circuit, x: np.ndarray) -> np.ndarray:
+    """One evaluation under real encryption."""
+    with parties(circuit.params) as (client, server):
+        for kind, k, level in keys.wanted(circuit.spec()):
+            server.load_key(kind, k, level, client.make_key(kind, k, level))
+        return asked(circuit, client, server, x)
 
 
 def three_ways(path: Path, target: Target, *, scale: float = 0.5) -> Circuit:

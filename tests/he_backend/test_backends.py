@@ -272,6 +272,24 @@ def test_a_secure_ring_is_accepted_and_enforced(name):
     assert client.log_qp <= security.limit(p)
 
 
+def test_a_prepared_evaluator_leaves_nothing_to_its_first_rotations(monkeypatch):
+    from he_backend import openfhe_ring
+
+    pair = parties("openfhe")
+    x = pair.send(np.ones(pair.params.slots))
+    pair.ev.prepare(refresh=False)
+    monkeypatch.setattr(openfhe_ring.Ring, "load", None)
+    monkeypatch.setattr(openfhe_ring.Ring, "mod_down_bias", None)
+    for level in (x.level, x.level - 1):
+        pair.ev.rotate(pair.ev.drop(x, level=level), 1)
+    monkeypatch.undo()
+    rows = pair.ev._ring.mod_down_bias
+    for level in range(pair.params.levels + 1):
+        found = pair.ev._ring.export(pair.ev._bias_at(level), level)
+        assert np.array_equal(found, np.stack([rows[: level + 1]] * 2))
+    pair.ev.close()
+
+
 def test_a_rotation_takes_the_rings_lock_only_outside_the_key_maps(monkeypatch):
     """A loading client waits for the readers of the key maps under the ring's lock: a reader that wants it never ends."""
     from he_backend import openfhe_ring

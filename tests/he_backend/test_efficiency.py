@@ -2,7 +2,7 @@
 
 import pytest
 
-from he_backend.efficiency import PRIMITIVES, fastest, node_of, tables
+from he_backend.efficiency import PRIMITIVES, fastest, largest, node_of, tables
 
 SOURCES = {
     "blocks.0.mixer_norm.scale": "norm",
@@ -60,17 +60,35 @@ def test_a_lower_level_costs_at_most_what_a_higher_one_does():
 
 
 def test_both_tables_add_up():
-    found = tables(OPS, [RUN], errors={1: 0.25})
+    found = tables(OPS, [RUN], errors={1: 0.25}, predicted_errors={0: 0.5, 1: 0.75})
     assert found["bound_s"] == pytest.approx((2 * 1.0 + 1.0 + 0.5) / 2)
     assert found["efficiency"] == pytest.approx(1.75 / 4.0)
     q, scores = found["operators"]
-    assert (q["name"], q["count"], q["levels"], q["error"]) == ("QKV", 2, [5, 5], None)
+    assert (q["name"], q["count"], q["levels"], q["error"], q["predicted_error"]) == ("QKV", 2, [5, 5], None, 0.5)
     assert (q["seconds"], q["bound_s"], q["efficiency"]) == (4.0, 2.0, 0.5)
     assert (scores["name"], scores["error"], scores["bound_s"]) == ("scores", 0.25, 1.5)
+    assert scores["predicted_error"] == 0.75
     assert [row["name"] for row in found["primitives"]] == ["rotate", "ct-ct"]
     for rows in (found["operators"], found["primitives"]):
         assert sum(row["share"] for row in rows) == pytest.approx(1.0)
         assert sum(row["bound_s"] for row in rows) == pytest.approx(2 * found["bound_s"])
+
+
+def test_the_largest_error_of_a_node_stands_for_it():
+    ops = [
+        {"id": i, "kind": kind, "source": source}
+        for i, (source, kind) in enumerate(
+            (
+                ("head.matmul", "linear"),
+                ("0.mixer.q", "linear"),
+                ("0.mixer.k", "linear"),
+                ("0.mixer.k", "refresh"),
+                ("x", "input"),
+            )
+        )
+    ]
+    found = largest(ops, {0: 0.5, 1: 0.25, 2: 0.125, 3: 1.0})
+    assert list(found.items()) == [("QKV", 0.25), ("head", 0.5), ("refresh", 1.0)]
 
 
 def test_a_new_primitive_is_counted_too():

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from he_backend import owner
+from he_backend import container, owner
 from he_backend.base import Array, HEError, ManifestError, WireError
 from he_backend.circuit import Circuit, ClientSpec
 from he_backend.client import Client, LostJobError
@@ -135,6 +135,17 @@ def test_request_for_another_circuit_or_key(served: tuple[Site, Client]) -> None
     with pytest.raises(ManifestError, match="key_id"):
         client.evaluate(owner.seal(site.spec, StubOwner(OTHER), {"x": X}), max_reply=site.max_reply)
     still_alive(site, client)
+
+
+@pytest.mark.parametrize("key_id", ["0" * 32, "", None])
+def test_no_answer_tells_the_id_of_the_keys(served: tuple[Site, Client], key_id: object) -> None:
+    site, _ = served
+    header, arrays = container.loads(site.request)
+    frame = container.dumps({**header, "key_id": key_id, "log_n": 5}, arrays)
+    answer = httpx.post(site.url + "/evaluate", content=frame)
+    assert answer.status_code == 409
+    assert set(answer.json()["differences"]) == {"key_id", "log_n"}
+    assert site.owner.key_id not in answer.text
 
 
 @settings(max_examples=30)

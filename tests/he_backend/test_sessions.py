@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from he_backend import owner
-from he_backend.base import HEError, LevelError, ManifestError, ScaleError, WireError
+from he_backend.base import HEError, LevelError, ManifestError, ParamsError, ScaleError, WireError
 from he_backend.circuit import Circuit, ClientSpec
 from he_backend.client import Client, LostSessionError
 from he_backend.execute import Executor
@@ -96,8 +96,8 @@ def test_sessions_end() -> None:
 def test_memory_bounds_the_number_of_sessions() -> None:
     assert CIRCUIT.state_bytes == TEST_PARAMS.ciphertext_bytes(LEVELS - 1)
     assert kept(Clock(), most=9, most_bytes=3 * CIRCUIT.state_bytes + 1).most == 3
-    with pytest.raises(FullError):
-        kept(Clock(), most_bytes=CIRCUIT.state_bytes - 1).open(KEY)
+    with pytest.raises(ParamsError, match=r"one sequence is \S+ GB, larger than the .* GB .*--state-gb"):
+        kept(Clock(), most_bytes=CIRCUIT.state_bytes - 1)
     plain = Sessions(mlp(TEST_PARAMS), most=2, most_bytes=1 << 40, idle_s=60.0)
     with pytest.raises(ManifestError, match="/evaluate"):
         plain.open(KEY)

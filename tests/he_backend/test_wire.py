@@ -76,7 +76,9 @@ def test_oversized_header_is_not_parsed() -> None:
 def test_foreign_frame_is_a_difference_by_field(field: str, value: object) -> None:
     with pytest.raises(ManifestError) as caught:
         wire.loads(rewrite(**{field: value}), EXPECTED)
-    assert caught.value.differences == {field: (getattr(EXPECTED, field), value)}
+    ours = "key-…" if field == "key_id" else getattr(EXPECTED, field)
+    assert caught.value.differences == {field: (ours, value)}
+    assert EXPECTED.key_id not in str(caught.value), "who knows the id may remove the keys"
 
 
 ROWS = [

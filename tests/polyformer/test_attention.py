@@ -26,6 +26,7 @@ KINDS = {
     "stable": {"form": "stable"},
     "mean": {"form": "mean", "power": 2},
     "rows": {"form": "rows"},
+    "pointwise": {"mixer": "pointwise"},
 }
 HIDDEN = {"all-visible": False, "padded": True}
 
@@ -94,6 +95,20 @@ def test_rotary_scores_depend_on_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[..., :1].expand_as(diagonal), rtol=0, atol=1e-6)
     assert (scores[..., 0, 0] - scores[..., 0, 3]).abs().max() > 0.01
     torch.testing.assert_close(mixer.rotate(q)[..., 4:], q[..., 4:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{"rotary": 4}, {"las_decay": 0.5}], ids=str)
+def test_weights_of_bfloat16_beside_buffers_of_float32(changes):
+    """What sharding in bfloat16 makes of a model: it gathers parameters in that type and leaves buffers alone."""
+    mixer = make(mixer="softmax", **changes).float().eval()
+    expected = mixer(inputs().float())
+    for p in mixer.parameters():
+        p.data = p.data.bfloat16()
+    q, k, v = mixer.qkv(inputs().bfloat16())
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    y = mixer(inputs().bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize(

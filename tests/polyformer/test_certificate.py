@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyformer import mixers
-from polyformer.activations import ACTIVATIONS, LEVELS, Activation, fit_activation
+from polyformer.activations import ACTIVATIONS, DEGREES, Activation, fit_activation
 from polyformer.approx import inverse_sqrt, reciprocal
 from polyformer.certificate import certify, measured_degree
 from polyformer.encoder import ClassifierConfig, Encoder
@@ -133,7 +133,7 @@ def test_degree_of_an_activation(kind):
     found = certify(disturbed(Activation(kind, degree=3)), shape=SHAPE)
     expected = {"square": 2, "quartic": 4, "polynomial": 3}.get(kind)
     assert found.degree == expected
-    assert (found.kind == "polynomial") == (kind in LEVELS or kind == "polynomial")
+    assert (found.kind == "polynomial") == (kind in DEGREES or kind == "polynomial")
 
 
 def fitted(config: ModelConfig) -> Transformer:

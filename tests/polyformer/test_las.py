@@ -172,8 +172,6 @@ def test_onnx_file_holds_decay_and_smoothing(mixer, tmp_path):
         pytest.param({"las_width": 0}, "at least 1", id="width"),
         pytest.param({"las_width": 2, "causal": False}, "odd", id="even"),
         pytest.param({"las_decay": 1.0, "heads": 1}, "2 heads", id="one-head"),
-        pytest.param({"las_width": 3, "mixer": "linear"}, "no matrix of scores", id="linear"),
-        pytest.param({"causal": False, "mixer": "linear"}, "causal=False", id="linear-both-sides"),
     ],
 )
 def test_bad_settings_are_refused(changes, words):

@@ -160,6 +160,7 @@ def test_bfloat16_keeps_decays_and_states_in_float32(changes, how):
         pytest.param({**ZOO["gated-fixed-none"], "output_gate": "linear"}, 4, 6, id="gated-linear"),
         pytest.param({"mixer": "pointwise", "activation": "square"}, 5, 6, id="pointwise-square"),
         pytest.param({"mixer": "pointwise", "activation": "polynomial", "activation_degree": 4}, 9, 7, id="quartic"),
+        pytest.param({"mixer": "pointwise", "activation": "quartic"}, 9, 7, id="pointwise-quartic"),
         pytest.param({"mixer": "polynomial_s6", "gate_degree": 1}, 6, 6, id="s6-linear"),
         pytest.param({"mixer": "polynomial_s6", "gate_degree": 2}, 9, 7, id="s6-square"),
     ],

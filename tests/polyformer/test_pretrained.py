@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import save_file
@@ -16,6 +18,7 @@ from safetensors.numpy import save_file
 from polyformer.architectures.gguf_file import BLOCK_NAMES, GGUFFile, dequantise, rotate_half_rows
 from polyformer.architectures.safetensors_file import SafetensorsFiles
 from polyformer.export import export_onnx
+from polyformer.export_step import export_step
 from polyformer.model import ModelConfig, Transformer
 from polyformer.pretrained import load_pretrained
 from tests.polyformer.originals import (
@@ -25,6 +28,7 @@ from tests.polyformer.originals import (
     LLAMA,
     NEOX,
     ROBERTA,
+    VOCAB,
     WINDOW,
     D,
     K,
@@ -183,10 +187,29 @@ def test_configs_survive_json_and_old_files_keep_their_bytes(tmp_path):
     assert list(json.loads(plain.to_json()))[-1] == "norm_newton"
 
 
-def test_export_refuses_what_it_cannot_write(tmp_path):
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_the_exported_file_equals_the_original(config, tmp_path):
+    weights = random_weights(config)
+    model = load_pretrained(write(tmp_path, config, weights), length=len(IDS))
+    export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"tokens": np.array([IDS])})[0][0]
+    assert session.get_outputs()[0].name == ("states" if config["model_type"] in ("bert", "roberta") else "logits")
+    expected = compute(config, weights, IDS)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * max(1.0, np.abs(expected).max()), rtol=0)
+
+
+def test_a_tied_head_is_written_once(tmp_path):
+    model = load_pretrained(write(tmp_path, LLAMA, random_weights(LLAMA)))
+    export_onnx(model, tmp_path / "model.onnx")
+    tables = [t.name for t in onnx.load(tmp_path / "model.onnx").graph.initializer if sorted(t.dims) == [VOCAB, D]]
+    assert tables == ["token.weight"]
+
+
+def test_a_step_refuses_what_it_cannot_write(tmp_path):
     model = load_pretrained(write(tmp_path, LLAMA, random_weights(LLAMA)))
     with pytest.raises(ValueError, match=r"kv_heads=2, rotary=6"):
-        export_onnx(model, tmp_path / "model.onnx")
+        export_step(model, tmp_path / "step.onnx")
 
 
 def test_gated_post_norm_levels():

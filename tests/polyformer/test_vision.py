@@ -131,6 +131,19 @@ def test_spans(side, window, shift, expected):
 def test_one_window_over_everything_is_plain_attention():
     inside, x = windowed(grid=(4, 4), window=4, shift=0), torch.randn(2, 16, 8, dtype=torch.float64)
     torch.testing.assert_close(inside(x), inside.inner(x))
+    assert inside.receptive_field is None  # nothing but the length bounds it
+
+
+@pytest.mark.parametrize(("grid", "window", "shift"), [((5, 6), 3, 1), ((4, 4), 2, 0), ((6, 3), 3, 2)])
+def test_windows_reach_as_far_as_their_matrix(grid, window, shift):
+    mixer = windowed("softmax", grid=grid, window=window, shift=shift)
+    i, j = (mixer.matrix(torch.randn(1, grid[0] * grid[1], 8, dtype=torch.float64))[0, 0] > 0).nonzero(as_tuple=True)
+    assert mixer.receptive_field == int((i - j).max())
+
+
+def test_the_reference_of_windows_runs_where_its_input_is():
+    mixer = windowed("softmax").to("meta")
+    assert mixer.reference(torch.randn(1, 30, 8, dtype=torch.float64, device="meta")).is_meta
 
 
 def test_layers_are_what_the_config_says():

@@ -51,6 +51,13 @@ def test_documents_from_a_file(tmp_path):
         read_documents(tmp_path / "none")
 
 
+def test_bytes_that_are_not_utf_8_are_replaced_in_a_file_and_in_a_folder(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes("caf\u00e9\fbar".encode("latin-1"))
+    assert read_documents(tmp_path / "a.txt") == ["caf\ufffd", "bar"]
+    assert read_documents(tmp_path) == ["caf\ufffd\fbar"] * 2
+
+
 def test_tokenizer_round_trips_any_text():
     texts = read_documents()[:2]
     t = train_bpe(texts, 400)

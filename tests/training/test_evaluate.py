@@ -12,9 +12,7 @@ from training.evaluate import (
     accuracy,
     answers,
     bytes_per_token,
-    class_accuracy,
     language,
-    recall_curve,
     unigram_loss,
 )
 from training.recall import RecallSampler, RecallTask
@@ -92,7 +90,7 @@ def test_answers_stand_in_the_window(name):
     tokens, targets = task.draw(200, torch.Generator().manual_seed(3))
     assert tokens.shape == targets.shape == (200, task.length)
     assert int(tokens.min()) > 0 and int(tokens.max()) < task.vocab
-    curve = recall_curve(Reader(task.vocab), tokens, targets)
+    curve = answers(Reader(task.vocab), tokens, targets).double().mean(0).tolist()
     ceiling = task.ceiling()
     assert len(curve) == len(ceiling)
     if name == "few_shot":  # Reader has no guess for an item that it has not seen
@@ -130,12 +128,7 @@ def test_accuracy_counts_only_what_is_asked():
 def test_rows_that_ask_at_different_places_are_refused():
     targets = torch.tensor([[IGNORE, 1], [1, IGNORE]])
     with pytest.raises(ValueError, match="different places"):
-        recall_curve(Reader(3), torch.tensor([[1, 2], [1, 2]]), targets)
-
-
-def test_class_accuracy():
-    inputs = torch.eye(4)
-    assert class_accuracy(nn.Identity(), inputs, torch.tensor([0, 1, 0, 0]), batch=3) == 0.5
+        answers(Reader(3), torch.tensor([[1, 2], [1, 2]]), targets)
 
 
 @pytest.mark.parametrize(

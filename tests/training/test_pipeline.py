@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from polyformer.export import export_onnx
 from polyformer.ranges import measure
 from training import Recipe, calibration_tokens, convert, heldout_tokens, load_model, load_tokenizer, train
+from training.folder import Folder
 from training.stages import Substitute, powersoftmax
 from training.substitution import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
 
@@ -75,6 +77,72 @@ def test_interrupted_run_ends_bit_for_bit_where_the_other_did(run, tmp_path, sta
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[k], found[k]) for k in expected)
     assert (tmp_path / "train.jsonl").read_text() == (run / "train.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory) -> Path:
+    """A short training and nothing else."""
+    out = tmp_path_factory.mktemp("short")
+    train(out, SHORT)
+    return out
+
+
+SHORT = RECIPE.with_(softmax_steps=12, power_steps=12, range_steps=12, tune_steps=12)
+
+
+def killed_at_saving(monkeypatch, when: str) -> None:
+    """Have Folder.save_model raise before or after its work, once."""
+    save = Folder.save_model
+
+    def dies(self, name, model):
+        monkeypatch.setattr(Folder, "save_model", save)
+        if when == "after":
+            save(self, name, model)
+        raise InterruptedRunError
+
+    monkeypatch.setattr(Folder, "save_model", dies)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_around_saving_costs_no_stage(trained_once, tmp_path, monkeypatch, when):
+    killed_at_saving(monkeypatch, when)
+    with pytest.raises(InterruptedRunError):
+        train(tmp_path, SHORT)
+    steps = []
+    train(tmp_path, SHORT, progress=lambda stage, done, total, figures: steps.append((stage, done)))
+    assert [done for stage, done in steps if stage == "softmax"] == ([12] if when == "before" else [])
+    assert not list((tmp_path / "checkpoints").iterdir())
+    for name in ("softmax", "power"):
+        expected, found = load_file(trained_once / f"{name}.safetensors"), load_file(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert (tmp_path / "train.jsonl").read_text() == (trained_once / "train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_conversion_killed_around_saving_has_all_its_metrics_in_the_end(trained_once, tmp_path, monkeypatch, when):
+    out = tmp_path / "run"
+    shutil.copytree(trained_once, out)
+    killed_at_saving(monkeypatch, when)
+    with pytest.raises(InterruptedRunError):
+        convert(out)
+    metrics = convert(out)
+    assert set(metrics["quality"]) >= {"rows", "ranges", "tune"} and "levels" in metrics
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_half_a_line_at_the_end_of_the_log_is_dropped_when_a_run_goes_on(trained_once, tmp_path):
+    with pytest.raises(InterruptedRunError):
+        train(tmp_path, SHORT, progress=stop_at("power", 12))
+    with (tmp_path / "train.jsonl").open("a") as log:
+        log.write('{"stage": "power", "st')
+    train(tmp_path, SHORT)
+    assert (tmp_path / "train.jsonl").read_text() == (trained_once / "train.jsonl").read_text()
+
+
+def test_a_text_too_short_for_the_vocabulary_says_what_to_do(tmp_path):
+    (tmp_path / "mine.txt").write_text("aaaa bbbb " * 200)
+    with pytest.raises(ValueError, match=r"tokens, the recipe asks for 300; give more text, or call"):
+        train(tmp_path / "out", RECIPE, text=tmp_path / "mine.txt")
 
 
 def test_training_lowers_the_loss_and_everything_is_written(run):

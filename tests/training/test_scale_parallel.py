@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from polyformer.layers import Tap
 from polyformer.model import Transformer
-from training import parallel, recipes, scale, trackers
+from training import accounts, parallel, recipes, scale, trackers
 from training.loop import token_loss
 from training.one_step import fit_polynomials, text_windows, to_bfloat16
 
@@ -75,6 +77,50 @@ def test_powers_and_variances_are_float32_in_a_bfloat16_model():
     assert seen["blocks.0.mixer.o"] == seen["blocks.0.mlp.up"] == torch.bfloat16
     assert error < (half(tokens).float() - exact).abs().mean()
     assert error < 0.02 * exact.std()
+
+
+EXACT = {
+    "mamba": ("A_log_EN", "delta_bias_E"),
+    "mamba2": ("A_log_H", "delta_bias_H"),
+    "rwkv": ("rate_D", "bonus_D"),
+    "griffin": ("lambda_D",),
+    "polynomial_s6": ("c0_EN", "higher_GEN"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [*((name, {}) for name in EXACT), ("mamba2", {"checkpointing": True}), ("rwkv", {"checkpointing": True}),
+     ("polynomial_s6", {"checkpointing": True, "compile": "eager"})],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)  # fmt: skip
+def test_sharding_in_bfloat16_keeps_decays_and_polynomials_exact(name, plan):
+    config = replace(RECIPE.model, mixer=name, activation="polynomial", blocks=1, norms=("rms",) * 3, state=2)
+    torch.manual_seed(0)
+    source, model = Transformer(config), accounts.on_meta(config)
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(module, args, output) -> None:
+        seen.update({n: p.detach().clone() for n, p in module.named_parameters(recurse=False)})
+
+    block = model.blocks[0]
+    for module in (block.mixer, block.mlp.act.polynomial, block.mixer.o):
+        module.register_forward_hook(look)
+    with parallel.processes() as mesh:
+        parallel.apply(model, parallel.Plan(precision="bf16", **plan), mesh)
+        parallel.materialise(model, source, torch.device("cpu"))
+        windows = text_windows(2, 33)
+        token_loss(model(windows[:, :-1]).float(), windows[:, 1:]).backward()
+        assert seen["weight"].dtype == torch.bfloat16
+        for part in EXACT[name]:
+            assert torch.equal(seen[part], getattr(source.blocks[0].mixer, part))
+        assert seen["coefficients"].dtype == torch.float32
+        assert model.state_dict().keys() == source.state_dict().keys()
+        missing = [
+            n for n, p in model.named_parameters() if p.grad is None or not p.grad.full_tensor().isfinite().all()
+        ]
+        assert not missing
 
 
 def test_polynomial_form_takes_the_same_treatment():
@@ -145,8 +191,20 @@ def test_trackers_speak_to_their_libraries(name, module, opener, tmp_path, monke
     tracker.write(4, {"loss": 1.5})
     tracker.close()
     assert opened[0].calls[1:] == [("loss", 1.5, 4), "closed"]
-    expected = {"purge_step": 4} if name == "tensorboard" else {"id": tmp_path.name, "resume": "allow", "name": "tiny"}
+    expected = {"purge_step": 4} if name == "tensorboard" else {"resume": "allow", "name": "tiny"}
     assert expected.items() <= opened[0].calls[0][2].items()
+
+
+def test_runs_of_one_name_in_two_folders_are_two_and_a_restart_is_the_same(tmp_path, monkeypatch):
+    ids = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: ids.append(options["id"]) or Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "a" / "run", tmp_path / "b" / "run", Path("a/run")):
+        folder.mkdir(parents=True, exist_ok=True)
+        trackers.open_all(["wandb"], folder, run="tiny", first=0)
+    assert ids[0] == ids[2] != ids[1]
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

@@ -63,6 +63,20 @@ def test_polynomial_form_builds_on_meta(name):
         accounts.parameter_count(recipe.polynomial_config())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"gated": True}, {"kv_heads": 1}, {"gated": True, "kv_heads": 2, "heads": 8, "biases": False}],
+    ids=lambda c: "-".join(c),
+)
+def test_gates_key_heads_and_absent_biases_are_counted(changes):
+    config = replace(recipes.load("tiny_cpu").model, **changes)
+    model, tokens = Transformer(config), torch.zeros(3, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as forward:
+        model(tokens)
+    assert forward.get_total_flops() == 3 * 32 * accounts.forward_flops(config)
+    assert model.parameter_count() == accounts.parameter_count(config)
+
+
 def test_flops_equal_torchs_own_count():
     recipe = recipes.load("tiny_cpu")
     model, tokens = Transformer(recipe.model), torch.zeros(3, 32, dtype=torch.int64)
@@ -114,6 +128,23 @@ def test_impossible_recipes_are_refused_with_their_numbers():
         tiny.accumulation(3)
     with pytest.raises(ValueError, match="fp32, bf16"):
         tiny.with_(precision="fp16")
+    with pytest.raises(ValueError, match="seed is -1"):
+        tiny.with_(seed=-1)
+
+
+def test_recipes_differ_in_what_decides_the_curve_alone():
+    tiny = recipes.load("tiny_cpu")
+    other = tiny.with_(name="x", checkpointing=False, compile=True, checkpoint_every=3)
+    assert tiny.differences(other.to_json()) == []
+    other = other.with_(steps=41, model=replace(tiny.model, heads=4))
+    assert tiny.differences(other.to_json()) == ["steps is 41 there and 40 here", "model.heads is 4 there and 2 here"]
+    stored = json.loads(tiny.to_json())
+    for values, name in ((stored, "optimiser"), (stored["model"], "grid"), (stored["model"], "norm_eps")):
+        del values[name]  # from before this field
+    assert tiny.differences(json.dumps(stored)) == []
+    assert tiny.with_(optimiser="factored").differences(json.dumps(stored)) == [
+        "optimiser is 'adamw' there and 'factored' here"
+    ]
 
 
 def test_one_step_lowers_the_loss_of_a_polynomial_model(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from training import checkpoints, parallel, recipes, scale
+from training import checkpoints, distributed, parallel, recipes, scale
 from training.shards import write_byte_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
@@ -154,9 +154,22 @@ def test_killed_in_the_middle_of_a_write_leaves_the_checkpoint_before(started, o
 def test_a_finished_run_stays_as_it_is_and_another_recipe_is_refused(one, data):
     before = curve(one)
     outcome = run_here(one, data)
-    assert (outcome.resumed_from, outcome.loss) == (40, None) and curve(one) == before
-    with pytest.raises(ValueError, match="another recipe"):
+    assert (outcome.resumed_from, outcome.loss) == (40, before[-1][1]) and curve(one) == before
+    with pytest.raises(ValueError, match="another recipe: seed is 0 there and 1 here; resume"):
         run_here(one, data, RECIPE.with_(seed=1))
+    run_here(one, data, RECIPE.with_(checkpoint_every=7))  # which decides nothing
+
+
+def test_a_finished_run_keeps_its_outcome_or_writes_what_it_knows(one, data):
+    """Also if it was killed after the last checkpoint and before its outcome was on disk."""
+    command = ["--recipe", "tiny_cpu", "--out", str(one), "--data", str(data)]
+    distributed.main(command)
+    path = one / "outcome.json"
+    found = json.loads(path.read_text())
+    assert (found["resumed_from"], found["steps"], found["loss"]) == (40, 40, curve(one)[-1][1])
+    path.write_text('{"of": "the run"}')
+    distributed.main(command)
+    assert path.read_text() == '{"of": "the run"}'
 
 
 def test_the_lean_optimiser_resumes_exactly_in_bfloat16(data, tmp_path):

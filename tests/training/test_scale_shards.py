@@ -94,6 +94,14 @@ def test_other_data_and_other_orders_are_refused(folder, tmp_path):
         ShardReader(folder, length=4, seed=2).seek(position)
 
 
+def test_negative_seeds_are_refused_and_the_order_of_others_stays(folder):
+    with pytest.raises(ValueError, match="seed is -1; it must be at least 0"):
+        ShardReader(folder, length=4, seed=-1)
+    with pytest.raises(ValueError, match="key is -4294967296"):
+        permuted(0, 7, key=-1 << 32)
+    assert [permuted(i, 7, key=3 << 32) for i in range(7)] == [1, 0, 2, 3, 5, 4, 6]
+
+
 def test_damaged_and_absent_shards_name_the_next_step(folder, tmp_path):
     (folder / "shard-00001.bin").write_bytes(b"\0" * 92)
     with pytest.raises(ValueError, match=r"has 92 bytes, shards\.json says 94"):

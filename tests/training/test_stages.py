@@ -106,6 +106,24 @@ def test_a_killed_conversion_ends_bit_for_bit_where_the_other_does(whole, tmp_pa
         assert (tmp_path / name).read_text() == (place / name).read_text()
 
 
+def test_a_stage_killed_before_its_state_is_saved_repeats_its_last_steps_alone(whole, tmp_path, monkeypatch):
+    model, reports, _ = whole
+    save = machine._save
+
+    def dies(place, state, stages):
+        if state.reports[-1]["stage"] == "continue":
+            raise KilledError
+        save(place, state, stages)
+
+    monkeypatch.setattr(machine, "_save", dies)
+    with pytest.raises(KilledError):
+        go(tmp_path)
+    monkeypatch.setattr(machine, "_save", save)
+    again, found = go(tmp_path, kill=("continue", 20))  # a stage that starts anew would come to step 20
+    assert found == reports
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
 def test_a_finished_conversion_is_not_run_again(whole):
     model, reports, place = whole
     again, found = go(place, kill=("continue", 10))  # training would raise

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette (Color Universal Design, 2008): told apart by colour-blind readers, in this order.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7a00", "#444444")
+NARROWEST = (
+    680  # pixels that a figure shrinks to before it scrolls: its smallest letters, 8 of 504 units, are then 11 pixels
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -68,7 +71,7 @@ class Picture:
 
     def html(self) -> str:
         """The figure in the page."""
-        return f"<figure class='picture'>{self.svg}<figcaption>{escape(self.caption)}</figcaption></figure>"
+        return f"<figure class='picture'><div class='scroll'>{self.svg}</div><figcaption>{escape(self.caption)}</figcaption></figure>"
 
     def markdown(self) -> str:
         """Its caption: the picture is on the page."""
@@ -109,7 +112,10 @@ def picture(drawing: Drawing, caption: str) -> Picture:
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
     label = escape(caption, quote=True)
-    return Picture(caption=caption, svg=svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+    return Picture(
+        caption=caption,
+        svg=svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="min-width:{NARROWEST}px"', 1),
+    )
 
 
 def axes(width: float = 7.0, height: float = 3.6) -> tuple[Drawing, Any]:

@@ -1,6 +1,7 @@
 """Charts as inline SVG, drawn by hand: text stays text, colours are CSS variables, so a page follows light and dark.
 
-A chart takes plain numbers and returns a string. Colours are named by family, "rotate", "product", ... (`COLOURS`).
+A chart takes plain numbers and returns a string. Colours are named by family, "rotate", "product", ... (`COLOURS`). Each has a label and
+its figures as text for those who do not see it, and scrolls sideways on a page too narrow for its letters (`style.STYLE`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ COLOURS: dict[str, tuple[str, int]] = {
     "add_scalar": ("sum", 70),
 }
 ORDER = list(COLOURS)
+LEAST = 0.9  # of its size to which a chart shrinks before it scrolls: letters of 12 units are then 11 pixels
+LETTER = 7.0  # width of a letter, in the chart's units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,8 @@ def colour(part: str) -> str:
     return f"color-mix(in oklab, var(--{family}) {strength}%, var(--card))"
 
 
-def stacked_bars(rows: Sequence[Row], *, unit: str = "s", width: int = 940, label_width: int = 250) -> str:
-    """Horizontal stacked bars on one scale, in the order given."""
+def stacked_bars(rows: Sequence[Row], *, label: str, unit: str = "s", width: int = 940, label_width: int = 250) -> str:
+    """Horizontal stacked bars on one scale, in the order given; a segment that has room for its name shows it."""
     height, gap = 16, 6
     room = width - label_width - max([90.0, *(7.0 * len(r.note) for r in rows)])
     most = max((r.total for r in rows), default=0.0) or 1.0
@@ -72,9 +75,15 @@ def stacked_bars(rows: Sequence[Row], *, unit: str = "s", width: int = 940, labe
             w = value / most * room
             if w > 0.1:
                 parts.append(rectangle(x, y, w, height, colour(name), f"{row.label}: {name} {figure(value)} {unit}"))
+                told = name.replace("_", " ")
+                if LETTER * len(told) + 8 < w:
+                    parts.append(text(x + w / 2, middle, told, anchor="middle", kind="inside"))
             x += w
         parts.append(text(x + 6, middle, row.note or f"{figure(row.total)} {unit}", kind="dim"))
-    return svg(width, len(rows) * (height + gap) + 8, parts)
+    figures = "; ".join(
+        f"{row.label}: {', '.join(f'{name} {figure(v)} {unit}' for name, v in row.segments if v > 0)}" for row in rows
+    )
+    return svg(width, len(rows) * (height + gap) + 8, parts, label, figures)
 
 
 def legend(names: Sequence[str]) -> str:
@@ -116,7 +125,8 @@ def steps(levels: Sequence[int], groups: Sequence[tuple[str, int, int]], *, widt
     if levels:
         parts.append(f'<path d="{path}V{y(0):.1f}H{left}Z" fill="var(--accent)" fill-opacity=".12"/>')
         parts.append(f'<path d="{path}" fill="none" stroke="var(--accent)" stroke-width="2" stroke-linejoin="round"/>')
-    return svg(width, height, parts)
+    ends = "; ".join(f"{name}: {levels[first]} to {levels[last - 1]}" for name, first, last in groups if first < last)
+    return svg(width, height, parts, "Levels that each operator's result has left, over the circuit", ends)
 
 
 def scatter(points: Sequence[tuple[float, float, str]], *, x_label: str, y_label: str, size: int = 380) -> str:
@@ -153,7 +163,8 @@ def scatter(points: Sequence[tuple[float, float, str]], *, x_label: str, y_label
     parts.append(
         f'<text transform="translate(12,{12 + inner / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
-    return svg(size, size, parts)
+    figures = "; ".join(f"{label}: {figure(px)} / {figure(py)}" for px, py, label in points)
+    return svg(size, size, parts, f"{y_label} against {x_label}, logarithmic", figures)
 
 
 def timeline(phases: Sequence[tuple[str, float]], *, width: int = 940) -> str:
@@ -172,12 +183,21 @@ def timeline(phases: Sequence[tuple[str, float]], *, width: int = 940) -> str:
                 parts.append(text(start, 40 + 17 * row, label, kind="dim"))
                 break
         x += w
-    return svg(width, 90, parts)
+    figures = "; ".join(f"{name}: {figure(seconds)} s" for name, seconds in phases)
+    return svg(width, 90, parts, "Seconds of each phase, one after the other", figures)
 
 
-def svg(width: int, height: float, parts: Sequence[str]) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height:.0f}" role="img" xmlns="http://www.w3.org/2000/svg">{body}</svg>'
+def svg(width: int, height: float, parts: Sequence[str], label: str, figures: str) -> str:
+    """A chart in a box that scrolls sideways.
+
+    Args:
+        label: what the chart shows; figures: its data, as text for those who do not see it.
+    """
+    return (
+        f'<div class="scroll"><svg viewBox="0 0 {width} {height:.0f}" style="min-width:{LEAST * width:.0f}px" role="img" '
+        f'aria-label="{escape(label, quote=True)}" xmlns="http://www.w3.org/2000/svg"><desc>{escape(figures)}</desc>'
+        f"{''.join(parts)}</svg></div>"
+    )
 
 
 def rectangle(x: float, y: float, w: float, h: float, fill: str, title: str) -> str:

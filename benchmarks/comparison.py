@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .blocks import is_number
 
+MOST_ROWS = 50  # of a list that is compared row by row
+# What rows are called in the records: by name, by node of the model, by what was varied.
+KEYS = (
+    *("name", "label", "source", "kind", "level", "axis", "figure", "tokens", "width", "blocks", "threads"),
+    *("mixer", "case", "model", "variant", "task", "seed"),
+)
 CONDITIONS = ("version", "commit", "machine", "versions", "params", "seed", "repeats", "quick")
 
 
@@ -89,16 +95,35 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects and lists as dotted paths; a list of rows that have a name or label is keyed by it."""
+    """Nested objects and lists as dotted paths; rows are keyed by what they are called (see `_row_keys`), lists of more than
+    `MOST_ROWS` rows left out: nobody reads them, and they hide the rest.
+    """
     result: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, list):
-            value = {str(v.get("name", i)) if isinstance(v, dict) else str(i): v for i, v in enumerate(value)}
+            if len(value) > MOST_ROWS:
+                continue
+            value = dict(zip(_row_keys(value), value, strict=True))
         if isinstance(value, Mapping):
             result |= flat(value, f"{prefix}{key}.")
         else:
             result[prefix + str(key)] = value
     return result
+
+
+def _row_keys(rows: Sequence[Any]) -> list[str]:
+    """A key for each row: those of the fields `KEYS` that it has; a row with none of them is called by its place.
+
+    Rows that are called the same get their place among their namesakes, so that none replaces another.
+    """
+    keys: list[str] = []
+    seen: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        parts = [str(row[k]) for k in KEYS if row.get(k) not in (None, "")] if isinstance(row, Mapping) else []
+        key = "/".join(parts) or str(i)
+        seen[key] = seen.get(key, 0) + 1
+        keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    return keys
 
 
 def _share(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 
 from compiler import Target, compile_onnx
-from compiler.cost import CostTable
 from he_backend import security
+from he_backend.execute import Timing
 from he_backend.owner import embed_step
 from polyformer.export_step import export_step
 from training import calibration_tokens, heldout_tokens, load_model
@@ -34,8 +35,9 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
     Returns:
         A record. Metrics in seconds, GB, bytes and logits, medians over the steps: evaluate_s and total_s (encrypt, evaluate, decrypt)
         of a token, evaluate_spread_s, peak_gb of client and server together, max_abs_error of any logit against the whole model in the
-        clear, promised_error, agreement of the likeliest token, efficiency (bound_s / evaluate_s), logqp, logqp_limit,
-        predicted_evaluate_s, request_bytes, reply_bytes, key_gb, state_gb, compile_s, keygen_s, prepare_s, refreshes.
+        clear, promised_error, agreement of the likeliest token, efficiency (bound_s / evaluate_s) with the tables `operators` and
+        `primitives` (see `requests.efficiency_of`), logqp, logqp_limit, predicted_evaluate_s, upload_bytes (keys and request),
+        request_bytes, reply_bytes, key_gb (as the keys travel), state_gb, compile_s, keygen_s, prepare_s, encode_s, refreshes.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = demo_model(settings, Path(place))
@@ -52,50 +54,56 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
     with torch.no_grad():
         clear = model.double()(torch.from_numpy(tokens[None]))[0, :steps].numpy()
     settings.progress(1, steps + 2, "keys and weights")
-    found, evaluate, total, timing = [], [], [], None
+    found: list[np.ndarray] = []
+    total: list[float] = []
+    timings: list[Timing] = []
+
+    def made(before: Mapping[str, Any], request: int) -> dict[str, Any]:
+        timing = timings[-1]
+        metrics = {
+            **requests.efficiency_of(circuit, timings, target=target),
+            **before,
+            "evaluate_spread_s": requests.spread([t.wall_s for t in timings]),
+            "total_s": statistics.median(total),
+            "peak_gb": records.peak_gb(),
+            # Two digits: an unrounded difference of a decryption belongs into no file.
+            "max_abs_error": float(f"{np.max(np.abs(np.stack(found) - clear[: len(found)])):.1e}"),
+            "promised_error": circuit.error_bound,
+            "agreement": float(np.mean(np.argmax(found, -1) == np.argmax(clear[: len(found)], -1))),
+            "logqp": circuit.params.log_qp,
+            "logqp_limit": None if circuit.params.insecure else security.limit(circuit.params),
+            "refreshes": circuit.refreshes,
+            "predicted_evaluate_s": circuit.predicted["evaluate_s"],
+            "predicted_memory_gb": circuit.predicted["memory_gb"],
+            "request_bytes": request,
+            "state_gb": circuit.predicted["state_bytes"] / 1e9,
+            "compile_s": compile_s,
+            "encode_s": requests.encode_s(timing),
+            "warm_ups": 0,
+            "primitives_s": dict(timing.primitives),
+            "counts": dict(timing.counts),
+            "by_op": requests.by_source(timing),
+            "weights": "the demo's recipe" if not settings.quick else "a tiny recipe",
+            "parameters": circuit.params.name,
+        }
+        return records.record(
+            name,
+            metrics=metrics,
+            params=circuit.params.to_json(),
+            threads=target.threads,
+            seed=0,
+            repeats=len(timings),
+        )
+
     with parties(circuit, threads=target.threads) as both:
         for step in range(steps):
             settings.progress(step + 2, steps + 2, f"token {step + 1}")
             start = time.perf_counter()
             logits, timing = both.ask(embed_step(circuit.spec(), int(tokens[step]), step), step=step)
             total.append(time.perf_counter() - start)
-            evaluate.append(timing.wall_s)
+            timings.append(timing)
             found.append(logits.reshape(-1))
-        request, reply = both.traffic(circuit.inputs), both.traffic(circuit.outputs)
-    assert timing is not None and compiled.plan.chosen.forecast is not None
-    table = CostTable.load(target.costs)
-    # All primitives at their measured cost, spread evenly over the threads.
-    bound = compiled.plan.chosen.forecast.work / table.contention / target.threads
+            last = made(requests.prepared(both), both.traffic(circuit.inputs))
+            settings.keep(last)
     settings.progress(steps + 2, steps + 2, "done")
-    metrics = {
-        "evaluate_s": statistics.median(evaluate),
-        "evaluate_spread_s": max(evaluate) - min(evaluate),
-        "total_s": statistics.median(total),
-        "peak_gb": records.peak_gb(),
-        # Two digits: an unrounded difference of a decryption belongs into no file.
-        "max_abs_error": float(f"{np.max(np.abs(np.stack(found) - clear)):.1e}"),
-        "promised_error": circuit.error_bound,
-        "agreement": float(np.mean(np.argmax(found, -1) == np.argmax(clear, -1))),
-        "efficiency": bound / statistics.median(evaluate),
-        "bound_s": bound,
-        "bound_from": table.name,
-        "logqp": circuit.params.log_qp,
-        "logqp_limit": None if circuit.params.insecure else security.limit(circuit.params),
-        "refreshes": circuit.refreshes,
-        "predicted_evaluate_s": circuit.predicted["evaluate_s"],
-        "request_bytes": request,
-        "reply_bytes": reply,
-        "key_gb": circuit.predicted["key_bytes"] / 1e9,
-        "state_gb": circuit.predicted["state_bytes"] / 1e9,
-        "compile_s": compile_s,
-        "keygen_s": both.keygen_s,
-        "prepare_s": both.prepare_s,
-        "primitives_s": dict(timing.primitives),
-        "counts": dict(timing.counts),
-        "by_op": requests.by_source(timing),
-        "weights": "the demo's recipe" if not settings.quick else "a tiny recipe",
-        "parameters": circuit.params.name,
-    }
-    return records.record(
-        name, metrics=metrics, params=circuit.params.to_json(), threads=target.threads, seed=0, repeats=steps
-    )
+    return last

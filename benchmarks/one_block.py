@@ -7,6 +7,7 @@ block does not show: what a cold cache of weights costs later blocks, and noise 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from he_backend.trace import trace
 
 from . import records
 from .parties import parties
-from .registry import Progress
+from .registry import Progress, Record
 
 
 def cut(circuit: Circuit, prefix: str, tensors: dict[str, np.ndarray]) -> tuple[Circuit, np.ndarray, np.ndarray]:
@@ -79,14 +80,22 @@ def cut(circuit: Circuit, prefix: str, tensors: dict[str, np.ndarray]) -> tuple[
 
 
 def measure(
-    name: str, path: Path, calibration: np.ndarray, *, blocks: int, target: Target, progress: Progress
+    name: str,
+    path: Path,
+    calibration: np.ndarray,
+    *,
+    blocks: int,
+    target: Target,
+    progress: Progress,
+    keep: Callable[[Record], None],
 ) -> dict[str, Any]:
     """Measure the middle block of an encoder of `blocks` blocks (sources "0.", "1.", ...).
 
     Returns:
         A record (see `records`). Measured: block_evaluate_s, block_refreshes, max_abs_error (of a slot of the block's results),
-        compile_s, keygen_s, key_gb, peak_gb (compiler, client and server in one process). Projected: projected_evaluate_s and
-        projected_refreshes, `blocks` times the block's. Predicted by the plan for the whole circuit: predicted_evaluate_s.
+        compile_s, keygen_s, prepare_s, key_gb (as the block's keys travel, relinearisation and refresh included), peak_gb (compiler,
+        client and server in one process). Projected: projected_evaluate_s and projected_refreshes, `blocks` times the block's.
+        Predicted by the plan for the whole circuit: predicted_evaluate_s. `keep` gets what is known before the evaluation.
     """
     progress(0, 3, "compile")
     start = time.perf_counter()
@@ -94,27 +103,33 @@ def measure(
     compile_s = time.perf_counter() - start
     circuit, x, y = cut(whole, f"{blocks // 2}.", {whole.inputs[0].name: calibration[-1].astype(np.float64)})
     params = circuit.params
-    progress(1, 3, "keys and weights")
-    with parties(circuit, threads=target.threads) as both:
-        progress(2, 3, "evaluate")
-        result, timing = both.ask({"x": x})
-    progress(3, 3, "done")
-    metrics = {
-        "block_evaluate_s": timing.wall_s,
-        "block_refreshes": circuit.refreshes,
-        "projected_evaluate_s": blocks * timing.wall_s,
-        "projected_refreshes": blocks * circuit.refreshes,
+    metrics: dict[str, Any] = {
         "predicted_evaluate_s": whole.predicted["evaluate_s"],
-        "max_abs_error": float(f"{np.max(np.abs(result - y)):.1e}"),
-        "peak_gb": records.peak_gb(),
+        "block_refreshes": circuit.refreshes,
+        "projected_refreshes": blocks * circuit.refreshes,
         "compile_s": compile_s,
-        "keygen_s": both.keygen_s,
-        "key_gb": sum(params.key_bytes(level) for level in circuit.keys.values()) / 1e9,
         "logqp": params.log_qp,
         "logqp_limit": None if params.insecure else security.limit(params),
-        "primitives_s": dict(timing.primitives),
-        "counts": dict(timing.counts),
         "weights": "random, seed 0",
         "parameters": params.name,
     }
-    return records.record(name, metrics=metrics, params=params.to_json(), threads=target.threads, seed=0)
+
+    def made() -> dict[str, Any]:
+        return records.record(name, metrics=metrics, params=params.to_json(), threads=target.threads, seed=0)
+
+    progress(1, 3, "keys and weights")
+    with parties(circuit, threads=target.threads) as both:
+        metrics |= {"keygen_s": both.keygen_s, "prepare_s": both.prepare_s, "key_gb": both.key_bytes / 1e9}
+        keep(made())
+        progress(2, 3, "evaluate")
+        result, timing = both.ask({"x": x})
+    progress(3, 3, "done")
+    metrics |= {
+        "block_evaluate_s": timing.wall_s,
+        "projected_evaluate_s": blocks * timing.wall_s,
+        "max_abs_error": float(f"{np.max(np.abs(result - y)):.1e}"),
+        "peak_gb": records.peak_gb(),
+        "primitives_s": dict(timing.primitives),
+        "counts": dict(timing.counts),
+    }
+    return made()

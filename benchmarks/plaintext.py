@@ -4,7 +4,6 @@ independent implementations.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from polyformer.mixers.linear import Linear
 from polyformer.mixers.mamba import Mamba
 from polyformer.model import ModelConfig, Transformer
 
-from . import models, records
+from . import memory, models, records
 from .registry import Record, Settings
 
 LANGUAGE = tuple(n for n in mixers.names() if n != "hyena_nd")  # causal over one axis
@@ -68,11 +67,14 @@ def _within(settings: Settings, part: int, parts: int, done: int, total: int, wh
 def growth(
     name: str, lengths: Sequence[int], repeats: int, *, progress: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
-    """One mixer at every length, in a process of its own so that the peak of its memory is its own."""
+    """One mixer at every length, in a process of its own.
+
+    forward_gb of a point is the process's peak during the passes above what was resident before them (None where the system does not say).
+    """
     torch.set_num_threads(1)
     points: list[dict[str, Any]] = []
     stopped = ""
-    # Warm up what torch allocates once, then measure growth over that.
+    # Warm up what torch allocates once.
     _pass(Transformer(config(name, 64)).eval(), torch.zeros(1, 64, dtype=torch.int64))
     for i, length in enumerate(lengths):
         progress(i, len(lengths), f"{name}, {length} tokens")
@@ -83,11 +85,11 @@ def growth(
         torch.manual_seed(0)
         model = Transformer(config(name, length)).eval()
         tokens = torch.randint(0, 1024, (1, length))
-        gc.collect()
-        before = records.peak_gb()
-        forward = _median(partial(_pass, model, tokens), repeats)
-        peak = records.peak_gb()
-        points.append({"tokens": length, "forward_s": forward, "forward_gb": peak - before})
+        with memory.watch() as seen:
+            times = _times(partial(_pass, model, tokens), repeats)
+        points.append(
+            {"tokens": length, "forward_s": statistics.median(times), "forward_gb": seen.grown_gb, **_runs(times)}
+        )
     return {"name": name, "points": points, "stopped": stopped, "exponent": exponent(points)}
 
 
@@ -96,10 +98,12 @@ def _pass(model: Callable[[Tensor], Any], x: Tensor) -> None:
         model(x)
 
 
-def _too_much(points: Sequence[Mapping[str, float]]) -> str:
+def _too_much(points: Sequence[Mapping[str, Any]]) -> str:
     """Why the next, twice as long context is not tried; "" if it is. Judged by the growth of the last doubling, at most fourfold."""
     last, before = points[-1], points[-2]
     for key, limit, unit in (("forward_s", LIMIT_S, "s"), ("forward_gb", LIMIT_GB, "GB")):
+        if last[key] is None or before[key] is None:
+            continue
         growth_of = min(4.5, max(2.0, last[key] / max(before[key], 1e-9)))
         if last[key] * growth_of > limit:
             return f"{2 * last['tokens']} tokens would take about {last[key] * growth_of:.0f} {unit}, more than {limit:.0f} {unit}"
@@ -143,8 +147,8 @@ def clear_request(settings: Settings) -> Record:
         model = Transformer(config(name, tokens, width=width, blocks=blocks)).eval()
         ids = torch.randint(0, 1024, (1, tokens))
         settings.progress(len(rows), len(LANGUAGE) + 1, name)
-        ms = 1000 * _median(partial(_pass, model, ids), repeats)
-        rows.append({"name": name, "engine": "torch", "ms": ms, "parameters": model.parameter_count()})
+        times = _times(partial(_pass, model, ids), repeats)
+        rows.append({"name": name, "engine": "torch", **_ms(times), "parameters": model.parameter_count()})
     with tempfile.TemporaryDirectory() as place:
         path, samples = models.encoder(
             Path(place), blocks=blocks, width=width, heads=4, hidden=4 * width, tokens=tokens, classes=1024
@@ -153,8 +157,9 @@ def clear_request(settings: Settings) -> Record:
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: samples[:1].reshape(session.get_inputs()[0].shape)}
-        ms = 1000 * _median(lambda: session.run(None, feed), repeats)
-    rows.append({"name": "polynomial", "engine": "onnxruntime", "ms": ms, "parameters": None})
+        times = _times(lambda: session.run(None, feed), repeats)
+    rows.append({"name": "polynomial", "engine": "onnxruntime", **_ms(times), "parameters": None})
+    repeats = min(row["repeats"] for row in rows)  # those that ran, whatever was asked for
     params = {"width": width, "blocks": blocks, "tokens": tokens, "vocab": 1024, "batch": 1}
     return records.record("clear-request", metrics={"rows": rows}, params=params, threads=1, seed=0, repeats=repeats)
 
@@ -263,8 +268,8 @@ def _training(layer: Layer, x: Tensor) -> None:
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _median(run: Callable[[], object], repeats: int) -> float:
-    """Median seconds after one call to warm up."""
+def _times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of so many calls, after one to warm up; fewer where they take long."""
     run()
     times = []
     for _ in range(repeats):
@@ -273,4 +278,21 @@ def _median(run: Callable[[], object], repeats: int) -> float:
         times.append(time.perf_counter() - start)
         if sum(times) > LIMIT_S:
             break
-    return statistics.median(times)
+    return times
+
+
+def _runs(times: Sequence[float]) -> dict[str, Any]:
+    """How many calls were timed, and longest minus shortest: None of one, which says nothing about it."""
+    return {"repeats": len(times), "spread_s": max(times) - min(times) if len(times) > 1 else None}
+
+
+def _ms(times: Sequence[float]) -> dict[str, Any]:
+    """Median and spread in milliseconds."""
+    runs = _runs(times)
+    spread = runs["spread_s"]
+    return {
+        "ms": 1000 * statistics.median(times),
+        "spread_ms": None if spread is None else 1000 * spread,
+        "repeats": runs["repeats"],
+        "warm_ups": 1,
+    }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from . import records
 from .blocks import COLOURS, MARKERS, Block, Table, axes, picture
 from .registry import Record
 
@@ -23,8 +22,15 @@ def context_growth(record: Record) -> Sequence[Block]:
     caption = "One pass of the model in the clear against the length of the context, one thread, log-log."
     lengths = sorted({p["tokens"] for row in rows for p in row["points"]})
     table = Table(
-        caption="Seconds of one pass; exponent e of seconds ~ tokens^e over the longest contexts; growth of the process's peak memory",
-        columns=("mixer", *(f"{n:,} tokens" for n in lengths), "exponent", "GB at the longest", "not measured because"),
+        caption="Seconds of one pass; exponent e of seconds ~ tokens^e over the longest contexts; GB: peak of the process during "
+        "the passes above what was resident before",
+        columns=(
+            "mixer",
+            *(f"{n:,} tokens" for n in lengths),
+            "exponent",
+            "GB above before, at the longest",
+            "not measured because",
+        ),
         rows=[
             (
                 row["name"],
@@ -39,20 +45,66 @@ def context_growth(record: Record) -> Sequence[Block]:
     return [picture(drawing, caption), table]
 
 
-def clear_request(record: Record) -> Sequence[Block]:
-    """Milliseconds in the clear, and how many times longer the newest encrypted request of the same shape took."""
-    encrypted = {n: r["metrics"]["evaluate_s"] for n, r in records.latest().items() if n in {"demo", "generate-2x128"}}
-    names = [("demo", "32 tokens encrypted"), ("generate-2x128", "one token encrypted")]
-    known = [(name, text) for name, text in names if name in encrypted]
+# Encrypted records to compare with: name, what it is, and how many of the clear request's tokens it answers.
+ENCRYPTED = (("demo", "all tokens encrypted", None), ("generate-2x128", "one token encrypted", 1))
+
+
+def clear_request(record: Record, found: Mapping[str, Record]) -> Sequence[Block]:
+    """Milliseconds in the clear, and how many times longer the encrypted request of the same shape took.
+
+    One encrypted token is set beside a token's share of the clear request. Records of another machine, of a quick run or of another shape
+    are not compared with, and the caption says so.
+    """
+    shape = record["params"]
+    known: list[tuple[str, float, float]] = []
+    left_out: list[str] = []
+    for name, text, tokens in ENCRYPTED:
+        if name not in found:
+            continue
+        other = found[name]
+        if why := _not_comparable(record, other):
+            left_out.append(f"{name} left out: {why}")
+            continue
+        share = 1.0 if tokens is None else tokens / shape["tokens"]
+        over = "this request" if tokens is None else f"1/{shape['tokens']} of this request"
+        threads = other["machine"]["threads"]
+        column = f"{text}, {threads} thread{'s' * (threads > 1)}: times {over}"
+        known.append((column, other["metrics"]["evaluate_s"], share))
     rows = [
-        (row["name"], row["engine"], row["ms"], *(1000 * encrypted[name] / row["ms"] for name, _ in known))
+        (
+            row["name"],
+            row["engine"],
+            row["ms"],
+            row.get("spread_ms"),
+            row["ms"] / shape["tokens"],
+            *(1000 * seconds / (share * row["ms"]) for _, seconds, share in known),
+        )
         for row in record["metrics"]["rows"]
     ]
-    columns = ("model", "engine", "ms, one request", *(f"{text}: times slower" for _, text in known))
-    caption = (
-        "One request in the clear on one thread; the slowdown compares with records of other runs on the same machine"
-    )
-    return [Table(caption=caption, columns=columns, rows=rows)]
+    columns = ("model", "engine", "ms, one request", "spread, ms", "ms a token of it", *(text for text, _, _ in known))
+    threads = record["machine"]["threads"]
+    caption = f"One request of {shape['tokens']} tokens in the clear on {threads} thread{'s' * (threads > 1)}"
+    if known:
+        caption += "; beside encrypted requests of other runs on the same machine, evaluation alone, on the threads that the column says"
+    return [Table(caption="; ".join([caption, *left_out]), columns=columns, rows=rows)]
+
+
+def _not_comparable(clear: Record, encrypted: Record) -> str:
+    """Why an encrypted record says nothing about a clear one; "" if it does."""
+    mine, other = clear["machine"], encrypted["machine"]
+    for key in ("cpu", "cores"):
+        if mine.get(key) != other.get(key):
+            return f"made on a machine with {other.get(key)}{' cores' * (key == 'cores')}, not {mine.get(key)}"
+    if encrypted.get("quick") or encrypted["params"].get("insecure"):
+        return "a quick run"
+    if encrypted["metrics"].get("evaluate_s") is None:
+        return "it has no evaluation"
+    model = encrypted["params"].get("model")  # records without it say their shape in their name
+    if model:
+        own = {key: clear["params"][key] for key in ("blocks", "width")} | {"length": clear["params"]["tokens"]}
+        differ = [f"{key} {model[key]}, not {n}" for key, n in own.items() if model.get(key) != n]
+        return f"another shape: {', '.join(differ)}" if differ else ""
+    return ""
 
 
 def references(record: Record) -> Sequence[Block]:

@@ -47,8 +47,10 @@ REQUESTS: Mapping[str, tuple[Shape, int]] = {
 # The one with refreshes is projected as the large models are: one block, so many times.
 DEEP_REQUEST, DEEP_BLOCKS = "request-6x512x128", 6
 DEEP = Shape(blocks=1, width=512, heads=8, hidden=2048, tokens=128)
-DEMO_KEPT = int(11 * GB)  # of 16.5 GB: benchmarks/NOTES.md, 2026-11-24
-OLD_KEPT_GB = 4.3  # of weights encoded ahead, in records that do not say it
+# GB of weights encoded ahead, in records that do not say it: 11 of 16.5 GB of the demo (benchmarks/NOTES.md, 2026-11-24), 4.3 GB of
+# requests. A check with one of them is marked as assumed, and its memory, to which they are added, is not compared.
+ASSUMED_KEPT_GB = {"demo": 11.0}
+OLD_KEPT_GB = 4.3
 
 ASSUMPTIONS = (
     "PowerSoftmax with p = 2, quadratic reciprocal and activation, norms that fold, every key visible: 10 levels a block",
@@ -75,7 +77,7 @@ def project(settings: Settings) -> Record:
     metrics = {
         "models": shapes,
         "checks": found,
-        "projected_error": [c["projected_over_measured"] for c in found if c["projected_over_measured"] is not None],
+        "projected_over_measured": [r for c in found if (r := c["projected_over_measured"]) is not None],
         "assumptions": [*ASSUMPTIONS, _price(table)],
     }
     given = {
@@ -272,7 +274,13 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
             rows.append(row | {"why": f"{record['file']} is of a quick run"})
             continue
         measured = record["metrics"]
-        found = _deep(table) if name == DEEP_REQUEST else _leveled(name, record, table)
+        if measured.get("evaluate_s") is None:
+            rows.append(row | {"why": f"{record['file']} has no evaluation"})
+            continue
+        kept, assumed = kept_gb(name, measured)
+        found = _deep(table) if name == DEEP_REQUEST else _leveled(name, record, table, int(kept * GB))
+        # A deep model is projected with no weight encoded ahead, whatever the record had.
+        comparable = not assumed and name != DEEP_REQUEST
         counts = measured.get("counts", {})
         rows.append(
             row
@@ -284,7 +292,15 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
                 "projected_over_measured": found["projected_evaluate_s"] / measured["evaluate_s"],
                 "projected_peak_gb": found["projected_peak_gb"],
                 "measured_peak_gb": measured["peak_gb"],
-                "projected_peak_over_measured": found["projected_peak_gb"] / measured["peak_gb"],
+                "projected_peak_over_measured": found["projected_peak_gb"] / measured["peak_gb"]
+                if comparable
+                else None,
+                "encoded_gb": 0.0 if name == DEEP_REQUEST else kept,
+                "encoded_gb_from": "projected with none"
+                if name == DEEP_REQUEST
+                else "assumed"
+                if assumed
+                else "the record",
                 # Encodings are left out: those kept ready are counted on one side only.
                 "projected_counts": {
                     k: v for k, v in found["projected_counts"].items() if k in counts and k != "encode"
@@ -295,11 +311,16 @@ def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]
     return rows
 
 
-def _leveled(name: str, record: Record, table: CostTable) -> dict[str, Any]:
+def kept_gb(name: str, metrics: Mapping[str, Any]) -> tuple[float, bool]:
+    """GB of weights that a measured request had encoded ahead, and whether that is assumed because its record does not say."""
+    said = metrics.get("encoded_gb")
+    return (ASSUMED_KEPT_GB.get(name, OLD_KEPT_GB), True) if said is None else (float(said), False)
+
+
+def _leveled(name: str, record: Record, table: CostTable, kept: int) -> dict[str, Any]:
     """The projected figures of a measured request without refreshes, with the parameters and the plaintexts that it had."""
     shape, bottom = _demo(record) if name == "demo" else REQUESTS[name]
     params = Params.from_json({k: v for k, v in record["params"].items() if k in Params.__dataclass_fields__})
-    kept = DEMO_KEPT if name == "demo" else int(record["metrics"].get("encoded_gb", OLD_KEPT_GB) * GB)
     threads = record["machine"]["threads"]
     return _fitting(shape, params, table, bottom=bottom, plaintext_budget=kept, threads=threads)
 

@@ -182,7 +182,9 @@ def recall(row: Row, known: Mapping[str, Record]) -> tuple[dict[str, float] | No
 
 
 def measured(made: ModelConfig, known: Mapping[str, Record]) -> tuple[float | None, str]:
-    """Seconds of the encoder of the same shape in `encrypted-scaling`, which has PowerSoftmax with p = 2."""
+    """Seconds of the encoder of the same shape in `encrypted-scaling`, which has PowerSoftmax with p = 2; it sees all keys and has a head
+    on its first token, where the model of the prediction is causal with logits of every token.
+    """
     if made.mixer != "power_softmax" or made.power != 2:
         return None, "no record measures it"
     record = known.get("encrypted-scaling")
@@ -233,5 +235,11 @@ def cost(made: ModelConfig, log_n: int | None) -> dict[str, Any]:
 
 def _record(rows: list[dict[str, Any]], setup: Setup, known: Mapping[str, Record]) -> dict[str, Any]:
     sources = {n: known[n]["file"] for n in ("equal-budget", "recall", "encrypted-scaling") if n in known}
-    params = {"model": setup.model.to_json(), "log_n": setup.log_n, "records": sources, "threads": 2}
+    params = {
+        "model": setup.model.to_json(),
+        "log_n": setup.log_n,
+        "insecure": setup.log_n is not None,
+        "records": sources,
+        "threads": 2,
+    }
     return records.record(NAME, metrics={"rows": rows}, params=params, threads=2, seed=0)

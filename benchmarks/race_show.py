@@ -31,7 +31,8 @@ def race(record: Record) -> Sequence[Block]:
     ax.legend(fontsize=8)
     scores = record["params"]["scores"]
     table = Table(
-        caption=f"{scores:,} scores, largest weight error at most {record['params']['error']:g}; ratio: seconds over PowerSoftmax's",
+        caption=f"{scores:,} scores; all errors relative to the largest weight, the total (exact form against decrypted weights) at "
+        f"most {record['params']['error']:g}, else the row is marked; ratio: seconds over PowerSoftmax's",
         columns=(
             "way",
             "keys",
@@ -39,9 +40,15 @@ def race(record: Record) -> Sequence[Block]:
             "ratio",
             "levels",
             "log2 N",
+            "scale bits",
             "refreshes",
+            "division",
             "error of the fit",
             "error of the encryption",
+            "promised of it",
+            "total error",
+            "equal error",
+            "peak GB",
         ),
         rows=[
             (
@@ -51,9 +58,15 @@ def race(record: Record) -> Sequence[Block]:
                 row["evaluate_s"] / own[row["keys"]] if row["keys"] in own else None,
                 row["levels"],
                 row["log_n"],
+                row["scale_bits"],
                 row["refreshes"],
-                row["operator_error"],
+                row["division"],
+                row["fit_error"],
                 row["encryption_error"],
+                row["promised_error"],
+                row["total_error"],
+                "yes" if row["kept"] else "NO: above the target",
+                row["peak_gb"],
             )
             for row in rows
         ],

@@ -4,8 +4,8 @@
 
 `status` is complete, interrupted or crashed (then `metrics` holds what was measured by then). `noise` is what others used of the
 processors meanwhile, `quiet` the verdict (see `noise`); a record from before `noise` existed judged by the load before the run.
-`version` is the benchmark's: figures of two versions cannot be compared. `seconds` is what all of the benchmark took, where it is
-there. `peak_gb` is that of the whole process until the record was made; metrics may hold that of a part.
+`version` is the benchmark's: figures of two versions cannot be compared. `seconds` is what all of the benchmark took, where it is there.
+`peak_gb` is that of the whole process until the record was made; metrics may hold that of a part.
 """
 
 from __future__ import annotations
@@ -161,11 +161,22 @@ def latest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Name -> newest record of a folder; a complete one is preferred to a newer one that was cut short."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
+        if is_cost_table(path):
+            continue
         data = read(path) | {"file": path.name}
         known = found.get(data["name"])
         if known is None or _rank(data) > _rank(known):
             found[data["name"]] = data
     return found
+
+
+def is_cost_table(path: Path) -> bool:
+    """Whether a file is a table of primitives (`benchmarks/costs`), which may lie among records."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return False
+    return isinstance(data, dict) and "ms" in data and "metrics" not in data
 
 
 def _rank(data: Mapping[str, Any]) -> tuple[bool, str]:

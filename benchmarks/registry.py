@@ -59,7 +59,9 @@ class Benchmark:
     `version` rises when figures of the old and the new one can no longer be compared. `minutes` and `memory_gb` are what a
     full run takes on 2 cores, for planning. `show` makes tables and figures of a record for the report; without it, all figures are
     listed. Both may be given as "module:function", imported when needed. `save` writes the record where it is not one of `records.RESULTS`.
-    `suite` is False for what is measured once: too long to repeat with the rest, or done there by a part of it.
+    `suite` is False for what is measured once: too long to repeat with the rest, or done there by a part of it. `record` is the name of its
+    records where they have another one. `beside` are records that `show` compares with: it gets those that there are, by name, as a second
+    argument.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Benchmark:
     show: Callable[[Record], Sequence[Block]] | str | None = None
     save: Callable[[Record, Path | None], Path] | None = None
     suite: bool = True
+    record: str = ""
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -82,11 +86,17 @@ class Benchmark:
         """Run it."""
         return _function(self.run)(settings)
 
-    def blocks(self, record: Record) -> Sequence[Block] | None:
-        """What it shows of a record of its own version; None where it leaves that to the report."""
+    def blocks(self, record: Record, found: Mapping[str, Record] | None = None) -> Sequence[Block] | None:
+        """What it shows of a record of its own version; None where it leaves that to the report.
+
+        Args:
+            found: name -> record of the report's folder, to compare with.
+        """
         if self.show is None or record["version"] != self.version:
             return None
-        return _function(self.show)(record)
+        if not self.beside:
+            return _function(self.show)(record)
+        return _function(self.show)(record, {n: r for n, r in (found or {}).items() if n in self.beside})
 
     def write(self, record: Record, folder: Path | None) -> Path:
         """Write a record of this benchmark; the file."""
@@ -119,6 +129,11 @@ def benchmarks() -> Mapping[str, Benchmark]:
     if twice:
         raise ValueError(f"two benchmarks are called {', '.join(twice)}")
     return {b.name: b for b in found}
+
+
+def of_record(name: str) -> Benchmark | None:
+    """The benchmark that makes records of a name; None if none does."""
+    return next((b for b in benchmarks().values() if (b.record or b.name) == name), None)
 
 
 def suite() -> list[Benchmark]:

@@ -179,7 +179,7 @@ def operators(r: Report) -> str:
         "Where the time went, by operator",
         "<p>Thread-seconds inside primitives, in the order of the circuit; names are the ONNX nodes.</p>"
         + charts.legend(names)
-        + charts.stacked_bars(rows),
+        + charts.stacked_bars(rows, label="Thread-seconds by operator and primitive"),
     )
 
 
@@ -194,7 +194,13 @@ def primitives(r: Report) -> str:
         for name, p in sorted(totals.items(), key=lambda item: -item[1]["seconds"])
         if p["seconds"] > 0
     ]
-    return section("By primitive", charts.stacked_bars(rows, label_width=150, width=840)) if rows else ""
+    return (
+        section(
+            "By primitive", charts.stacked_bars(rows, label="Thread-seconds by primitive", label_width=150, width=840)
+        )
+        if rows
+        else ""
+    )
 
 
 def bound(r: Report) -> str:

@@ -128,8 +128,25 @@ def measured(size: Size, grid: Grid, repeats: int, *, progress: requests.Step) -
             progress=progress,
             weights="random, seed 0",
         )
-    wanted = (*FIGURES, "evaluate_spread_s", "max_abs_error", "compile_s", "keygen_s", "key_gb")
-    return {name: record["metrics"][name] for name in wanted} | {"repeats": repeats}
+    wanted = (
+        *FIGURES,
+        "evaluate_spread_s",
+        "max_abs_error",
+        "promised_error",
+        "compile_s",
+        "keygen_s",
+        "key_gb",
+        "efficiency",
+    )
+    nodes = record["metrics"]["operators"]
+    return {name: record["metrics"][name] for name in wanted} | {
+        "repeats": repeats,
+        "levels": record["params"]["levels"],
+        "log_n": record["params"]["log_n"],
+        # Thread-seconds by node of the model, in the run of median time.
+        "nodes_s": {row["name"]: row["seconds"] for row in nodes},
+        "nodes_levels": {row["name"]: row["levels"] for row in nodes},
+    }
 
 
 def _model(folder: Path, size: Size) -> models.Built:
@@ -176,7 +193,14 @@ def _record(grid: Grid, points: list[dict[str, Any]], repeats: int) -> dict[str,
     return records.record(
         NAME,
         metrics={"points": points, "exponents": exponents(grid, points)},
-        params=asdict(grid) | {"heads": HEADS, "hidden": "4 widths", "limit_s": LIMIT_S, "max_memory_gb": MEMORY_GB},
+        params=asdict(grid)
+        | {
+            "insecure": grid.log_n is not None,
+            "heads": HEADS,
+            "hidden": "4 widths",
+            "limit_s": LIMIT_S,
+            "max_memory_gb": MEMORY_GB,
+        },
         threads=max(grid.threads),
         seed=0,
         repeats=repeats,

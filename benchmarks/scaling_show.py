@@ -61,7 +61,31 @@ def scaling(record: Record) -> Sequence[Block]:
             for row in m["exponents"]
         ],
     )
-    return [picture(drawing, caption), table, fits]
+    return [picture(drawing, caption), table, *by_node(m["points"]), fits]
+
+
+def by_node(points: Sequence[Mapping[str, Any]]) -> Sequence[Table]:
+    """Thread-seconds of each node of the model at every measured size; none if no point says them, as in older records."""
+    measured = [q for q in points if q.get("nodes_s")]
+    if not measured:
+        return ()
+    names = list(dict.fromkeys(name for q in measured for name in q["nodes_s"]))
+
+    def levels(name: str) -> str:
+        """Highest and lowest over all points: with the size, the chain changes too."""
+        spans = [q["nodes_levels"][name] for q in measured if name in q["nodes_levels"]]
+        return f"{max(high for high, _ in spans)} → {min(low for _, low in spans)}"
+
+    columns = [
+        f"T {q['tokens']}, d {q['width']}, {q['blocks']} bl., {q['threads']} thr., L {q['levels']}" for q in measured
+    ]
+    return (
+        Table(
+            caption="Thread-seconds by node against tokens T, width d, blocks and threads; L: levels of the chain; levels: the node's",
+            columns=("node", "levels", *columns),
+            rows=[(name, levels(name), *(q["nodes_s"].get(name) for q in measured)) for name in names],
+        ),
+    )
 
 
 def projection(record: Record) -> Sequence[Block]:
@@ -75,7 +99,15 @@ def projection(record: Record) -> Sequence[Block]:
     )
     checks = Table(
         caption="The same projection of requests that were measured: projected over measured",
-        columns=("record", "projected s", "measured s", "ratio", "memory, ratio", "no check because"),
+        columns=(
+            "record",
+            "projected s",
+            "measured s",
+            "ratio",
+            "memory, ratio",
+            "weights encoded ahead, GB",
+            "no check because",
+        ),
         rows=[
             (
                 q["name"],
@@ -83,6 +115,7 @@ def projection(record: Record) -> Sequence[Block]:
                 q.get("measured_evaluate_s"),
                 q.get("projected_over_measured"),
                 q.get("projected_peak_over_measured"),
+                f"{q['encoded_gb']:.3g}, {q['encoded_gb_from']}" if "encoded_gb" in q else None,
                 q.get("why") or "",
             )
             for q in m["checks"]
@@ -99,20 +132,30 @@ def projection(record: Record) -> Sequence[Block]:
     return [large, checks, shares, assumptions]
 
 
+QUALITY = (
+    "Held-out loss and recall: of the mixer as it was trained, with its non-polynomial functions, at the 2 blocks of the training "
+    "records. Degree and depth: of the mixer alone in its polynomial form. Degree of the model, levels, refreshes and predicted seconds: "
+    "of a causal language model of 1 block in that form, random weights. Measured seconds: of another model of the same size, a "
+    "bidirectional encoder with a head on its first token (`encrypted-scaling`)"
+)
+
+
 def quality(record: Record) -> Sequence[Block]:
     """One row a mixer, and held-out loss against predicted seconds."""
     rows = record["metrics"]["rows"]
     table = Table(
-        caption="Quality beside cost; a dash has its reason in the last column",
+        caption=f"Quality beside cost; a dash has its reason in the last column. {QUALITY}",
         columns=(
             "mixer",
             "held-out loss",
             "recall",
             "degree",
             "depth",
+            "degree of the model",
+            "levels of the circuit",
             "refreshes",
             "predicted s",
-            "measured s",
+            "measured s, encoder",
             "remarks",
         ),
         rows=[
@@ -122,6 +165,8 @@ def quality(record: Record) -> Sequence[Block]:
                 _recall(row["recall"]),
                 row["degree"],
                 row["depth"],
+                row.get("model_degree"),
+                row.get("circuit_levels"),
                 row["refreshes"],
                 row["predicted_evaluate_s"],
                 row["measured_evaluate_s"],
@@ -146,7 +191,9 @@ def _scatter(rows: Sequence[Mapping[str, Any]]) -> Picture:
     ax.set_ylabel("held-out loss, nats a token")
     ax.legend(fontsize=8)
     return picture(
-        drawing, "Held-out loss (mean and deviation over seeds) against predicted encrypted seconds of one block."
+        drawing,
+        "Held-out loss of the non-polynomial mixer at 2 blocks (mean and deviation over seeds) against predicted encrypted seconds of its "
+        "polynomial form at one block.",
     )
 
 

@@ -49,6 +49,7 @@ figure{margin:0}figcaption{color:var(--muted);font-size:.85rem;text-align:center
 svg{width:100%;height:auto;display:block}
 svg text{font-size:12px;fill:var(--ink);font-family:inherit}
 svg text.dim{fill:var(--muted)}
+svg text.inside{fill:#fff;stroke:#000;stroke-opacity:.55;stroke-width:2.5px;paint-order:stroke}
 svg .grid{stroke:var(--line);stroke-width:1}
 ul{margin:0;padding-left:1.2em}li{margin:.3em 0}
 @media print{section,.tile{break-inside:avoid}}

@@ -42,9 +42,18 @@ def _encoder(settings: Settings, *, what: str, name: str, shape: Shape) -> Recor
         if what == "compile":
             return compile_time.measure(name, path, x[:-1], target=target, progress=settings.progress)
         if what == "block":
-            return one_block.measure(name, path, x, blocks=shape.blocks, target=target, progress=settings.progress)
+            return one_block.measure(
+                name, path, x, blocks=shape.blocks, target=target, progress=settings.progress, keep=settings.keep
+            )
         return requests.measure(
-            name, path, x, target=target, repeats=1, progress=settings.progress, weights="random, seed 0"
+            name,
+            path,
+            x,
+            target=target,
+            repeats=1,
+            progress=settings.progress,
+            weights="random, seed 0",
+            keep=settings.keep,
         )
 
 
@@ -67,7 +76,7 @@ def _benchmark(
         minutes=minutes,
         memory_gb=memory_gb,
         run=partial(_encoder, what=what, name=name, shape=shape),
-        show="benchmarks.two_tables:of_record" if what == "request" else None,
+        show="benchmarks.request_show:request" if what == "request" else None,
         suite=suite,
     )
 
@@ -82,6 +91,6 @@ BENCHMARKS = (
     _benchmark("request", LONG, 5, 16, version=2),
     _benchmark("request", MIDDLE, 25, 22),
     _benchmark("compile", LARGE, 6, 8),
-    _benchmark("block", LARGE, 30, 22),
+    _benchmark("block", LARGE, 30, 22, version=2),
     _benchmark("request", LARGE, 90, 22, suite=False),  # there by one block
 )

@@ -25,6 +25,7 @@ def _model(settings: Settings, *, name: str, repeats: int) -> Record:
             repeats=1 if settings.quick else repeats,
             progress=settings.progress,
             weights="random, seed 0",
+            keep=settings.keep,
         )
 
 
@@ -38,7 +39,7 @@ BENCHMARKS = (
         minutes=0.3,
         memory_gb=1,
         run=partial(_model, name="mlp-784", repeats=21),
-        show="benchmarks.two_tables:of_record",
+        show="benchmarks.request_show:request",
     ),
     Benchmark(
         name="cnn-28",
@@ -49,6 +50,6 @@ BENCHMARKS = (
         minutes=2.5,
         memory_gb=3,
         run=partial(_model, name="cnn-28", repeats=5),
-        show="benchmarks.two_tables:of_record",
+        show="benchmarks.request_show:request",
     ),
 )

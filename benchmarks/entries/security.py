@@ -22,6 +22,7 @@ def _save(record: Record, folder: Path | None) -> Path:
 BENCHMARKS = (
     Benchmark(
         name="security",
+        record="security-estimate",
         group="security",
         measures="bits of security of each ring, modulus and secret; largest modulus for 128 bits",
         conditions="uSVP, dual and hybrid attacks, two cost models",

@@ -21,6 +21,24 @@ def test_ratios_of_common_figures() -> None:
     assert ratios == {"evaluate_s": 1.5, "rows.p.s": 4.0, "zero": None}
 
 
+def test_rows_are_compared_by_what_they_are_called() -> None:
+    """Not by their place: records may have them in another order, or some that the other lacks."""
+    rows = [{"source": f"n{i}", "kind": "linear", "level": i + 1, "seconds": float(i + 1)} for i in range(3)]
+    twice = [{"name": "same", "s": 1.0}, {"name": "same", "s": 2.0}]
+    a = record(metrics={"by_op": rows, "t": twice})
+    b = record(metrics={"by_op": rows[::-1], "t": twice})
+    result = comparison.compare(a, b)
+    assert all(r.ratio == 1.0 for r in result.ratios)
+    names = {r.name for r in result.ratios}
+    assert {"by_op.n0/linear/1.seconds", "t.same.s", "t.same#2.s"} <= names
+
+
+def test_long_tables_are_left_out() -> None:
+    many = [{"name": str(i), "s": 1.0} for i in range(comparison.MOST_ROWS + 1)]
+    a = record(metrics={"many": many, "few": many[:-1]})
+    assert {r.name.split(".")[0] for r in comparison.compare(a, a).ratios} == {"few"}
+
+
 def test_what_differs_is_told() -> None:
     result = comparison.compare(record(), record(params={"log_n": 14}))
     assert result.differ["params.log_n"] == (13, 14)

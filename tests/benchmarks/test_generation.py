@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import registry
 from benchmarks.agreement import compare
 from benchmarks.parties import parties
 from benchmarks.trained import fingerprint, holds
@@ -25,6 +27,20 @@ def test_agreement_counts_positions_whose_likeliest_token_stays() -> None:
     swapped[0, 1, 2] = 2.5
     assert compare(swapped, CLEAR)["agreement"] == 0.5
     assert compare(swapped, CLEAR)["mse"] == pytest.approx(1.0 / 6, abs=0.01)
+
+
+@pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")
+def test_every_token_is_kept_and_efficiency_is_that_of_requests() -> None:
+    kept: list[Any] = []
+    (benchmark,) = registry.select(["generate-2x128"])
+    record = benchmark.measure(registry.Settings(quick=True, keep=kept.append))
+    assert [k["repeats"] for k in kept] == list(range(1, record["repeats"] + 1))
+    assert kept[0]["metrics"]["evaluate_spread_s"] is None and kept[-1]["metrics"]["evaluate_spread_s"] > 0
+    m = record["metrics"]
+    bound = sum(row["bound_s"] for row in m["operators"]) / record["machine"]["threads"]
+    assert m["efficiency"] == pytest.approx(bound / m["evaluate_s"])
+    shown = benchmark.blocks({**record, "version": benchmark.version})
+    assert shown and len(shown) == 3
 
 
 @pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")

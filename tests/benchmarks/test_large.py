@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from benchmarks import compile_time, models
+from benchmarks import compile_time, models, one_block
 from benchmarks.one_block import cut
 from benchmarks.registry import benchmarks
 from compiler import Target, compile_onnx
+from he_backend.openfhe_backend import available
+from he_backend.params import Params
 from he_backend.simulator import simulate
 
 
@@ -25,6 +27,26 @@ def test_a_block_cut_out_is_the_circuit_there(encoder):
     assert all(level <= whole.keys[k] for k, level in block.keys.items())
     with pytest.raises(ValueError, match=r"begin with 0, 1,"):
         cut(whole, "7.", {"x": samples[-1].astype(np.float64)})
+
+
+@pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")
+def test_a_block_counts_all_its_keys_and_keeps_what_it_has(encoder):
+    path, samples = encoder
+    kept = []
+    record = one_block.measure(
+        *("block", path, samples),
+        blocks=2,
+        target=Target(insecure_log_n=10),
+        progress=lambda done, total, what: None,
+        keep=kept.append,
+    )
+    m, params = record["metrics"], Params.from_json(record["params"])
+    whole = compile_onnx(path, samples[:-1], target=Target(insecure_log_n=10)).circuit
+    block, *_ = one_block.cut(whole, "1.", {"x": samples[-1].astype(np.float64)})
+    rotations = sum(params.key_bytes(level) for level in block.keys.values())
+    assert m["key_gb"] * 1e9 == pytest.approx(rotations + params.key_bytes(block.relin_level), rel=1e-3)
+    (before,) = kept
+    assert before["metrics"]["key_gb"] == m["key_gb"] and "block_evaluate_s" not in before["metrics"]
 
 
 def test_compile_time_by_stage_adds_up(encoder):

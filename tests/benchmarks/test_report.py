@@ -1,6 +1,7 @@
 """The report renders from whatever was measured, on its own, and says so in red when nothing was protected."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import charts, records, report
+from benchmarks.style import STYLE
 from polyformer import cli
 
 OPS = [
@@ -123,8 +125,31 @@ def test_a_missing_part_is_left_out(missing: str) -> None:
 def test_many_operators_are_folded() -> None:
     ops = [{**OPS[1], "id": i, "source": f"node{i}"} for i in range(200)]
     text = report.operators({**FULL, "ops": ops})
-    assert text.count("<text") < 120
+    assert text.count("<text") < 250  # of 800
     assert "smaller ones" in text
+
+
+def test_charts_are_told_in_words_and_letters_stay_readable() -> None:
+    """A chart on a page of 390 pixels keeps letters of 10 pixels at least: it scrolls instead of shrinking."""
+    charts_of = re.findall(r"<svg [^>]*>.*?</svg>", page(FULL), re.DOTALL)
+    assert len(charts_of) == 5  # phases, operators, primitives, levels, predicted and measured
+    for chart in charts_of:
+        head = chart.partition(">")[0]
+        assert 'role="img"' in head and re.search(r'aria-label="[^"]{10,}"', head)
+        assert re.search(r"<desc>[^<]{10,}</desc>", chart)
+        width, least = (float(re.search(p, head)[1]) for p in (r"viewBox=\"0 0 (\d+)", r"min-width:(\d+)px"))  # type: ignore[index]
+        assert 12 * max(least, 390) / width >= 10
+    assert ".scroll{overflow-x:auto}" in STYLE
+    assert page(FULL).count('<div class="scroll"><svg') == 5
+
+
+def test_segments_carry_their_names() -> None:
+    """Colour alone tells nothing to many readers."""
+    chart = charts.stacked_bars(
+        [charts.Row(label="q", segments=[("rotate_hoisted", 5.0), ("encode", 0.01)])], label="what it shows"
+    )
+    assert 'class="inside">rotate hoisted</text>' in chart and 'class="inside">encode' not in chart
+    assert "q: rotate_hoisted 5 s, encode 0.01 s" in chart  # for those that have no room
 
 
 @pytest.mark.parametrize(

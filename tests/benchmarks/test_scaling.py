@@ -14,6 +14,19 @@ from he_backend.trace import trace
 
 NAMES = ("encrypted-scaling", "projection-1.4b", "quality-beside-cost")
 
+SHOWN = {
+    "encrypted-scaling": ("Thread-seconds by node against tokens T", "T 8, d 16, 1 bl., 2 thr.", "| QKV |", "| FFN |"),
+    "projection-1.4b": ("weights encoded ahead, GB",),
+    "quality-beside-cost": (
+        *(
+            "bidirectional encoder",
+            "non-polynomial functions, at the 2 blocks",
+            "degree of the model",
+            "levels of the circuit",
+        ),
+    ),
+}
+
 
 @pytest.mark.parametrize("e", [0.5, 1.0, 2.0])
 def test_exponent_of_a_power_law(e: float) -> None:
@@ -79,6 +92,31 @@ def test_blocks_add_up() -> None:
     assert np.isfinite(many["projected_peak_gb"])
 
 
+def test_what_a_record_does_not_say_is_marked_as_assumed() -> None:
+    """The memory of a check has the weights encoded ahead in it: a typed figure of them proves nothing."""
+    assert projection.kept_gb("demo", {}) == (projection.ASSUMED_KEPT_GB["demo"], True)
+    assert projection.kept_gb("demo", {"encoded_gb": 2.5}) == (2.5, False)
+    shape = {"blocks": 1, "width": 16, "heads": 2, "hidden": 64, "length": 8, "vocab": 16}
+    params = Params(log_n=11, levels=24, scale_bits=40, first_bits=46, digits=4, insecure=True)
+    metrics = {"evaluate_s": 1.0, "peak_gb": 2.0}
+    demo = {
+        "file": "demo.json",
+        "quiet": True,
+        "machine": {"threads": 2},
+        "params": {**params.to_json(), "model": shape},
+        "metrics": metrics,
+    }
+    for encoded, ratio in ((None, False), (0.0, True)):
+        said = metrics if encoded is None else {**metrics, "encoded_gb": encoded}
+        rows = projection.checks({"demo": {**demo, "metrics": said}}, CostTable.load())
+        (row,) = [r for r in rows if r["name"] == "demo"]
+        assert (row["projected_peak_over_measured"] is not None) is ratio
+        assert row["encoded_gb_from"] == ("the record" if ratio else "assumed")
+        assert row["projected_over_measured"] > 0
+    (row,) = [r for r in projection.checks({"demo": {**demo, "metrics": {}}}, CostTable.load()) if r["name"] == "demo"]
+    assert row["why"] == "demo.json has no evaluation"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quick_size_makes_a_record_that_can_be_shown(name: str) -> None:
     (benchmark,) = registry.select([name])
@@ -88,3 +126,6 @@ def test_quick_size_makes_a_record_that_can_be_shown(name: str) -> None:
     assert blocks
     for block in blocks:
         assert block.html() and block.markdown()
+    text = "".join(block.markdown() for block in blocks)
+    for what in SHOWN[name]:
+        assert what in text

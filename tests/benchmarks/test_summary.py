@@ -1,13 +1,15 @@
 """The page, the Markdown and README's table, all from records."""
 
 import json
+import re
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from benchmarks import blocks, readme, records, registry, summary
+from benchmarks import blocks, costs_show, ops, quality, race, readme, records, registry, scaling, summary
 from benchmarks.blocks import Picture, Table
 from benchmarks.registry import Benchmark
 
@@ -54,13 +56,26 @@ def test_page_is_whole_and_escaped() -> None:
 
 def test_every_condition_is_under_the_figures() -> None:
     line = summary.conditions(record(seed=7))
-    for part in ("2 threads", "N = 2^13", "seed 7", "one run", "commit", "python"):
+    for part in ("2 threads", "N = 2^13", "seed 7", "one run", "commit", "python", "benchmark version 1"):
         assert part in line
+    params = {"log_n": 16, "levels": 27, "digits": 2, "scale_bits": 40}
+    many = record(params=params, repeats=5, metrics={"warm_ups": 1, "evaluate_spread_s": 0.25})
+    line = summary.conditions({**many, "versions": {"onnxruntime": "1.2.3"}})
+    for part in (
+        "5 repeats after 1 warm-up, longest less shortest 0.25 s",
+        "2 digits",
+        "40 scale bits",
+        "onnxruntime 1.2.3",
+    ):
+        assert part in line
+    assert "CKKS" not in summary.conditions(record(params={"log_n": None}))  # a grid without a test ring
 
 
 MARKS = {
     "quiet": ({}, []),
     "busy": ({"quiet": False, "noise": {"others_share": 0.25}}, ["busy machine: others took 25%"]),
+    "unknown": ({"quiet": None}, ["noise unknown"]),
+    "quick": ({"quick": True}, ["quick run, its figures prove nothing"]),
     "cut short": ({"status": "crashed"}, ["crashed"]),
     "test ring": ({"params": {"insecure": True}}, ["insecure test ring"]),
 }
@@ -89,9 +104,51 @@ def test_a_benchmark_shows_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
         run=lambda s: {},
         show=show,
     )
-    monkeypatch.setattr(registry, "benchmarks", lambda: {"own": own})
+    other = replace(own, name="other", record="its records", group="security", show=None)
+    monkeypatch.setattr(registry, "benchmarks", lambda: {"own": own, "other": other})
+    ((group, _, (member,)),) = summary.by_group(found(record("its records")))
+    assert (group, member["name"]) == ("security", "its records") and summary.measures(member) == "m"
     assert "own" in summary.shown(record("own", version=2))[0].caption
     assert "figures of the record" in summary.shown(record("own", version=1))[0].caption  # of an older benchmark
+
+
+@pytest.mark.parametrize("name", ["operator-race", "encrypted-scaling", "quality-beside-cost"])
+def test_quick_records_say_that_their_ring_protects_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their parameters are a grid's or a setup's, not those of one circuit."""
+    made = {
+        "operator-race": lambda: race._record([], registry.Settings(quick=True)),
+        "encrypted-scaling": lambda: scaling._record(scaling.QUICK, [], 1),
+        "quality-beside-cost": lambda: quality._record([], quality.QUICK, {}),
+    }[name]()
+    assert "insecure test ring" in summary.marks(made)
+
+
+COSTS = {
+    "cpu": "X",
+    "cores": 2,
+    "versions": {"openfhe": "1"},
+    "params": {"log_n": 10, "levels": 2, "digits": 2, "scale_bits": 40, "insecure": True},
+    "created": "2026-01-01",
+    "repeats": 3,
+    "load": 0.5,
+    "interpolated": [1],
+    "ms": {"rotate": {"0": 1.5, "1": 2.25, "2": 3.0}, "encode": {"2": 7.0}},
+}
+
+
+def test_cost_tables_are_on_the_page(tmp_path: Path) -> None:
+    """Also those that lie among records, as `--out` leaves them."""
+    (tmp_path / "costs.json").write_text(json.dumps(COSTS))
+    (tmp_path / "r.json").write_text(json.dumps(record()))
+    page, text = summary.write(tmp_path / "out", tmp_path)
+    assert balanced(page.read_text()) and "<section id='costs'>" in page.read_text()
+    assert "| rotate | 3 | 1.5 |" in text.read_text() and "| encode | 7 | – |" in text.read_text()
+    assert "2.25" not in text.read_text()  # of a level that was not measured
+    (group, _, members), *_ = summary.sections(found(record()), {"costs": COSTS})
+    (section,) = members
+    assert group == "primitives" and section.marks == ["insecure test ring"]
+    assert "3 repeats" in section.conditions and "2 digits" in section.conditions
+    assert list(costs_show.newest(ops.COSTS)), "the repository's own are found"
 
 
 def test_table_in_both_forms() -> None:
@@ -118,6 +175,10 @@ def test_picture_is_the_same_for_the_same_data() -> None:
     assert first.svg == draw().svg
     assert 'aria-label="what &quot;it&quot; shows"' in first.svg and " width=" not in first.svg.split(">")[0]
     assert balanced(first.html())
+    head = first.svg.partition(">")[0]
+    width, least = (float(re.search(p, head)[1]) for p in (r"viewBox=\"0 0 ([\d.]+)", r"min-width:(\d+)px"))  # type: ignore[index]
+    assert 8 * least / width >= 10  # legends, the smallest letters, on a page of 390 pixels: the box scrolls
+    assert "<div class='scroll'><svg" in first.html()
 
 
 def test_report_of_nothing_says_what_to_run(tmp_path: Path) -> None:

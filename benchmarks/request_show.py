@@ -1,0 +1,56 @@
+"""What a record of an encrypted request shows: the figures of the whole request, then its tables by node and by primitive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .blocks import Block, Table
+from .registry import Record
+from .two_tables import of_record
+
+GB = 1e9
+# (what, measured, promised or predicted beside it); figures that a record lacks, as an older one may, are left out.
+FIGURES = (
+    ("encrypt, evaluate and decrypt, s", "total_s", None),
+    ("evaluation, s (median)", "evaluate_s", "predicted_evaluate_s"),
+    ("longest less shortest evaluation, s", "evaluate_spread_s", None),
+    ("warm-ups before those that count", "warm_ups", None),
+    ("largest error against the model in the clear", "max_abs_error", "promised_error"),
+    ("agreement of the likeliest output", "agreement", None),
+    ("efficiency, bound over measured", "efficiency", None),
+    ("peak memory of client and server in one process, GB", "peak_gb", "predicted_memory_gb"),
+    ("evaluation keys, GB", "key_gb", None),
+    ("keys and request sent, GB", "upload_bytes", None),
+    ("request alone, GB", "request_bytes", None),
+    ("reply, GB", "reply_bytes", None),
+    ("compilation, s", "compile_s", None),
+    ("keys made, s", "keygen_s", None),
+    ("weights encoded ahead, s", "prepare_s", None),
+    ("encodings left to the request, thread-s", "encode_s", None),
+    ("weights encoded ahead, GB", "encoded_gb", None),
+    ("refreshes", "refreshes", None),
+    ("log2 QP (limit for 128 bits beside it)", "logqp", "logqp_limit"),
+)
+
+
+def request(record: Record) -> Sequence[Block]:
+    """A summary of the request, and its two tables where it got that far."""
+    tables = of_record(record) if "operators" in record["metrics"] else ()
+    return [summary(record), *tables]
+
+
+def summary(record: Record) -> Table:
+    """Figures of the whole request beside what was promised or predicted."""
+    m = record["metrics"]
+    rows = [
+        (what, _cell(m, name), _cell(m, beside))
+        for what, name, beside in FIGURES
+        if m.get(name) is not None or m.get(beside or name) is not None
+    ]
+    return Table(caption="The whole request", columns=("figure", "measured", "promised or predicted"), rows=rows)
+
+
+def _cell(metrics: Record, name: str | None) -> Any:
+    value = metrics.get(name) if name else None
+    return value / GB if value is not None and name is not None and name.endswith("_bytes") else value

@@ -14,12 +14,11 @@ from he_backend.simulator import SIMULATIONS, simulate, simulate_noise
 from he_backend.trace import Trace
 
 from .plan import ERROR_MARGIN
-from .scales import mismatch
 
 
 def with_errors(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> Circuit:
     """The circuit with predicted errors after every ONNX node, made as `plan.predicted_error` makes that of the outputs: the largest
-    difference of a slot over runs with simulated noise, times ERROR_MARGIN, and what the scales of the real primes add.
+    difference of a slot over runs with simulated noise, times ERROR_MARGIN.
 
     Args:
         circuit: with bounds; t: its trace.
@@ -47,10 +46,7 @@ def with_errors(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> Ci
 
     with ThreadPoolExecutor(SIMULATIONS) as pool:
         runs = list(pool.map(largest, range(len(samples)), samples))
-    relative = mismatch(circuit, t)
     errors = {
-        i: float(abs(op.factor) * (ERROR_MARGIN * max(run[i] for run in runs) + relative * op.bound))
-        for i, op in ends.items()
-        if i in runs[0]
+        i: float(abs(op.factor) * ERROR_MARGIN * max(run[i] for run in runs)) for i, op in ends.items() if i in runs[0]
     }
     return replace(circuit, errors=errors)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from he_backend import refresh, security
-from he_backend.base import BACKENDS, CapabilityError, ParamsError
+from he_backend.base import BACKENDS, CapabilityError, ParamsError, ScaleError
 from he_backend.circuit import Circuit, Op
 from he_backend.liveness import live_bytes
 from he_backend.params import Params
@@ -23,7 +23,6 @@ from .failure import largest_output
 from .lower import Lowered
 from .passes.bases import BASES, choose_bases
 from .passes.sums import LONGEST, group_sums
-from .scales import mismatch_error
 from .schedule import Forecast, forecast
 from .step_lower import LoweredStep
 
@@ -319,8 +318,8 @@ def _forget(op: Op, value: np.ndarray) -> None:
 
 
 def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
-    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN, and what the scales of the
-    real primes add.
+    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN; infinite where two scales of a
+    sum are further apart than the server allows.
     """
     name, out = circuit.inputs[0].name, circuit.outputs[0].name
 
@@ -330,8 +329,11 @@ def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -
         return float(np.max(np.abs(clear - noisy)))
 
     with ThreadPoolExecutor(SIMULATIONS) as pool:
-        errors = list(pool.map(largest, range(len(samples)), samples))
-    return ERROR_MARGIN * max(errors) + mismatch_error(circuit, t)
+        try:
+            errors = list(pool.map(largest, range(len(samples)), samples))
+        except ScaleError:
+            return math.inf
+    return ERROR_MARGIN * max(errors)
 
 
 def refuse(rows: Sequence[Candidate], levels: int, target: Target, cap: float | None = None) -> ParamsError:

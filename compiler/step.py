@@ -25,7 +25,6 @@ from .passes.client import Embedding
 from .passes.levels import assign_levels, top_level
 from .plan import ERROR_MARGIN, LARGEST_RING, Candidate, Plan, Target, as_circuit, choose, refuse, with_style
 from .rings import SMALLEST_RING
-from .scales import mismatch_error
 from .search import Found, Progress, plan_cost, smallest_cap
 from .step_lower import LoweredStep, lower_step
 
@@ -137,7 +136,7 @@ def predicted_error(circuit: Circuit, t: Trace, sequences: Sequences) -> float:
             tensors[k.before] = tensors[k.before] + rng.normal(0.0, size, tensors[k.before].shape)
         noisy = simulate_noise(circuit, tensors, step=last, seed=row + 1000, traced=t)
         worst = max(worst, float(np.max(np.abs(noisy[out] - clear))))
-    return ERROR_MARGIN * worst + mismatch_error(circuit, t)
+    return ERROR_MARGIN * worst
 
 
 def with_bounds(circuit: Circuit, sequences: Sequences, margin: float = 1.25) -> Circuit:

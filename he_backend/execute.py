@@ -12,7 +12,7 @@ import resource
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +25,8 @@ from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, Sc
 from .circuit import Circuit
 from .kernels import StepRow
 from .liveness import live_bytes, value_bytes
-from .trace import SCALE_TOLERANCE, Node, assign_scales, cost_name, trace
+from .scales import SCALE_TOLERANCE, assign_scales, foretold
+from .trace import Node, cost_name, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
@@ -83,11 +84,12 @@ class Prepared:
     seconds_saved: float
 
 
-def scale_tolerance(circuit: Circuit) -> float:
-    """Largest relative difference of the scales of a sum: one that moves an output by no more than the promised error.
-
-    The promise comes from nominal primes and knows nothing of it; only here, where the real ones are known, can it be seen.
+def scale_tolerance(circuit: Circuit, moduli: Sequence[int]) -> float:
+    """Largest relative difference of the scales of a sum: where the promise knew other primes than these, one that moves an output by
+    no more than the promised error.
     """
+    if list(moduli) == foretold(circuit.params):
+        return SCALE_TOLERANCE
     largest = max((signature.bound for signature in circuit.outputs), default=0.0)
     if not circuit.error_bound or not largest:
         return SCALE_TOLERANCE  # nothing is promised
@@ -108,7 +110,7 @@ class Executor:
     def __init__(self, circuit: Circuit, evaluator: Any, *, threads: int = 2, plaintext_budget: int = 2 << 30) -> None:
         self.circuit, self.evaluator, self.threads, self.budget = circuit, evaluator, threads, plaintext_budget
         self.trace = trace(circuit, capabilities=evaluator.capabilities)
-        tolerance = scale_tolerance(circuit)
+        tolerance = scale_tolerance(circuit, evaluator.moduli)
         self.scales = assign_scales(self.trace, evaluator.moduli, evaluator.scale, tolerance=tolerance)
         self.output_scales = {part: self.scales.result[n] for part, n in self.trace.outputs.items()}
         self._check_states()

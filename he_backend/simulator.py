@@ -20,7 +20,8 @@ from .base import Array, LevelError, RangeError, UnsupportedOpError
 from .circuit import Circuit, Op, pack, unpack
 from .kernels import StepRow
 from .params import SPECIAL_PRIME_BITS, Params
-from .trace import Trace, assign_scales, trace
+from .scales import assign_scales, foretold
+from .trace import Trace, trace
 
 SIMULATIONS = 2  # at once: numpy lets other threads run while it works on a slot vector
 ERROR_STD = 3.19  # standard deviation of the error distribution in every library used here
@@ -258,9 +259,8 @@ def simulate_noise(
     traced: Trace | None = None,
     visit: Callable[[int, Array], None] | None = None,
 ) -> dict[str, Array]:
-    """Output tensors of one run with simulated CKKS noise; nominal primes stand for the library's.
-
-    So the mismatch of real scales is no part of it: `execute.scale_tolerance` bounds that where the primes are known.
+    """Output tensors of one run with simulated CKKS noise, and with sums of values whose scales differ, as far as the primes can be
+    foretold (`scales.foretold`; for others `execute.scale_tolerance` bounds what they add).
 
     Args:
         visit: is given the id of every circuit op that something reads, and its value with noise [slots].
@@ -269,7 +269,7 @@ def simulate_noise(
     t = traced if traced is not None else trace(circuit)
     rng = np.random.default_rng(seed)
     scale = 2.0**params.scale_bits
-    scales = assign_scales(t, [1 << params.first_bits, *[1 << params.scale_bits] * params.levels], scale)
+    scales = assign_scales(t, foretold(params), scale)
     packed = input_slots(circuit, tensors)
     names = {node: key for key, node in t.inputs.items()}
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
@@ -291,6 +291,11 @@ def simulate_noise(
             y = refresh.apply_function(params, args[0], node.plains, rng)  # type: ignore[arg-type]
         elif node.op == "refresh":
             y = refresh.apply_error(params, args[0], scale / scales.result[node.id], rng)
+        elif node.op in ("add", "sub") and scales.result[node.args[0]] != scales.result[node.args[1]]:
+            apart = (
+                scales.result[node.args[1]] / scales.result[node.args[0]]
+            )  # the second is read at the first one's scale
+            y = _primitive(node.op, [args[0], args[1] * apart], node.k, [])
         elif node.op == "weighted_sum":
             if squares[0] != node.args:  # groups of one linear map weigh the same rotations
                 squares = node.args, np.sum([np.abs(a) ** 2 for a in args], axis=0)

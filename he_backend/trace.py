@@ -8,21 +8,16 @@ of linear maps in the extended basis, eprint 2020/1203 section 4). Equal subexpr
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import refresh
-from .base import CapabilityError, LevelError, ScaleError
+from .base import CapabilityError, LevelError
 from .circuit import Circuit, Op
 from .kernels import Row, StepRow, apply, doubled_sum
 from .params import Params
-
-# Relative difference of two scales that may be added, whatever a circuit promises. Linear maps and factored polynomials
-# leave none; Chebyshev sums of products leave up to 2^-14.8 (degree 20, nearest primes to 2^40 at N = 2^14 and 2^16).
-SCALE_TOLERANCE = 2.0**-14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +88,10 @@ class Tracer:
     _seen: dict[Any, int] = field(default_factory=dict)
     doubled: set[int] = field(default_factory=set)  # parts of a complex refresh: at twice the scale
 
-    def emit(self, op: str, args: tuple[int, ...], **fields: Any) -> int:
-        """The node, made once: an equal one that exists is returned."""
+    def emit(self, op: str, args: tuple[int, ...], *, anew: bool = False, **fields: Any) -> int:
+        """The node, made once: an equal one that exists is returned, unless it is wanted anew."""
         key = (op, args, fields["level"], fields.get("k", 0), fields.get("plains", ()))
-        if op == "input" or key not in self._seen:
+        if op == "input" or anew or key not in self._seen:
             self._seen[key] = len(self.nodes)
             self.nodes.append(Node(id=len(self.nodes), op=op, args=args, **{"source": self.source, **fields}))
         return self._seen[key]
@@ -164,8 +159,35 @@ class Tracer:
         na, nb = self.nodes[a], self.nodes[b]
         if (na.level, na.degree) == (nb.level, nb.degree):
             return a, b
+        if na.degree == 2 and self.net(b) >= na.level:
+            return a, self.pending(b, na.level)
+        if nb.degree == 2 and self.net(a) >= nb.level:
+            return self.pending(a, nb.level), b
         level = min(self.net(a), self.net(b))
         return self.at(a, level), self.at(b, level)
+
+    def pending(self, a: int, level: int) -> int:
+        """`a` with a pending rescale at a lower level, like the product that it is added to: what is pending stays pending for the sum,
+        and the scales of both can be one (`scales`), which is why no other sum may share it.
+
+        A sum of multiples is taken at that level to begin with; anything else is multiplied by 1.
+        """
+        n = self.nodes[a]
+        match n.op:
+            case "mul_scalar" if n.degree == 2:
+                x, plains = n.args[0], n.plains
+            case "add" | "sub" if self._of_multiples(a):
+                args = tuple(self.pending(x, level) for x in n.args)
+                return self.emit(n.op, args, level=level, degree=2)
+            case "add_scalar" if self._of_multiples(a):
+                return self.emit(n.op, (self.pending(n.args[0], level),), level=level, degree=2, plains=n.plains)
+            case _:
+                x, plains = a, (1.0,)
+        return self.emit("mul_scalar", (self.at(x, level),), anew=True, level=level, degree=2, plains=plains)
+
+    def _of_multiples(self, a: int) -> bool:
+        n = self.nodes[a]
+        return n.op == "mul_scalar" or (n.op in ("add", "sub", "add_scalar") and all(map(self._of_multiples, n.args)))
 
     def _sum(self, op: str, a: int, b: Any) -> int:
         if not isinstance(b, int):
@@ -320,6 +342,10 @@ def trace(
         # Sums and rotations keep a pending rescale, the rest would repeat it; unless the circuit wants it done first.
         lazy = op.kind in ("add", "sub", "add_plain", "rotate", "rotate_sum") and not op.attrs.get("settled")
         args = [values[a] if lazy and t.net(values[a]) == start else t.at(values[a], start) for a in op.args]
+        if op.kind in ("add", "sub") and any(t.nodes[a].degree == 2 for a in args):
+            # What has levels to spare can be brought to the other one's scale: it is not dropped yet.
+            above = [v for v in (values[a] for a in op.args) if t.net(v) > start and v not in t.doubled]
+            args = [v if v in above else a for v, a in zip((values[a] for a in op.args), args, strict=True)]
         t.extended = op.attrs.get("basis") != "ordinary"
         if op.kind != "linear":
             args = [_settled(t, a, op) for a in args]
@@ -401,63 +427,3 @@ def _live(nodes: list[Node], roots: set[int]) -> list[Node]:
                 alive.add(a)
                 stack.append(a)
     return [n for n in nodes if n.id in alive]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scales:
-    """Exact scales: of every node's result, of every plaintext operand; and the largest relative mismatch of a sum."""
-
-    result: tuple[float, ...]
-    plain: tuple[float, ...]
-    mismatch: float
-
-
-def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, tolerance: float = SCALE_TOLERANCE) -> Scales:
-    """Follow exact scales through a trace.
-
-    A plaintext factor is encoded at the scale that brings the product to exactly `scale` after its rescale; the primes
-    of the chain are near the scale, not equal to it, and this is where the difference goes.
-
-    Args:
-        moduli: moduli[i] is the prime that a rescale at level i divides by.
-        tolerance: largest relative difference of the scales of a sum.
-
-    Raises:
-        ScaleError: a sum of values whose scales differ by more.
-    """
-    result: list[float] = []
-    plain: list[float] = []
-    worst = 0.0
-    for n in trace.nodes:
-        s = [result[a] for a in n.args]
-        p = 0.0
-        match n.op:
-            case "input" | "refresh_function":
-                out = scale
-            case "add" | "sub":
-                gap = abs(s[0] / s[1] - 1.0)
-                worst = max(worst, gap)
-                if gap > tolerance:
-                    raise ScaleError(
-                        f"node {n.id} adds scales 2^{math.log2(s[0]):.8f} and 2^{math.log2(s[1]):.8f} (op {n.source}): "
-                        f"they differ by {gap:.2g}, {tolerance:.2g} is allowed"
-                    )
-                out = s[0]
-            case "mul":
-                out = s[0] * s[1]
-            case "square":
-                out = s[0] * s[0]
-            case "twice_real" | "twice_imaginary":
-                out = 2.0 * s[0]
-            case "mul_plain" | "mul_scalar" | "weighted_sum":
-                out = scale * moduli[n.level]
-                p = out / s[0]
-            case "rescale":
-                out = s[0] / moduli[n.level + 1]
-            case "add_plain" | "add_scalar":
-                out = p = s[0]
-            case _:
-                out = s[0]
-        result.append(out)
-        plain.append(p)
-    return Scales(result=tuple(result), plain=tuple(plain), mismatch=worst)

@@ -12,8 +12,9 @@ from he_backend.base import CapabilityError, LevelError
 from he_backend.circuit import Circuit, Op, Signature
 from he_backend.execute import Executor
 from he_backend.params import Params
+from he_backend.scales import assign_scales
 from he_backend.simulator import simulate, simulate_noise
-from he_backend.trace import assign_scales, trace
+from he_backend.trace import trace
 from tests.he_backend.refreshing import REFRESHING
 from tests.he_backend.small_circuit import WIDTH, diagonals, weights
 

@@ -13,8 +13,9 @@ from he_backend import keys, refresh, security
 from he_backend.base import CapabilityError, LevelError, MissingKeyError, ParamsError, WireError
 from he_backend.circuit import unpack
 from he_backend.params import Params
+from he_backend.scales import assign_scales
 from he_backend.simulator import simulate, simulate_noise
-from he_backend.trace import assign_scales, trace
+from he_backend.trace import trace
 from tests.he_backend.refreshing import REFRESHING, reference, refreshing
 from tests.he_backend.running import ROOT
 from tests.he_backend.small_circuit import WIDTH

@@ -1,7 +1,8 @@
 """What each kind of refresh costs and gives: plain, of few slots, of pairs, of functions.
 
 Every figure is of a small circuit with one refresh, run as a compiled one is: on one thread, with all that the kind needs around it
-(joining and parting a pair, halving a function's argument). Contexts of different refreshes exclude each other in one process
+(joining and parting a pair, halving a function's argument). Kinds are compared by processor seconds: what else a machine does in the
+half an hour that all of them take would favour the one or the other. Contexts of different refreshes exclude each other in one process
 (`openfhe_ring`), and memory is each kind's own, so that every kind has a process.
 
 A functional refresh takes four levels more of the chain than a plain one, or more with many terms, and saves those of a polynomial.
@@ -113,7 +114,7 @@ def one_kind(name: str, quick: bool, repeats: int, ranges: Ranges, *, progress: 
 
     Returns:
         name, params, log_qp, log_qp_limit, level_before and level_after of a refresh, levels between two of them, values that it
-        serves, cases [see `_run`], wall_s and cpu_s: medians of one refresh; key_bytes and matrix_bytes, in tables and as seen; peak_gb.
+        serves, cases [see `_run`], wall_s and cpu_s: medians of one refresh, over cases; key_bytes and matrix_bytes, in tables and as seen; peak_gb.
     """
     params = params_of(name, quick=quick)
     before = params.refresh_input + (params.refresh_terms > 0)
@@ -136,7 +137,7 @@ def one_kind(name: str, quick: bool, repeats: int, ranges: Ranges, *, progress: 
         "slots": params.refresh_period,
         "values": 2 if params.refresh_complex else 1,
         "wall_s": statistics.median(row["refresh_s"] for row in rows),
-        "cpu_s": rows[0]["cpu_s"],
+        "cpu_s": statistics.median(row["refresh_cpu_s"] for row in rows),
         "cases": rows,
         "key_bytes": sum(params.key_bytes(level, kind) for kind, _, level in refresh.keys(params)),
         "keys": sum(1 for _ in refresh.keys(params)),
@@ -233,20 +234,23 @@ def _run(case: Case, ready: ops.Refresher, repeats: int) -> dict[str, Any]:
     """Time a circuit and compare its results with the exact ones, and with what the simulator makes of them.
 
     Returns:
-        name, wall_s and cpu_s of the whole circuit, refresh_s without what follows the refresh and polynomial_s of that, medians;
+        name, wall_s and cpu_s of the whole circuit; refresh_s and refresh_cpu_s without what follows the refresh, polynomial_cpu_s of that: medians;
         worst_bits and mean_bits, -log2 of the error, and the same predicted; and what the case says about itself.
     """
     circuit = case.circuit
     executor = Executor(circuit, ready.evaluator, threads=1)
     packed = input_slots(circuit, case.inputs)
     sent = {part: ready.send(row, level=circuit.inputs[0].level) for part, row in packed.items()}
-    wall, cpu, after = [], [], []
+    kinds = {op.id: op.kind for op in circuit.ops}
+    wall, cpu, after, after_cpu = [], [], [], []
     for _ in range(repeats):
         start, busy = time.perf_counter(), time.process_time()
         run = executor.run(sent)
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - busy)
         after.append(sum(row["seconds"] for row in run.timing.ops if row["kind"] == "polynomial"))
+        behind = [row for row in run.timing.calls if kinds[row["op"]] == "polynomial"]
+        after_cpu.append(sum(row["count"] * row["fastest"] for row in behind))
     period = circuit.params.refresh_period
     errors = []
     for (name, _), out in run.outputs.items():
@@ -261,7 +265,8 @@ def _run(case: Case, ready: ops.Refresher, repeats: int) -> dict[str, Any]:
         "wall_s": statistics.median(wall),
         "cpu_s": statistics.median(cpu),
         "refresh_s": statistics.median(a - b for a, b in zip(wall, after, strict=True)),
-        "polynomial_s": statistics.median(after),
+        "refresh_cpu_s": statistics.median(a - b for a, b in zip(cpu, after_cpu, strict=True)),
+        "polynomial_cpu_s": statistics.median(after_cpu),
         "repeats": repeats,
         **_bits(np.concatenate(errors), ""),
         **_bits(np.concatenate(foretold), "predicted_"),
@@ -285,8 +290,8 @@ def comparisons(kinds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every functional refresh beside a plain refresh and the same function's polynomial.
 
     Returns:
-        for each kind and function: functional_s and functional_levels between two of them; plain_s, one refresh and the polynomial, and
-        plain_levels that are left after both; work_levels of other work between two evaluations; same_work_s, by the plain
+        for each kind and function, in processor seconds: functional_s and functional_levels between two of them; plain_s, one refresh and
+        the polynomial, and plain_levels that are left after both; work_levels of other work between two evaluations; same_work_s, by the plain
         refresh, of what functional_s does; ratio, same_work_s / functional_s: above 1 the functional refresh pays.
     """
     plain = next((kind for kind in kinds if kind["name"] == "plain"), None)
@@ -302,18 +307,18 @@ def comparisons(kinds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 continue
             other = of[case["name"]]
             share = (kind["levels"] + other["depth"]) / plain["levels"]
-            same = other["polynomial_s"] + share * plain["wall_s"]
+            same = other["polynomial_cpu_s"] + share * plain["cpu_s"]
             found.append(
                 {
                     "kind": kind["name"],
                     "function": case["name"],
-                    "functional_s": kind["wall_s"],
+                    "functional_s": kind["cpu_s"],
                     "functional_levels": kind["levels"],
-                    "plain_s": plain["wall_s"] + other["polynomial_s"],
+                    "plain_s": plain["cpu_s"] + other["polynomial_cpu_s"],
                     "plain_levels": plain["levels"] - other["depth"],
                     "work_levels": kind["levels"],
                     "same_work_s": same,
-                    "ratio": same / kind["wall_s"],
+                    "ratio": same / kind["cpu_s"],
                     "functional_worst_bits": case["worst_bits"],
                     "plain_worst_bits": other["worst_bits"],
                 }
@@ -343,7 +348,7 @@ def show(record: Mapping[str, Any]) -> Sequence[Block]:
     kinds, found = record["metrics"]["kinds"], record["metrics"]["comparisons"]
     blocks: list[Block] = [
         Table(
-            caption="One refresh on one thread; seconds a value and level: of a real ciphertext, by the levels between two refreshes",
+            caption="One refresh on one thread; processor seconds a value and level: of a real ciphertext, by the levels between two refreshes",
             columns=(
                 "kind",
                 "slots",
@@ -364,7 +369,7 @@ def show(record: Mapping[str, Any]) -> Sequence[Block]:
                     kind["cpu_s"],
                     f"{kind['level_before']} → {kind['level_after']}",
                     kind["levels"],
-                    kind["wall_s"] / kind["values"] / kind["levels"],
+                    kind["cpu_s"] / kind["values"] / kind["levels"],
                     kind["key_bytes"] / 1e9,
                     f"{kind['matrix_bytes'] / 1e9:.2f}, {kind['matrix_bytes_seen'] / 1e9:.2f}",
                     kind["peak_gb"],

@@ -20,7 +20,9 @@ from tests.he_backend.test_trace import BOTH, LINEAR, PLAN, circuit
 LEVELS = 6
 MODULI = tuple((1 << (50 if i == 0 else 40)) + (-1) ** i * 129 * (i + 1) for i in range(LEVELS + 1))
 SCALE = 2.0**40
-UNEQUAL: tuple[tuple[str, tuple[int, int], dict[str, int], int], ...] = (  # x^4 + x^3: two products that wait for the same rescale
+UNEQUAL: tuple[
+    tuple[str, tuple[int, int], dict[str, int], int], ...
+] = (  # x^4 + x^3: two products that wait for the same rescale
     ("mul", (0, 0), {}, 5),
     ("mul", (1, 1), {}, 4),
     ("mul", (1, 0), {}, 4),

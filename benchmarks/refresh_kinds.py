@@ -114,7 +114,8 @@ def one_kind(name: str, quick: bool, repeats: int, ranges: Ranges, *, progress: 
 
     Returns:
         name, params, log_qp, log_qp_limit, level_before and level_after of a refresh, levels between two of them, values that it
-        serves, cases [see `_run`], wall_s and cpu_s: medians of one refresh, over cases; key_bytes and matrix_bytes, in tables and as seen; peak_gb.
+        serves, cases [see `_run`], wall_s and cpu_s: medians of one refresh, over cases; key_bytes and matrix_bytes, in tables and as
+        seen; peak_gb.
     """
     params = params_of(name, quick=quick)
     before = params.refresh_input + (params.refresh_terms > 0)
@@ -234,7 +235,8 @@ def _run(case: Case, ready: ops.Refresher, repeats: int) -> dict[str, Any]:
     """Time a circuit and compare its results with the exact ones, and with what the simulator makes of them.
 
     Returns:
-        name, wall_s and cpu_s of the whole circuit; refresh_s and refresh_cpu_s without what follows the refresh, polynomial_cpu_s of that: medians;
+        name, wall_s and cpu_s of the whole circuit; refresh_s and refresh_cpu_s without what follows the refresh, polynomial_cpu_s of
+        that: medians;
         worst_bits and mean_bits, -log2 of the error, and the same predicted; and what the case says about itself.
     """
     circuit = case.circuit
@@ -290,9 +292,10 @@ def comparisons(kinds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every functional refresh beside a plain refresh and the same function's polynomial.
 
     Returns:
-        for each kind and function, in processor seconds: functional_s and functional_levels between two of them; plain_s, one refresh and
-        the polynomial, and plain_levels that are left after both; work_levels of other work between two evaluations; same_work_s, by the plain
-        refresh, of what functional_s does; ratio, same_work_s / functional_s: above 1 the functional refresh pays.
+        for each kind and function, in processor seconds: functional_s and functional_levels between two of them; plain_s, one refresh
+        and the polynomial, and plain_levels that are left after both; work_levels of other work between two evaluations;
+        same_work_s, by the plain refresh, of what functional_s does; ratio, same_work_s / functional_s: above 1 the functional
+        refresh pays.
     """
     plain = next((kind for kind in kinds if kind["name"] == "plain"), None)
     if plain is None:
@@ -348,7 +351,7 @@ def show(record: Mapping[str, Any]) -> Sequence[Block]:
     kinds, found = record["metrics"]["kinds"], record["metrics"]["comparisons"]
     blocks: list[Block] = [
         Table(
-            caption="One refresh on one thread; processor seconds a value and level: of a real ciphertext, by the levels between two refreshes",
+            caption="One refresh on one thread; processor seconds a value and level: of a real ciphertext, by levels between refreshes",
             columns=(
                 "kind",
                 "slots",

@@ -5,7 +5,7 @@
 `status` is complete, interrupted or crashed (then `metrics` holds what was measured by then). `noise` is what others used of the
 processors meanwhile, `quiet` the verdict (see `noise`); a record from before `noise` existed judged by the load before the run.
 `version` is the benchmark's: figures of two versions cannot be compared. `seconds` is what all of the benchmark took, where it is there.
-`peak_gb` is that of the whole process until the record was made; metrics may hold that of a part.
+`peak_gb` is that of the largest process of the benchmark until the record was made; metrics may hold that of a part.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def peak_gb() -> float:
-    """Largest resident memory of this process so far, in GB (1e9 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # the kernel counts in KiB
+def peak_gb(who: int = resource.RUSAGE_SELF) -> float:
+    """Largest resident memory of this process so far, or of the largest of its children that have ended, in GB (1e9 bytes)."""
+    return resource.getrusage(who).ru_maxrss * 1024 / 1e9  # the kernel counts in KiB
 
 
 def _cpu() -> str:
@@ -106,7 +106,7 @@ def record(
         "params": dict(params),
         "seed": seed,
         "repeats": repeats,
-        "peak_gb": round(peak_gb(), 3),
+        "peak_gb": round(max(peak_gb(), peak_gb(resource.RUSAGE_CHILDREN)), 3),
         **(seen.to_json() if seen else {"quiet": None, "noise": None}),
         "metrics": dict(metrics),
     }

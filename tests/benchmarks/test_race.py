@@ -13,6 +13,7 @@ KEYS = 16
 
 
 WAYS = list(race_fits.WAYS.values())
+FOUND = race.found
 
 
 def samples() -> np.ndarray:
@@ -73,14 +74,30 @@ def test_a_broken_promise_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) ->
         return {"metrics": metrics, "params": {"levels": 1, "log_n": 10, "scale_bits": 40}}
 
     monkeypatch.setattr(requests, "measure", measured)
-    row = race.one("pointwise", KEYS, True, 1, progress=lambda done, total, what: None)
+    monkeypatch.setattr(race, "isolated", lambda function, *given, progress: function(*given, progress=progress))
+    row = race.row("pointwise", KEYS, True, 1, progress=lambda done, total, what: None)
     assert len(asked) == 2 and asked[1] == pytest.approx(asked[0] / 10)
     assert row["kept"] and row["total_error"] <= race_fits.ERROR
     assert row["asked_error"] == pytest.approx(race.ASKED[1] * race_fits.ERROR)
     assert row["promised_error"] == pytest.approx(row["asked_error"])  # both relative to the largest weight
     monkeypatch.setattr(race, "ASKED", race.ASKED[:1])
     asked.clear()
-    assert not race.one("pointwise", KEYS, True, 1, progress=lambda done, total, what: None)["kept"]
+    assert not race.row("pointwise", KEYS, True, 1, progress=lambda done, total, what: None)["kept"]
+
+
+def test_every_measurement_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its peak of memory is the largest of all that came before it: here the fit's process holds a GB, and none of it counts."""
+    monkeypatch.setattr(race, "found", hungry)
+    row = race.row("pointwise", KEYS, True, 1, progress=lambda done, total, what: None)
+    assert 0.05 < row["peak_gb"] < 0.9
+
+
+def hungry(*given: object, progress: requests.Step) -> race_fits.Fitted:
+    """`race.found` in a process that held a gigabyte; importable, because another process calls it."""
+    held = np.ones(1 << 27)
+    fit = FOUND(*given, progress=progress)
+    assert len(held) == 1 << 27
+    return fit
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w.name != "pointwise"], ids=lambda w: w.name)

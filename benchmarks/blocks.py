@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette (Color Universal Design, 2008): told apart by colour-blind readers, in this order.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7a00", "#444444")
-NARROWEST = (
-    680  # pixels that a figure shrinks to before it scrolls: its smallest letters, 8 of 504 units, are then 11 pixels
-)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# A figure is drawn for a phone, where it fills the page (336 of 390 pixels), and no letter is then below 9 pixels. On a wide page it grows
+# to `style.STYLE`'s limit.
+WIDTH_IN = 4.4
+SMALL = 8.6  # points: the smallest letters of a figure, those of legends and of names along an axis
+LONG = 28  # letters: a column with longer text is kept from being squeezed to a word a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,21 +34,18 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def html(self) -> str:
-        """A table that scrolls sideways on a phone."""
-        head = "".join(
-            f"<th{' class=num' if self._numeric(i) else ''}>{escape(c)}</th>" for i, c in enumerate(self.columns)
-        )
+        """A table that scrolls sideways on a phone, under its caption, which does not."""
+        kinds = [self._kind(i) for i in range(len(self.columns))]
+        head = "".join(f"<th{kind}>{escape(c)}</th>" for kind, c in zip(kinds, self.columns, strict=True))
         body = "".join(
             "<tr>"
-            + "".join(
-                f"<td{' class=num' if self._numeric(i) else ''}>{escape(cell(v))}</td>" for i, v in enumerate(row)
-            )
+            + "".join(f"<td{kind}>{escape(cell(v))}</td>" for kind, v in zip(kinds, row, strict=True))
             + "</tr>"
             for row in self.rows
         )
         return (
-            f"<div class='scroll'><table><caption>{escape(self.caption)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>"
+            f"<figure class='table'><figcaption>{escape(self.caption)}</figcaption><div class='scroll' tabindex='0'>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></figure>"
         )
 
     def markdown(self) -> str:
@@ -61,6 +60,12 @@ class Table:
     def _numeric(self, i: int) -> bool:
         return all(row[i] is None or is_number(row[i]) for row in self.rows)
 
+    def _kind(self, i: int) -> str:
+        """The class of a column's cells."""
+        if self._numeric(i):
+            return " class=num"
+        return " class=long" if any(len(cell(row[i])) > LONG for row in self.rows) else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -71,7 +76,7 @@ class Picture:
 
     def html(self) -> str:
         """The figure in the page."""
-        return f"<figure class='picture'><div class='scroll'>{self.svg}</div><figcaption>{escape(self.caption)}</figcaption></figure>"
+        return f"<figure class='picture'>{self.svg}<figcaption>{escape(self.caption)}</figcaption></figure>"
 
     def markdown(self) -> str:
         """Its caption: the picture is on the page."""
@@ -103,27 +108,46 @@ def picture(drawing: Drawing, caption: str) -> Picture:
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "polyformer"}):
         buffer = io.StringIO()
-        drawing.savefig(
-            buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
-        )
+        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
     label = escape(caption, quote=True)
-    return Picture(
-        caption=caption,
-        svg=svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="min-width:{NARROWEST}px"', 1),
-    )
+    return Picture(caption=caption, svg=svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
-def axes(width: float = 7.0, height: float = 3.6) -> tuple[Drawing, Any]:
-    """An empty matplotlib figure in the page's look, and its axes; needs no display."""
-    from matplotlib.figure import Figure
+def panels(count: int = 1, *, height: float = 3.0) -> tuple[Drawing, list[Any]]:
+    """An empty matplotlib figure in the page's look, and its axes, one below the other; needs no display.
 
-    drawing = Figure(figsize=(width, height), layout="constrained")
-    ax = drawing.add_subplot()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
-    return drawing, ax
+    Args:
+        height: of each, in inches.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib; run `pip install 'polyformer[report]'`") from error
+    drawing = Figure(figsize=(WIDTH_IN, count * height), layout="constrained")
+    axes = list(drawing.subplots(count, 1, squeeze=False)[:, 0])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
+        ax.tick_params(which="both", labelsize=SMALL)
+    return drawing, axes
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th series of a figure: no two of the first 64 share both."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+
+
+def legend(ax: Any) -> None:
+    """What the series are, above the axes, where it hides none of them; nothing where no series has a name."""
+    handles, names = ax.get_legend_handles_labels()
+    if not names:
+        return
+    longest = max(map(len, names))
+    columns = min(len(names), 3 if longest <= 11 else 2 if longest <= 22 else 1)
+    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=columns, frameon=False, fontsize=SMALL)

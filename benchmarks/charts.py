@@ -221,12 +221,12 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def figure(value: float) -> str:
-    """A number with three significant digits; small ones as 3.9·10⁻⁶."""
+    """A number with three significant digits; small and large ones as 3.9·10⁻⁶ and 3.9·10⁹."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if abs(value) >= 100:
+    if 100 <= abs(value) < 1e7:
         return f"{value:,.0f}"
-    if abs(value) >= 0.001:
+    if 0.001 <= abs(value) < 100:
         return f"{value:.3g}"
     digits, power = f"{value:.2e}".split("e")
     return f"{digits}·10{str(int(power)).translate(SUPERSCRIPT)}"

@@ -116,11 +116,11 @@ def measure(
 
 def show(record: Record) -> Sequence[Block]:
     """Show held-out loss and the share of failed runs against depth."""
-    from benchmarks.blocks import picture
-    from benchmarks.train_figures import by_name, lines, panels, table
+    from benchmarks.blocks import panels, picture
+    from benchmarks.train_figures import by_name, lines, table
 
     summary, rates = record["metrics"]["summary"], record["params"]["rates"]
-    drawing, axes = panels(len(rates) + 1, width=3.4 * (len(rates) + 1))
+    drawing, axes = panels(len(rates) + 1)
     for axis, rate in zip(axes, rates, strict=False):
         losses = by_name([e for e in summary if e["rate"] == rate], "heldout_loss", x="layers", name="mixer")
         lines(axis, losses, x_label=f"layers, learning rate {rate:g}", y_label="held-out loss", logarithmic=True)

@@ -102,16 +102,15 @@ def measure(
 
 def show(record: Record) -> Sequence[Block]:
     """Show held-out loss, bits a byte and tokens a second of each case, with the runs that did not train."""
-    from benchmarks.blocks import picture
-    from benchmarks.train_figures import bars, panels, table
+    from benchmarks.blocks import legend, panels, picture
+    from benchmarks.train_figures import bars, table
 
     summary = record["metrics"]["summary"]
-    drawing, (left, right) = panels(2, height=0.26 * len(summary) + 1.2)
-    bars(left, summary, "heldout_loss", label="held-out loss, nats a token", zero=False)
-    left.axvline(record["params"]["unigram_loss"], color="0.5", linestyle=":", label="token frequencies alone")
-    left.legend(frameon=False, fontsize=8)
-    bars(right, summary, "tokens_per_second", label="training tokens a second, one thread")
-    right.set_yticklabels([])
+    drawing, (upper, lower) = panels(2, height=0.2 * len(summary) + 1.0)
+    bars(upper, summary, "heldout_loss", label="held-out loss, nats a token", zero=False)
+    upper.axvline(record["params"]["unigram_loss"], color="0.5", linestyle=":", label="token frequencies alone")
+    legend(upper)
+    bars(lower, summary, "tokens_per_second", label="training tokens a second, one thread")
     figures = {
         "heldout_loss": "held-out loss",
         "bits_per_byte": "bits a byte",

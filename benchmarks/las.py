@@ -226,19 +226,19 @@ def _language(corpus: Text, windows_NS: Tensor, s: Setup) -> Callable[[dict[str,
 
 def show(record: Record) -> Sequence[Block]:
     """Show accuracy of the tasks and the loss of the language control for each variant."""
-    from benchmarks.blocks import picture
-    from benchmarks.train_figures import categories, dots, panels, table
+    from benchmarks.blocks import panels, picture
+    from benchmarks.train_figures import categories, dots, table
 
     named = [{**e, "name": f"{e['task']}, {e['attention']}"} for e in record["metrics"]["summary"]]
-    drawing, (left, right) = panels(2)
+    drawing, (upper, lower) = panels(2)
     for axis, figure, label in (
-        (left, "accuracy", "accuracy"),
-        (right, "heldout_loss", "language: held-out loss, nats a token"),
+        (upper, "accuracy", "accuracy"),
+        (lower, "heldout_loss", "language: held-out loss, nats a token"),
     ):
         variants, series = categories(named, figure, category="variant", name="name")
         dots(axis, variants, series, x_label="LaS", y_label=label)
     for share in record["params"]["majority"].values():
-        left.axhline(share, color="0.5", linestyle=":")
+        upper.axhline(share, color="0.5", linestyle=":")
     return [
         table(
             record["metrics"]["summary"],

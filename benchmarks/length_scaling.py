@@ -131,8 +131,8 @@ def cut(windows_NS: Tensor, length: int) -> Tensor:
 
 def show(record: Record) -> Sequence[Block]:
     """Show held-out loss against the length of the window, for both choices of the constant."""
-    from benchmarks.blocks import picture
-    from benchmarks.train_figures import by_name, lines, panels, table
+    from benchmarks.blocks import panels, picture
+    from benchmarks.train_figures import by_name, lines, table
 
     summary = record["metrics"]["summary"]
     drawing, axes = panels(2)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .blocks import COLOURS, MARKERS, Block, Table, axes, picture
+from .blocks import COLOURS, Block, Table, legend, look, panels, picture
 from .registry import Record
 
 
 def context_growth(record: Record) -> Sequence[Block]:
     """Log-log curves of seconds, and the exponents fitted to their ends."""
     rows = record["metrics"]["mixers"]
-    drawing, ax = axes()
+    drawing, (ax,) = panels()
     for i, row in enumerate(rows):
         xs, ys = [p["tokens"] for p in row["points"]], [p["forward_s"] for p in row["points"]]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
-        ax.loglog(xs, ys, label=row["name"], markersize=4, linestyle="-" if i < len(COLOURS) else "--", **style)
+        ax.loglog(xs, ys, label=row["name"], markersize=4, linestyle="-" if i < len(COLOURS) else "--", **look(i))
     ax.set_xlabel("tokens of context")
     ax.set_ylabel("seconds of one pass")
-    ax.legend(fontsize=8, ncols=2)
+    legend(ax)
     caption = "One pass of the model in the clear against the length of the context, one thread, log-log."
     lengths = sorted({p["tokens"] for row in rows for p in row["points"]})
     table = Table(

@@ -251,7 +251,7 @@ def stacked(one: Mapping[str, Any], block: Shape, blocks: int) -> dict[str, Any]
     shape = replace(block, blocks=blocks)
     more = 8 * (shape.parameters - block.parameters) / GB
     return {
-        "name": f"{blocks} x {block.width}, {block.tokens} tokens",
+        "name": f"{blocks} blocks, d = {block.width}, {block.tokens} tokens",
         "blocks": blocks,
         "parameters": shape.parameters,
         **{k: v * blocks if k in times else v for k, v in one.items() if k not in tables},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .blocks import COLOURS, MARKERS, Block, Table, axes, picture
+from .blocks import Block, Table, legend, look, panels, picture
 from .registry import Record
 
 WORDS = {"power": "PowerSoftmax", "exp": "exp + reciprocal", "square": "square strategy", "pointwise": "pointwise"}
@@ -16,19 +16,18 @@ def race(record: Record) -> Sequence[Block]:
     """Seconds against the length of a row, and everything beside it; ratios to PowerSoftmax."""
     rows = record["metrics"]["rows"]
     own = {row["keys"]: row["evaluate_s"] for row in rows if row["way"] == "power"}
-    drawing, ax = axes()
+    drawing, (ax,) = panels()
     for i, way in enumerate(WORDS):
         mine = [row for row in rows if row["way"] == way]
         ax.loglog(
             [row["keys"] for row in mine],
             [row["evaluate_s"] for row in mine],
-            color=COLOURS[i],
-            marker=MARKERS[i],
             label=WORDS[way],
+            **look(i),
         )
     ax.set_xlabel("keys in a row")
     ax.set_ylabel("seconds, encrypted")
-    ax.legend(fontsize=8)
+    legend(ax)
     scores = record["params"]["scores"]
     table = Table(
         caption=f"{scores:,} scores; all errors relative to the largest weight, the total (exact form against decrypted weights) at "

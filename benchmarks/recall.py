@@ -161,21 +161,21 @@ def measure(
 
 def show(record: Record) -> Sequence[Block]:
     """Show accuracy by task, and the few-shot curve below its ceiling."""
-    from benchmarks.blocks import picture
-    from benchmarks.train_figures import by_name, categories, dots, lines, panels, table
+    from benchmarks.blocks import legend, panels, picture
+    from benchmarks.train_figures import by_name, categories, dots, lines, table
 
     summary = record["metrics"]["summary"]
     whole = [e for e in summary if "accuracy" in e]
     shots = [e for e in summary if e["task"] == "few-shot" and "at" in e]
-    drawing, (left, right) = panels(2)
+    drawing, (upper, lower) = panels(2)
     tasks, models = categories(whole, "accuracy", category="task", name="model")
-    dots(left, tasks, models, x_label="task", y_label="accuracy, all questions")
-    left.set_ylim(0, 1.05)
-    lines(right, by_name(shots, "at", x="shot", name="model"), x_label="shots in the window", y_label="accuracy")
+    dots(upper, tasks, models, x_label="task", y_label="accuracy, all questions")
+    upper.set_ylim(0, 1.05)
+    lines(lower, by_name(shots, "at", x="shot", name="model"), x_label="shots in the window", y_label="accuracy")
     for best in list(by_name(shots, "ceiling", x="shot", name="model").values())[:1]:
-        right.plot([p[0] for p in best], [p[1] for p in best], color="0.5", linestyle=":", label="best possible")
-        right.legend(frameon=False, fontsize=8)
-    right.set_ylim(0, 1.05)
+        lower.plot([p[0] for p in best], [p[1] for p in best], color="0.5", linestyle=":", label="best possible")
+        legend(lower)
+    lower.set_ylim(0, 1.05)
     return [
         table(
             whole,

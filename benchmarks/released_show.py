@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .blocks import COLOURS, MARKERS, Block, Table, axes, picture
+from .blocks import COLOURS, Block, Table, legend, look, panels, picture
 from .registry import Record
 
 
 def smollm2_swap(record: Record) -> Sequence[Block]:
     """Held-out perplexity against tokens seen, the arms at their ends, and what each layer's fit left."""
     metrics = record["metrics"]
-    drawing, ax = axes()
+    drawing, (ax,) = panels()
     for i, row in enumerate(metrics["arms"]):
         curve = [p for p in row["curve"] if p["perplexity"] is not None]
         ax.semilogy(
             [p["tokens"] for p in curve],
             [p["perplexity"] for p in curve],
             label=row["arm"],
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
             markersize=4,
+            **look(i),
         )
     ax.set_xlabel("tokens of continued training")
     ax.set_ylabel("held-out perplexity")
-    ax.legend(fontsize=8)
+    legend(ax)
     blocks: list[Block] = [
         picture(drawing, f"{metrics['model']}: perplexity on held-out text as training goes on after the swap.")
     ]
@@ -81,7 +80,7 @@ def minilm_distil(record: Record) -> Sequence[Block]:
         columns=columns,
         rows=rows,
     )
-    drawing, ax = axes(height=2.6)
+    drawing, (ax,) = panels(height=2.6)
     known = [v for v in metrics["variants"] if v["accuracy"] is not None]
     ax.barh([v["variant"] for v in known], [v["accuracy"] for v in known], color=COLOURS[0])
     ax.invert_yaxis()

@@ -42,7 +42,7 @@ def request(record: Record) -> Sequence[Block]:
 
 def summary(record: Record) -> Table:
     """Figures of the whole request beside what was promised or predicted."""
-    m = record["metrics"]
+    m = {**record["metrics"], **({} if record["repeats"] > 1 else {"evaluate_spread_s": None})}  # one run has none
     rows = [
         (what, _cell(m, name), _cell(m, beside))
         for what, name, beside in FIGURES

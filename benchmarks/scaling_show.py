@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from .blocks import COLOURS, MARKERS, Block, Picture, Table, axes, picture
+from .blocks import Block, Picture, Table, legend, look, panels, picture
 from .registry import Record
 from .scaling import AXES
 
@@ -14,12 +15,12 @@ from .scaling import AXES
 def scaling(record: Record) -> Sequence[Block]:
     """Predicted and measured seconds against each size on one plot, the points, and the fitted exponents."""
     m, p = record["metrics"], record["params"]
-    drawing, ax = axes()
+    drawing, (ax,) = panels()
     for i, axis in enumerate(("tokens", "width", "blocks")):
         alone = [q for q in m["points"] if all(q[o] == p["base"][o] for o in AXES if o != axis)]
         points = sorted(alone, key=itemgetter(axis))
         relative = [q[axis] / p["base"][axis] for q in points]
-        style = {"color": COLOURS[i], "marker": MARKERS[i]}
+        style = look(i)
         ax.plot(relative, [q["predicted_evaluate_s"] for q in points], linestyle="--", fillstyle="none", **style)
         measured = [(x, q["evaluate_s"]) for x, q in zip(relative, points, strict=True) if q["evaluate_s"] is not None]
         ax.plot([x for x, _ in measured], [y for _, y in measured], label=axis, **style)
@@ -27,12 +28,12 @@ def scaling(record: Record) -> Sequence[Block]:
     ax.set_yscale("log")
     ax.set_xlabel("times the base size")
     ax.set_ylabel("seconds, encrypted")
-    ax.legend(fontsize=8)
+    legend(ax)
     base = ", ".join(f"{axis} {p['base'][axis]}" for axis in AXES)
-    caption = f"Seconds of a request against one size at a time (base: {base}); dashed: predicted, full: measured."
+    caption = f"Seconds of a request against one size at a time (base: {base}); dashed and hollow: predicted, full: measured."
     table = Table(
         caption="Every size: predicted and measured",
-        columns=(*AXES, "predicted s", "s", "predicted GB", "GB", "error", "not measured because"),
+        columns=(*AXES, "predicted s", "measured s", "predicted GB", "measured GB", "error", "not measured because"),
         rows=[
             (
                 *(q[axis] for axis in AXES),
@@ -47,12 +48,12 @@ def scaling(record: Record) -> Sequence[Block]:
         ],
     )
     fits = Table(
-        caption="e of figure ~ size^e, least squares of the logarithms",
-        columns=("size", "figure", "predicted", "predicted, where measured", "measured", "points measured"),
+        caption="Exponents e of figure ~ size^e, least squares of the logarithms",
+        columns=("size", "figure", "predicted e", "predicted e, where measured", "measured e", "points measured"),
         rows=[
             (
                 row["axis"],
-                row["figure"],
+                {"evaluate_s": "seconds", "peak_gb": "memory"}[row["figure"]],
                 row["predicted"],
                 row["predicted_at_measured"],
                 row["measured"],
@@ -88,29 +89,41 @@ def by_node(points: Sequence[Mapping[str, Any]]) -> Sequence[Table]:
     )
 
 
+LARGE = (
+    ("projected_evaluate_s", "projected evaluation, s"),
+    ("projected_refresh_s", "projected refreshes, thread-s"),
+    ("projected_encode_s", "projected encodings, thread-s"),
+    ("projected_peak_gb", "projected peak memory, GB"),
+    ("projected_key_gb", "projected keys, GB"),
+    ("projected_refreshes", "projected refreshes, number"),
+)
+
+
 def projection(record: Record) -> Sequence[Block]:
     """Projected figures of the large models, the projection's error on measured ones, and what is assumed."""
-    m = record["metrics"]
-    keys = ("evaluate_s", "refresh_s", "encode_s", "peak_gb", "key_gb", "refreshes")
+    m, p = record["metrics"], record["params"]
+    block, threads = p["block"], record["machine"]["threads"]
+    shape = f"blocks of d = {block['width']}, {block['heads']} heads, ff = {block['hidden']}, {block['tokens']} tokens"
     large = Table(
-        caption="PROJECTED from measured primitives, nothing of it was run",
-        columns=("model", "parameters", *(f"projected {k.replace('_', ' ')}" for k in keys)),
-        rows=[(q["name"], q["parameters"], *(q[f"projected_{k}"] for k in keys)) for q in m["models"]],
+        caption=f"PROJECTED from measured primitives, nothing of it was run: one request, {shape}, on {threads} threads; cost table "
+        f"{p['costs'].removesuffix('.json')}",
+        columns=("model", "parameters", *(words for _, words in LARGE)),
+        rows=[(f"{q['name']}, projected", q["parameters"], *(q[key] for key, _ in LARGE)) for q in m["models"]],
     )
     checks = Table(
-        caption="The same projection of requests that were measured: projected over measured",
+        caption="The projection's error: the same projection of requests that were measured, whose records are named",
         columns=(
-            "record",
-            "projected s",
-            "measured s",
-            "ratio",
-            "memory, ratio",
+            "measured record",
+            "projected evaluation, s",
+            "measured evaluation, s",
+            "projected over measured",
+            "projected over measured memory",
             "weights encoded ahead, GB",
             "no check because",
         ),
         rows=[
             (
-                q["name"],
+                q.get("file", q["name"]).removesuffix(".json"),
                 q.get("projected_evaluate_s"),
                 q.get("measured_evaluate_s"),
                 q.get("projected_over_measured"),
@@ -124,36 +137,30 @@ def projection(record: Record) -> Sequence[Block]:
     first = m["models"][0]
     parts = sorted(first["projected_primitives_s"].items(), key=lambda item: -item[1])
     shares = Table(
-        caption=f"Projected thread-seconds by primitive, {first['name']}",
-        columns=("primitive", "calls", "thread-s"),
-        rows=[(name, first["projected_counts"].get(name), seconds) for name, seconds in parts],
+        caption=f"PROJECTED by primitive, {first['name']}; a weighted sum counts its terms",
+        columns=("primitive", "projected calls", "projected thread-s"),
+        rows=[(name.replace("_", " "), first["projected_counts"].get(name), seconds) for name, seconds in parts],
     )
-    assumptions = Table(caption="Assumptions", columns=("assumption",), rows=[(text,) for text in m["assumptions"]])
+    assumptions = Table(
+        caption="What the projection assumes", columns=("assumption",), rows=[(text,) for text in m["assumptions"]]
+    )
     return [large, checks, shares, assumptions]
-
-
-QUALITY = (
-    "Held-out loss and recall: of the mixer as it was trained, with its non-polynomial functions, at the 2 blocks of the training "
-    "records. Degree and depth: of the mixer alone in its polynomial form. Degree of the model, levels, refreshes and predicted seconds: "
-    "of a causal language model of 1 block in that form, random weights. Measured seconds: of another model of the same size, a "
-    "bidirectional encoder with a head on its first token (`encrypted-scaling`)"
-)
 
 
 def quality(record: Record) -> Sequence[Block]:
     """One row a mixer, and held-out loss against predicted seconds."""
     rows = record["metrics"]["rows"]
     table = Table(
-        caption=f"Quality beside cost; a dash has its reason in the last column. {QUALITY}",
+        caption=f"Quality beside cost. {_conditions(record['params'])} A dash has its reason in the last column.",
         columns=(
             "mixer",
-            "held-out loss",
-            "recall",
-            "degree",
-            "depth",
-            "degree of the model",
-            "levels of the circuit",
-            "refreshes",
+            "measured held-out loss",
+            "measured recall",
+            "exact degree, mixer",
+            "exact depth, mixer",
+            "exact degree, model",
+            "levels, compiled",
+            "refreshes, compiled",
             "predicted s",
             "measured s, encoder",
             "remarks",
@@ -176,24 +183,42 @@ def quality(record: Record) -> Sequence[Block]:
         ],
     )
     both = [row for row in rows if row["heldout_loss"] and row["predicted_evaluate_s"]]
-    return [_scatter(both), table] if both else [table]
+    return [_scatter(both, record["params"]), table] if both else [table]
 
 
-def _scatter(rows: Sequence[Mapping[str, Any]]) -> Picture:
-    drawing, ax = axes()
+def _conditions(params: Mapping[str, Any]) -> str:
+    """Which figures were measured, which are exact, which predicted, and of which models."""
+    named = {name: f" ({file.removesuffix('.json')})" for name, file in params["records"].items()}
+    loss, recall, encoder = (named.get(name, "") for name in ("equal-budget", "recall", "encrypted-scaling"))
+    return (
+        f"MEASURED: held-out loss{loss} and recall{recall} of the mixer as it was trained, with its non-polynomial functions, at the 2 blocks "
+        "of those records, mean and deviation over seeds; seconds of another model of the same size, a bidirectional encoder with a head "
+        f"on its first token{encoder}. EXACT: degree and depth of the polynomial form, of the mixer alone and of the model. COMPILED (levels of "
+        f"the circuit, refreshes) and PREDICTED (seconds): one request of a causal language model in that form, random weights, {_shape(params)}."
+    )
+
+
+def _shape(params: Mapping[str, Any]) -> str:
+    """The model whose cost is predicted, and for what."""
+    model = json.loads(params["model"])
+    blocks = f"{model['blocks']} block{'s' * (model['blocks'] != 1)}"
+    ring = "128 bits" if params["log_n"] is None else f"an insecure test ring of N = 2^{params['log_n']}"
+    sizes = f"d = {model['width']}, {model['heads']} heads, {model['length']} tokens"
+    return f"{blocks}, {sizes}, {params['threads']} threads, {ring}"
+
+
+def _scatter(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> Picture:
+    drawing, (ax,) = panels(height=3.6)
     for i, row in enumerate(rows):
-        loss = row["heldout_loss"]
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.errorbar(
-            row["predicted_evaluate_s"], loss["mean"], yerr=loss["deviation"], label=row["mixer"], linestyle="", **style
-        )
+        x, loss = row["predicted_evaluate_s"], row["heldout_loss"]
+        ax.errorbar(x, loss["mean"], yerr=loss["deviation"], label=row["mixer"], linestyle="", **look(i))
     ax.set_xlabel("predicted seconds of an encrypted request")
-    ax.set_ylabel("held-out loss, nats a token")
-    ax.legend(fontsize=8)
+    ax.set_ylabel("measured held-out loss, nats a token")
+    legend(ax)
     return picture(
         drawing,
-        "Held-out loss of the non-polynomial mixer at 2 blocks (mean and deviation over seeds) against predicted encrypted seconds of its "
-        "polynomial form at one block.",
+        "Measured held-out loss of the mixer as it was trained, with its non-polynomial functions, at 2 blocks (mean and deviation over "
+        f"seeds), against the predicted seconds of one encrypted request of its polynomial form: {_shape(params)}.",
     )
 
 

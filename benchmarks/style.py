@@ -9,7 +9,7 @@ STYLE = """
 --other:#777;--phase0:#5b9be0;--phase1:#5cc19c;--phase2:#d9a94c;--phase3:#a585d0;--phase4:#e57b62;--phase5:#7f8a97;--danger:#c9372c}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1040px;margin:0 auto;padding:40px 20px 80px}
+main{max-width:1080px;margin:0 auto;padding:40px 20px 80px}
 h1{font-size:2.1rem;line-height:1.15;letter-spacing:-.02em;margin:.1em 0 .4em}
 h2{font-size:1.15rem;letter-spacing:-.01em;margin:0 0 .7em}
 .kicker{color:var(--muted);font-size:.85rem;margin:0}
@@ -25,12 +25,13 @@ blockquote{margin:0 0 1.1em;padding:12px 16px;border-left:3px solid var(--accent
 font-family:ui-serif,Georgia,serif;white-space:pre-wrap}
 .caret{color:var(--accent)}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
-th{text-align:left;color:var(--muted);font-weight:550}
-th,td{padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}
+th{text-align:left;color:var(--muted);font-weight:550;vertical-align:bottom}
+th,td{padding:6px 10px;border-bottom:1px solid var(--line)}td{vertical-align:top}
 tr:last-child>td,tr:last-child>th{border-bottom:0}
 thead th{border-bottom:1px solid var(--muted)}
-th.num{text-align:right}.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.facts th{width:220px}
+th.num{text-align:right}td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.long{min-width:15em}
+.facts th{width:220px;vertical-align:top}
 .facts td{overflow-wrap:anywhere}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:.88em}
 pre{overflow:auto;background:var(--band);padding:14px;border-radius:8px;line-height:1.4}
@@ -45,7 +46,12 @@ details{margin-top:12px}summary{cursor:pointer;color:var(--accent)}
 .key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 .two{display:grid;grid-template-columns:minmax(0,1.2fr) minmax(0,1fr);gap:28px;align-items:start}
 @media (max-width:760px){.two{grid-template-columns:1fr}}
-figure{margin:0}figcaption{color:var(--muted);font-size:.85rem;text-align:center}
+@media (max-width:600px){main{padding:24px 12px 60px}section{padding:16px 14px}th,td{padding:5px 7px}.facts th{width:110px}}
+figure{margin:0}figcaption{color:var(--muted);font-size:.88rem;text-align:center}
+.table{margin:0 0 24px}.table figcaption{text-align:left;max-width:90ch;margin:0 0 4px}
+.table td:first-child,.table th:first-child{position:sticky;left:0;background:var(--card)}
+.table td.long:first-child{min-width:9.5em}
+.picture{margin:0 0 24px;max-width:560px}.picture svg{background:#fff;border-radius:8px}.picture figcaption{text-align:left;margin:6px 0 0}
 svg{width:100%;height:auto;display:block}
 svg text{font-size:12px;fill:var(--ink);font-family:inherit}
 svg text.dim{fill:var(--muted)}

@@ -20,11 +20,9 @@ VERSIONS = ("python", "openfhe", "tenseal", "torch", "onnxruntime")
 MOST_ROWS = 40  # of a record that brings no tables of its own
 
 EXTRA_STYLE = """
-caption{text-align:left;color:var(--muted);font-size:.88rem;padding:0 0 6px;caption-side:top}
-.picture{margin:16px 0;max-width:760px}.picture svg{background:#fff;border-radius:8px}
 .conditions{color:var(--muted);font-size:.82rem;overflow-wrap:anywhere}
 .busy{background:var(--danger);color:#fff;border-radius:6px;padding:1px 7px;font-size:.8rem;white-space:nowrap}
-nav a{color:var(--accent);margin-right:14px;white-space:nowrap}
+nav{display:flex;flex-wrap:wrap;gap:2px 16px;margin:0 0 1em}nav a{color:var(--accent)}
 """
 
 
@@ -166,25 +164,36 @@ def cost_section(name: str, table: Mapping[str, Any]) -> Section:
 def html(found: Mapping[str, Record], costs: Costs | None = None) -> str:
     """The page."""
     groups = sections(found, costs)
-    links = "".join(f"<a href='#{escape(g.replace(' ', '-'))}'>{escape(g)}</a>" for g, _, _ in groups)
+    links = _links([g for g, _, _ in groups])
     body = []
     for group, about, members in groups:
         body.append(
-            f"<h1 id='{escape(group.replace(' ', '-'))}'>{escape(group)}</h1><p class='lead'>{escape(about)}</p>"
+            f"<h1 id='{_anchor(group)}'>{escape(group)}</h1><p class='lead'>{escape(about)}</p>"
+            + _links([part.name for part in members])
         )
         for part in members:
             flags = "".join(f" <span class='busy'>{escape(m)}</span>" for m in part.marks)
             blocks = "".join(block.html() for block in part.blocks)
             body.append(
-                f"<section id='{escape(part.name)}'><h2>{escape(part.name)}{flags}</h2>"
+                f"<section id='{_anchor(part.name)}'><h2>{escape(part.name)}{flags}</h2>"
                 f"<p>{escape(part.measures)}</p>{blocks}<p class='conditions'>{escape(part.conditions)}</p></section>"
             )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>polyformer: results</title><style>{STYLE}{EXTRA_STYLE}</style></head><body><main>"
-        f"<header><p class='kicker'>polyformer · benchmark records</p><h1>Results</h1><nav>{links}</nav></header>"
+        f"<header><p class='kicker'>polyformer · benchmark records</p><h1>Results</h1>{links}</header>"
         f"{''.join(body)}</main></body></html>\n"
     )
+
+
+def _anchor(name: str) -> str:
+    """The id of a group or section on the page."""
+    return escape(name.replace(" ", "-"), quote=True)
+
+
+def _links(names: Sequence[str]) -> str:
+    """Links to groups or sections."""
+    return "<nav>" + "".join(f"<a href='#{_anchor(n)}'>{escape(n)}</a>" for n in names) + "</nav>"
 
 
 def markdown(found: Mapping[str, Record], costs: Costs | None = None) -> str:

@@ -186,21 +186,21 @@ def measure(
 
 def show(record: Record) -> Sequence[Block]:
     """Show the recovery after the swap, and what each replacement costs with and without range training."""
-    from benchmarks.blocks import picture
-    from benchmarks.train_figures import by_name, categories, dots, lines, panels, table
+    from benchmarks.blocks import panels, picture
+    from benchmarks.train_figures import by_name, categories, dots, lines, table
 
     summary = record["metrics"]["summary"]
     swaps = [e for e in summary if e["case"] != SUBSTITUTION]
     rest = [e for e in summary if e["case"] == SUBSTITUTION]
-    drawing, (left, right) = panels(2)
+    drawing, (upper, lower) = panels(2)
     series = by_name(swaps, "swapped", x="share")
     controls = [e for e in swaps if e["case"] == swaps[0]["case"]]  # the same for every power
     for points in by_name(controls, "softmax", x="share").values():
         series["softmax, trained on"] = points
-    lines(left, series, x_label="continued training, share of the first steps", y_label="held-out loss, nats a token")
+    lines(upper, series, x_label="continued training, share of the first steps", y_label="held-out loss, nats a token")
     names, arms = categories(rest, "heldout_loss", category="replaced", name="arm")
-    dots(right, names, arms, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
-    right.set_yscale("log")
+    dots(lower, names, arms, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
+    lower.set_yscale("log")
     return [
         table(
             swaps,

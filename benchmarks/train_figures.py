@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.blocks import COLOURS, MARKERS, Table
+from benchmarks.blocks import COLOURS, SMALL, Table, legend, look
+from benchmarks.charts import figure as digits
 
 Entry = Mapping[str, Any]
 Series = Mapping[str, Sequence[tuple[float, float, float]]]  # name -> (x, mean, deviation)
@@ -29,28 +30,17 @@ def table(summary: Sequence[Entry], caption: str, columns: Mapping[str, str], fi
 
 def spread(figure: Mapping[str, Any]) -> str | None:
     """Return mean ± deviation, both to the second digit of the deviation; the mean to four digits where runs do not
-    differ or there is one; None where a run is not finite.
+    differ or there is one; both as powers of ten where they would be long; None where a run is not finite.
     """
     mean, deviation = figure["mean"], figure["deviation"]
     if mean is None:
         return None
+    if mean and not 1e-3 <= abs(mean) < 1e6:
+        return f"{digits(mean)} ± {digits(deviation)}" if deviation else digits(mean)
     if not deviation:
         return f"{mean:.4g}" if abs(mean) < 1e4 else f"{mean:,.0f}"
     decimals = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}"
-
-
-def panels(columns: int, *, width: float = 9.0, height: float = 3.6) -> tuple[Any, list[Any]]:
-    """Return a matplotlib Figure and its axes in one row, in the page's look; inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib; run `pip install 'polyformer[report]'`") from error
-    drawing = Figure(figsize=(width, height), layout="constrained")
-    axes = list(drawing.subplots(1, columns, squeeze=False)[0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return drawing, axes
 
 
 def bars(axis: Any, summary: Sequence[Entry], figure: str, *, label: str, zero: bool = True) -> None:
@@ -67,12 +57,11 @@ def bars(axis: Any, summary: Sequence[Entry], figure: str, *, label: str, zero: 
         axis.errorbar(means, places, xerr=errors, color=COLOURS[0], fmt="o", markersize=5, ecolor="0.2", capsize=2)
     for i in set(range(len(names))) - set(places):
         axis.text(0.02, i, "not finite", va="center", color=COLOURS[1], transform=axis.get_yaxis_transform())
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=SMALL)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel(label)
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_axisbelow(True)
+    axis.grid(visible=False, axis="y")
 
 
 def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic: bool = False) -> None:
@@ -84,8 +73,7 @@ def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic:
             means,
             yerr=spread,
             label=name,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
+            **look(i),
             linestyle="-" if i < len(COLOURS) else "--",
             markersize=4,
             linewidth=1.4,
@@ -98,10 +86,7 @@ def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic:
         axis.minorticks_off()
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
-    axis.grid(alpha=0.25)
-    axis.set_axisbelow(True)
-    if series:
-        axis.legend(frameon=False, fontsize=8)
+    legend(axis)
 
 
 def dots(axis: Any, names: Sequence[str], series: Series, *, x_label: str, y_label: str) -> None:
@@ -114,19 +99,16 @@ def dots(axis: Any, names: Sequence[str], series: Series, *, x_label: str, y_lab
             means,
             yerr=spread,
             label=name,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
+            **look(i),
             linestyle="none",
             markersize=5,
             capsize=2,
         )
-    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_xticks(range(len(names)), names, fontsize=SMALL)
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
-    axis.grid(axis="y", alpha=0.25)
-    axis.set_axisbelow(True)
-    if series:
-        axis.legend(frameon=False, fontsize=8)
+    axis.grid(visible=False, axis="x")
+    legend(axis)
 
 
 def by_name(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .blocks import COLOURS, Block, Table, axes, picture
+from .blocks import COLOURS, SMALL, Block, Table, legend, panels, picture
 from .registry import Record
 
 NAMES = {"openfhe": "OpenFHE", "tenseal": "TenSEAL"}
@@ -53,7 +53,7 @@ def show(record: Record) -> Sequence[Block]:
 
 def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
     """Seconds of evaluation on one thread and on two, by model."""
-    drawing, ax = axes()
+    drawing, (ax,) = panels()
     kinds = [(name, key) for name in SIDES for key in ("evaluate_s", "evaluate_2_threads_s")]
     width = 0.8 / len(kinds)
     seconds = [row["libraries"][name][key] for name, key in kinds for row in rows]
@@ -67,12 +67,12 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
             alpha=1.0 if key == "evaluate_s" else 0.55,
             label=f"{NAMES[name]}, {threads}",
         )
-        ax.bar_label(drawn, fmt="%.2g", fontsize=7)
+        ax.bar_label(drawn, fmt="%.2g", fontsize=SMALL)
     ax.set_xticks(range(len(rows)), [row["name"] for row in rows])
     ax.set_yscale("log")
     ax.set_ylim(bottom=min(seconds) / 3)  # or the shortest bar has no height
     ax.set_ylabel("seconds, encrypted")
-    ax.legend(fontsize=8, frameon=False)
+    legend(ax)
     return picture(drawing, "Seconds of one encrypted evaluation, the same model in both libraries, logarithmic")
 
 

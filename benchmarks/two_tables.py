@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .blocks import Table
+from .charts import figure as digits
 
 COLUMNS = ("", "calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
 UNITS = "; errors in the model's units, over all slots of the node's last value; predicted as the promise is, with its margin"
@@ -21,7 +22,7 @@ def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequen
         found: evaluate_s, bound_s, efficiency, operators and primitives; more: words for the end of the caption.
     """
     caption = (
-        f"evaluation {found['evaluate_s']:.3g} s on {threads} threads; bound {found['bound_s']:.3g} s, efficiency "
+        f"evaluation {digits(found['evaluate_s'])} s on {threads} threads; bound {digits(found['bound_s'])} s, efficiency "
         f"{found['efficiency']:.2f}{more}"
     )
     # The promise's margin is on the predicted errors, so that a measured one should stay below its neighbour.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import records
-from benchmarks.blocks import COLOURS, MARKERS, Block, Table, axes, picture
+from benchmarks.blocks import Block, Table, legend, look, panels, picture
 from benchmarks.registry import Record, Settings
 from benchmarks.train_runs import data_folder, one_by_one
 from polyformer.model import ModelConfig
@@ -338,22 +338,22 @@ def show_vision(record: Record) -> list[Block]:
     blocks: list[Block] = [table(record, f"Small ViTs after {steps} steps; missing data: {_missing(record)}")]
     if entries:
         cases = list(dict.fromkeys(e["case"] for e in entries))
-        drawing, ax = axes(height=0.6 + 0.34 * len(cases))
+        drawing, (ax,) = panels(height=0.6 + 0.34 * len(cases))
         for i, data in enumerate(dict.fromkeys(e["data"] for e in entries)):
             own = [e for e in entries if e["data"] == data]
             ax.errorbar(
                 [e["accuracy"] for e in own],
                 [cases.index(e["case"]) + 0.12 * i for e in own],
                 xerr=[e["deviation"] or 0.0 for e in own],
-                fmt=MARKERS[i],
-                color=COLOURS[i],
+                linestyle="none",
+                **look(i),
                 label=data,
                 capsize=2,
             )
         ax.set_yticks(range(len(cases)), cases)
         ax.invert_yaxis()
         ax.set_xlabel("test accuracy")
-        ax.legend(frameon=False)
+        legend(ax)
         blocks.append(picture(drawing, "Test accuracy from softmax to polynomials, mean and deviation over seeds"))
     return blocks
 
@@ -363,7 +363,7 @@ def show_few(record: Record) -> list[Block]:
     entries = record["metrics"]["summary"]
     blocks: list[Block] = [table(record, "Few training images, and the same with one fixed shuffling of the pixels")]
     if entries:
-        drawing, ax = axes()
+        drawing, (ax,) = panels()
         for i, case in enumerate(dict.fromkeys(e["case"] for e in entries)):
             for shuffled, style in ((False, "-"), (True, ":")):
                 own = [e for e in entries if e["case"] == case and e["shuffled"] == shuffled]
@@ -372,15 +372,14 @@ def show_few(record: Record) -> list[Block]:
                     [e["accuracy"] for e in own],
                     yerr=[e["deviation"] or 0.0 for e in own],
                     linestyle=style,
-                    marker=MARKERS[i],
-                    color=COLOURS[i],
                     label=None if shuffled else case,
                     capsize=2,
+                    **look(i),
                 )
         ax.set_xscale("log")
         ax.set_xlabel("training images")
         ax.set_ylabel("test accuracy")
-        ax.legend(frameon=False, fontsize=8)
+        legend(ax)
         blocks.append(picture(drawing, "Accuracy against training images; dotted: pixels shuffled"))
     return blocks
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import models, projection, registry, scaling, wide
+from benchmarks import models, projection, records, registry, scaling, wide
+from benchmarks.blocks import Table, is_number
 from compiler import Target, compile_onnx
 from compiler.cost import CostTable
 from he_backend.base import LevelError
@@ -16,13 +17,15 @@ NAMES = ("encrypted-scaling", "projection-1.4b", "quality-beside-cost")
 
 SHOWN = {
     "encrypted-scaling": ("Thread-seconds by node against tokens T", "T 8, d 16, 1 bl., 2 thr.", "| QKV |", "| FFN |"),
-    "projection-1.4b": ("weights encoded ahead, GB",),
+    "projection-1.4b": ("weights encoded ahead, GB", "128 tokens, projected |", "projected thread-s", "projected peak memory, GB"),
     "quality-beside-cost": (
         *(
             "bidirectional encoder",
             "non-polynomial functions, at the 2 blocks",
-            "degree of the model",
-            "levels of the circuit",
+            "exact degree, model",
+            "levels, compiled",
+            "predicted s",
+            "an insecure test ring of N = 2^10",
         ),
     ),
 }
@@ -129,3 +132,16 @@ def test_quick_size_makes_a_record_that_can_be_shown(name: str) -> None:
     text = "".join(block.markdown() for block in blocks)
     for what in SHOWN[name]:
         assert what in text
+
+
+def test_every_projected_figure_is_called_so() -> None:
+    """In a table of its own caption or heading: nothing of a large model was run."""
+    (benchmark,) = registry.select(["projection-1.4b"])
+    record = records.latest()["projection-1.4b"]
+    large, checks, shares, _ = (b for b in benchmark.blocks(record) or () if isinstance(b, Table))
+    for table in (large, shares):
+        assert table.caption.startswith("PROJECTED")
+        figures = [c for c, value in zip(table.columns, table.rows[0], strict=True) if is_number(value)]
+        assert all(c.startswith("projected") for c in figures if c != "parameters")
+    assert all(row[0].endswith("projected") for row in large.rows)
+    assert all(str(row[0]).startswith("request-") or str(row[0]).startswith("demo") for row in checks.rows)

@@ -38,9 +38,7 @@ class Table:
         kinds = [self._kind(i) for i in range(len(self.columns))]
         head = "".join(f"<th{kind}>{escape(c)}</th>" for kind, c in zip(kinds, self.columns, strict=True))
         body = "".join(
-            "<tr>"
-            + "".join(f"<td{kind}>{escape(cell(v))}</td>" for kind, v in zip(kinds, row, strict=True))
-            + "</tr>"
+            "<tr>" + "".join(f"<td{kind}>{escape(cell(v))}</td>" for kind, v in zip(kinds, row, strict=True)) + "</tr>"
             for row in self.rows
         )
         return (
@@ -150,4 +148,6 @@ def legend(ax: Any) -> None:
         return
     longest = max(map(len, names))
     columns = min(len(names), 3 if longest <= 11 else 2 if longest <= 22 else 1)
-    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=columns, frameon=False, fontsize=SMALL)
+    ax.legend(
+        handles, names, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=columns, frameon=False, fontsize=SMALL
+    )

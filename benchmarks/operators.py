@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,17 +18,29 @@ from he_backend.circuit import Circuit, Op
 from he_backend.execute import Executor
 from he_backend.simulator import input_slots, simulate
 
-TRAINING_SHARE = (
-    8  # of the demo's optimiser steps, one in so many is taken: seconds do not depend on what the weights are
-)
+if TYPE_CHECKING:
+    from training import Recipe
+
+TRAINING_SHARE = 8  # of the demo's steps, one in so many is taken: seconds do not depend on what the weights are
 
 
-def demo_model(folder: Path, *, quick: bool, progress: Callable[[int, int, str], None]) -> tuple[Path, np.ndarray]:
-    """The demo's model, trained for an eighth of its steps (quick: the tiny preset), as ONNX; and token windows [n, T]."""
+def recipe(*, quick: bool) -> Recipe:
+    """The demo's recipe with an eighth of its steps (quick: the tiny preset)."""
+    from training import Recipe
+
+    return Recipe.quick() if quick else shortened(Recipe.demo())
+
+
+def shortened(recipe: Recipe) -> Recipe:
+    """A recipe with an eighth of the steps of each stage."""
+    names = ("softmax_steps", "power_steps", "range_steps", "tune_steps")
+    return replace(recipe, **{name: getattr(recipe, name) // TRAINING_SHARE for name in names})
+
+
+def trained(folder: Path, recipe: Recipe, *, progress: Callable[[int, int, str], None]) -> tuple[Path, np.ndarray]:
+    """The polynomial model of a recipe as ONNX, and token windows [n, T], the last of which was held out."""
     from polyformer.commands.models import export_checked
-    from training import Recipe, convert, train
-
-    recipe = Recipe.quick() if quick else shortened(Recipe.demo())
+    from training import convert, train
 
     def staged(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         progress(done, total, stage)
@@ -40,12 +52,6 @@ def demo_model(folder: Path, *, quick: bool, progress: Callable[[int, int, str],
         return folder / "model.onnx", np.concatenate([file["tokens"], file["heldout"][:1]])
 
 
-def shortened(recipe: Any) -> Any:
-    """A recipe with an eighth of the steps of each stage."""
-    names = ("softmax_steps", "power_steps", "range_steps", "tune_steps")
-    return replace(recipe, **{name: getattr(recipe, name) // TRAINING_SHARE for name in names})
-
-
 def measure(*, quick: bool, repeats: int, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
     """The record `operators`: what `requests.measure` records, with the errors after every node."""
     from compiler import Target
@@ -54,7 +60,7 @@ def measure(*, quick: bool, repeats: int, progress: Callable[[int, int, str], No
 
     steps = "the tiny preset" if quick else f"1/{TRAINING_SHARE} of the demo's training steps"
     with tempfile.TemporaryDirectory() as place:
-        path, windows = demo_model(Path(place), quick=quick, progress=progress)
+        path, windows = trained(Path(place), recipe(quick=quick), progress=progress)
         return requests.measure(
             "operators",
             path,

@@ -33,7 +33,11 @@ from .registry import Record, Settings
 
 LENGTHS = (16, 64, 128, 256, 1024)  # 128: the paper's, methods.md 1.5
 SCORES, QUICK_SCORES = 1 << 14, 1 << 8  # measured at once: rows x keys
-ASKED = (0.25, 0.025, 0.0025)  # shares of ERROR that encryption may add; the next is asked for where the one before is broken
+ASKED = (
+    0.25,
+    0.025,
+    0.0025,
+)  # shares of ERROR that encryption may add; the next is asked for where the one before is broken
 SAMPLES = 8
 
 

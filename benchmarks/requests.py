@@ -71,10 +71,9 @@ def measure(
     compile_s = time.perf_counter() - start
     circuit = compiled.circuit
     params = circuit.params
-    x = calibration[-1] if compiled.embedding is None else compiled.embedding(calibration[-1])
-    x = x.astype(np.float64)
+    x = request_of(compiled, calibration)
     progress(1, 3, "keys and weights")
-    clear = evaluate_graph(compiled.graph, x[None])[compiled.graph.output][0]
+    expected = clear(compiled, x)
 
     def made(metrics: Mapping[str, Any], evaluations: int) -> dict[str, Any]:
         return records.record(
@@ -98,7 +97,7 @@ def measure(
             result, timing = both.ask({circuit.inputs[0].name: x})
             totals.append(time.perf_counter() - start)
             timings.append(timing)
-            keep(made({**before, **figures(compiled, timings, totals, result, clear, target=target)}, i + 1))
+            keep(made({**before, **figures(compiled, timings, totals, result, expected, target=target)}, i + 1))
         # Before the probes, which keep more values alive.
         peak_gb = records.peak_gb()
         errors = operators.errors(circuit, both.client, both.server, x, threads=target.threads) if probe else None
@@ -106,7 +105,7 @@ def measure(
     timings, totals = timings[warm_ups:], totals[warm_ups:]
     progress(3, 3, "done")
     metrics = {
-        **figures(compiled, timings, totals, result, clear, target=target, errors=errors),
+        **figures(compiled, timings, totals, result, expected, target=target, errors=errors),
         **before,
         "peak_gb": peak_gb,
         "warm_ups": warm_ups,
@@ -114,6 +113,18 @@ def measure(
     if exact is not None:
         metrics["total_error"] = float(f"{np.max(np.abs(result - exact)):.1e}")
     return made(metrics, repeats)
+
+
+def request_of(compiled: Compiled, samples: np.ndarray) -> np.ndarray:
+    """The input tensor of the last of some inputs [n, ...]: itself, or its embedding."""
+    x = samples[-1] if compiled.embedding is None else compiled.embedding(samples[-1])
+    return x.astype(np.float64)
+
+
+def clear(compiled: Compiled, x: np.ndarray) -> np.ndarray:
+    """The output tensor of the model in the clear."""
+    output: np.ndarray = evaluate_graph(compiled.graph, x[None])[compiled.graph.output][0]
+    return output
 
 
 def prepared(both: Parties) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def figures(
     timings: Sequence[Timing],
     totals: Sequence[float],
     result: np.ndarray,
-    clear: np.ndarray,
+    expected: np.ndarray,
     *,
     target: Target,
     errors: Mapping[int, float] | None = None,
@@ -142,7 +153,7 @@ def figures(
 
     Args:
         totals: seconds of encrypt + evaluate + decrypt, one a run.
-        result: the decrypted output; clear: that of the model in the clear.
+        result: the decrypted output; expected: that of the model in the clear.
         errors: largest error after an op, by op id, where it was measured.
     """
     circuit = compiled.circuit
@@ -152,9 +163,9 @@ def figures(
         "evaluate_spread_s": spread([t.wall_s for t in timings]),
         "total_s": statistics.median(totals),
         # Two digits: an unrounded difference of a decryption belongs into no file.
-        "max_abs_error": float(f"{np.max(np.abs(result - clear)):.1e}"),
+        "max_abs_error": float(f"{np.max(np.abs(result - expected)):.1e}"),
         "promised_error": circuit.error_bound,
-        "agreement": float(np.mean(np.argmax(result, -1) == np.argmax(clear, -1))),
+        "agreement": float(np.mean(np.argmax(result, -1) == np.argmax(expected, -1))),
         "logqp": params.log_qp,
         "logqp_limit": None if params.insecure else security.limit(params),
         "refreshes": circuit.refreshes,

@@ -30,7 +30,9 @@ def scaling(record: Record) -> Sequence[Block]:
     ax.set_ylabel("seconds, encrypted")
     legend(ax)
     base = ", ".join(f"{axis} {p['base'][axis]}" for axis in AXES)
-    caption = f"Seconds of a request against one size at a time (base: {base}); dashed and hollow: predicted, full: measured."
+    caption = (
+        f"Seconds of a request against one size at a time (base: {base}); dashed and hollow: predicted, full: measured."
+    )
     table = Table(
         caption="Every size: predicted and measured",
         columns=(*AXES, "predicted s", "measured s", "predicted GB", "measured GB", "error", "not measured because"),
@@ -191,10 +193,11 @@ def _conditions(params: Mapping[str, Any]) -> str:
     named = {name: f" ({file.removesuffix('.json')})" for name, file in params["records"].items()}
     loss, recall, encoder = (named.get(name, "") for name in ("equal-budget", "recall", "encrypted-scaling"))
     return (
-        f"MEASURED: held-out loss{loss} and recall{recall} of the mixer as it was trained, with its non-polynomial functions, at the 2 blocks "
-        "of those records, mean and deviation over seeds; seconds of another model of the same size, a bidirectional encoder with a head "
-        f"on its first token{encoder}. EXACT: degree and depth of the polynomial form, of the mixer alone and of the model. COMPILED (levels of "
-        f"the circuit, refreshes) and PREDICTED (seconds): one request of a causal language model in that form, random weights, {_shape(params)}."
+        f"MEASURED: held-out loss{loss} and recall{recall} of the mixer as it was trained, with its non-polynomial functions, "
+        "at the 2 blocks of those records, mean and deviation over seeds; seconds of another model of the same size, a "
+        f"bidirectional encoder with a head on its first token{encoder}. EXACT: degree and depth of the polynomial form, of the "
+        "mixer alone and of the model. COMPILED (levels of the circuit, refreshes) and PREDICTED (seconds): one request of a "
+        f"causal language model in that form, random weights, {_shape(params)}."
     )
 
 

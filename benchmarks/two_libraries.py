@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from compiler import Compiled, Target, compile_onnx
-from compiler.ir import evaluate as evaluate_graph
+from compiler import Target, compile_onnx
 from compiler.plan import LARGEST_RING, levels_at_most
 from he_backend.base import ParamsError
-from he_backend.execute import Timing
 from he_backend.params import Params
 
-from . import memory, models, ops, records, requests
-from .parties import Parties, parties
+from . import memory, models, ops, records
 from .registry import Record, Settings
+from .sides import Say, Side, opened, ratio, turn
 
 LIBRARIES = ("openfhe", "tenseal")
 THREADS = (1, 2)  # the tables are those of one thread: there a library is not charged for its binding's lock
@@ -79,31 +73,6 @@ QUICK = (
 )
 
 
-@dataclass(kw_only=True)
-class Side:
-    """One library's part in a model: its circuit, its parties and what their runs gave, by threads."""
-
-    compiled: Compiled
-    compile_s: float
-    target: Target
-    both: Parties | None = None
-    peak: memory.Peak = field(default_factory=memory.Peak)
-    timings: dict[int, list[Timing]] = field(default_factory=lambda: {n: [] for n in THREADS})
-    totals: dict[int, list[float]] = field(default_factory=lambda: {n: [] for n in THREADS})
-    results: list[np.ndarray] = field(default_factory=list)
-
-    def ask(self, x: np.ndarray, threads: int, *, keep: bool = True) -> None:
-        """One request on so many threads."""
-        assert self.both is not None
-        self.both.executor.threads = threads
-        start = time.perf_counter()
-        result, timing = self.both.ask({self.compiled.circuit.inputs[0].name: x})
-        if keep:
-            self.totals[threads].append(time.perf_counter() - start)
-            self.timings[threads].append(timing)
-            self.results.append(result)
-
-
 def measure(settings: Settings) -> Record:
     """The record `two-libraries`.
 
@@ -151,7 +120,7 @@ def _record(settings: Settings, rows: Sequence[Mapping[str, Any]], rest: Mapping
     )
 
 
-def request(model: Model, say: Callable[[str], None]) -> dict[str, Any]:
+def request(model: Model, say: Say) -> dict[str, Any]:
     """One model in both libraries."""
     with tempfile.TemporaryDirectory() as place:
         path, samples = model.build(Path(place))
@@ -161,66 +130,29 @@ def request(model: Model, say: Callable[[str], None]) -> dict[str, Any]:
             target = Target(
                 backend=name, max_memory_gb=MEMORY_GB, threads=THREADS[0], insecure_log_n=model.insecure_log_n
             )
-            start = time.perf_counter()
-            compiled = compile_onnx(path, samples[:-1], target=target)
-            sides[name] = Side(compiled=compiled, compile_s=time.perf_counter() - start, target=target)
-    x = samples[-1].astype(np.float64)
-    peaks: list[memory.Peak] = []
-    with ExitStack() as stack:
-        for name, side in sides.items():
-            say(f"keys and weights of {name}")
-            with memory.watch() as side.peak:
-                side.both = stack.enter_context(parties(side.compiled.circuit, threads=THREADS[0]))
-                side.ask(x, THREADS[0], keep=False)  # to warm up
-            peaks.append(side.peak)
+            sides[name] = Side.of(path, samples, target)
+    one, more = THREADS
+    with opened(sides, one, say):
         with memory.watch() as during:
-            for turn in range(model.repeats):
-                for threads in THREADS:
-                    for name, side in sides.items():
-                        say(f"turn {turn + 1}, {name}, {threads} thread{'s' * (threads > 1)}")
-                        side.ask(x, threads)
-        peaks.append(during)
-        found = {name: _figures(side, x) for name, side in sides.items()}
-    mine, other = (sides[name].timings[THREADS[0]] for name in LIBRARIES)
-    pairs = [b.wall_s / a.wall_s for a, b in zip(mine, other, strict=True)]
-    known = [peak.peak_gb for peak in peaks if peak.peak_gb is not None]
+            for i in range(model.repeats):
+                turn(sides, THREADS, lambda what, i=i: say(f"turn {i + 1}, {what}"))  # type: ignore[misc]
+        found = {
+            name: {
+                **side.figures(one),
+                "evaluate_2_threads_s": statistics.median(t.wall_s for t in side.timings[more]),
+            }
+            for name, side in sides.items()
+        }
+    mine, other = (sides[name] for name in LIBRARIES)
+    known = [peak.peak_gb for peak in (mine.peak, other.peak, during) if peak.peak_gb is not None]
     return {
         "name": model.name,
         "about": model.about,
         "weights": "random, seed 0",
         "repeats": model.repeats,
         "libraries": found,
-        "ratio": {"median": statistics.median(pairs), "least": min(pairs), "most": max(pairs)},
+        "ratio": ratio(other, mine, one),
         "peak_gb": max(known) if known else None,
-    }
-
-
-def _figures(side: Side, x: np.ndarray) -> dict[str, Any]:
-    """What one library's runs say."""
-    compiled, one, more = side.compiled, *THREADS
-    circuit, both = compiled.circuit, side.both
-    assert both is not None
-    graph = compiled.graph
-    clear = evaluate_graph(graph, x[None])[graph.output][0]
-    worst = max(side.results, key=lambda result: float(np.max(np.abs(result - clear))))
-    params = circuit.params
-    return {
-        **requests.figures(compiled, side.timings[one], side.totals[one], worst, clear, target=side.target),
-        "evaluate_2_threads_s": statistics.median(t.wall_s for t in side.timings[more]),
-        "levels": params.levels,
-        "log_n": params.log_n,
-        "scale_bits": params.scale_bits,
-        "digits": params.digits,
-        "rotation_keys": len(circuit.keys),
-        "key_bytes": both.key_bytes,
-        "request_bytes": both.traffic(circuit.inputs),
-        "memory_gb": side.peak.grown_gb,
-        "compile_s": side.compile_s,
-        "keygen_s": both.keygen_s,
-        "prepare_s": both.prepare_s,
-        "costs": compiled.plan.costs,
-        "onnx_sha256": circuit.model["onnx_sha256"],
-        "params": params.to_json(),
     }
 
 

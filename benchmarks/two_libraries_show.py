@@ -7,30 +7,11 @@ from typing import Any
 
 from .blocks import COLOURS, SMALL, Block, Table, legend, panels, picture
 from .registry import Record
+from .sides_show import lines
 
 NAMES = {"openfhe": "OpenFHE", "tenseal": "TenSEAL"}
 RATIO = "ratio"  # TenSEAL over OpenFHE
 SIDES = ("openfhe", "tenseal")
-# Rows of the first table: what, key of a library's figures, by how much a figure is divided.
-FIGURES = (
-    ("evaluate, 1 thread, s", "evaluate_s", 1.0),
-    ("evaluate, 2 threads, s", "evaluate_2_threads_s", 1.0),
-    ("encrypt + evaluate + decrypt, s", "total_s", 1.0),
-    ("largest error", "max_abs_error", 1.0),
-    ("promised error", "promised_error", 1.0),
-    ("levels", "levels", 1),
-    ("log2 N", "log_n", 1),
-    ("bits of the scale", "scale_bits", 1),
-    ("efficiency, 1 thread", "efficiency", 1.0),
-    ("predicted evaluate, s", "predicted_evaluate_s", 1.0),
-    ("key generation, s", "keygen_s", 1.0),
-    ("rotation keys", "rotation_keys", 1),
-    ("evaluation keys as they travel, GB", "key_bytes", 1e9),
-    ("request, MB", "request_bytes", 1e6),
-    ("memory of this side, both parties, GB", "memory_gb", 1.0),
-)
-# Of these a ratio says nothing; errors follow the scale, which the compiler takes larger where that costs no time.
-ALIKE = {"levels", "log_n", "scale_bits", "efficiency", "max_abs_error", "promised_error"}
 # OpenFHE's rotations are partly hoisted: their decompositions and mod-downs are counted as key switches. SEAL's are whole.
 SWITCHES = "rotate and key switch"
 
@@ -67,10 +48,12 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
             alpha=1.0 if key == "evaluate_s" else 0.55,
             label=f"{NAMES[name]}, {threads}",
         )
-        ax.bar_label(drawn, fmt="%.2g", fontsize=SMALL)
+        ax.bar_label(drawn, fmt="%.2g", fontsize=SMALL, rotation=90, padding=2)
     ax.set_xticks(range(len(rows)), [row["name"] for row in rows])
     ax.set_yscale("log")
-    ax.set_ylim(bottom=min(seconds) / 3)  # or the shortest bar has no height
+    ax.set_ylim(
+        min(seconds) / 3, 4 * max(seconds)
+    )  # or the shortest bar has no height, and the longest no room for its figure
     ax.set_ylabel("seconds, encrypted")
     legend(ax)
     return picture(drawing, "Seconds of one encrypted evaluation, the same model in both libraries, logarithmic")
@@ -78,22 +61,21 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
 
 def requests(rows: Sequence[Mapping[str, Any]], m: Mapping[str, Any]) -> Table:
     """Figures of whole requests."""
-    caption = "The same model and input, TenSEAL over OpenFHE; evaluate: median over neighbouring turns A B A B"
+    caption = (
+        "The same model and input, TenSEAL over OpenFHE, on one thread unless it says two; evaluate: median over neighbouring "
+        "turns A B A B"
+    )
     if m.get("levels"):
         most = ", ".join(f"{NAMES[name]} {m['levels'][name]}" for name in SIDES)
         caption += f"; most levels at 128 bits and scale 2^40: {most}"
     if m.get("too_deep"):
         caption += f"; two blocks in TenSEAL: {m['too_deep'].partition(' Use ')[0]}"
-    lines = []
+    cells: list[tuple[Any, ...]] = []
     for row in rows:
-        for what, key, unit in FIGURES:
-            a, b = (_over(row["libraries"][name].get(key), unit) for name in SIDES)
-            ratio = None if key in ALIKE or not a or b is None else b / a
-            if key == "evaluate_s":
-                ratio = row["ratio"]["median"]
-            lines.append((row["name"], what, a, b, ratio))
-        lines.append((row["name"], "peak memory of both together, GB", None, None, row["peak_gb"]))
-    return Table(caption=caption, columns=("model", "figure", *NAMES.values(), RATIO), rows=lines)
+        both = (row["libraries"][name] for name in SIDES)
+        cells += [(row["name"], *line) for line in lines(*both, row["ratio"]["median"])]
+        cells.append((row["name"], "peak memory of both together, GB", None, None, row["peak_gb"]))
+    return Table(caption=caption, columns=("model", "figure", *NAMES.values(), RATIO), rows=cells)
 
 
 def side_by_side(rows: Sequence[Mapping[str, Any]], table: str, caption: str) -> Table:
@@ -153,10 +135,6 @@ def _with_sum(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     }
     at = max(i for i, r in enumerate(rows) if r in parts) + 1
     return [*rows[:at], both, *rows[at:]]
-
-
-def _over(value: float | None, unit: float) -> float | None:
-    return value if value is None or unit == 1 else value / unit
 
 
 def _levels(row: Mapping[str, Any]) -> str | None:

@@ -34,7 +34,7 @@ def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequen
             rows=[(*cells(row), *(row.get(key) for key in known)) for row in found["operators"]],
         ),
         Table(
-            caption="By CKKS primitive, the same run",
+            caption=f"By CKKS primitive, the same run{more}",
             columns=COLUMNS,
             rows=[cells(row) for row in found["primitives"]],
         ),

@@ -22,4 +22,15 @@ BENCHMARKS = (
         run=_operators,
         show="benchmarks.two_tables:of_record",
     ),
+    Benchmark(
+        name="norm-1x128x32",
+        group="encrypted",
+        measures="the same tables of a block whose RMSNorms are polynomials, beside the same block with BatchNorms, which fold",
+        conditions="the demo's model with 1 block (d = 128, 32 tokens), norms before attention, feed-forward and head, inverse square "
+        "roots of degree 2 on the trained range, an eighth of the training, 128 bits, A B A B",
+        minutes=8,
+        memory_gb=20,
+        run="benchmarks.norms:measure",
+        show="benchmarks.norms:show",
+    ),
 )

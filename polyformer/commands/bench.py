@@ -115,7 +115,7 @@ def compare(
 def report(
     to: Annotated[Path, typer.Option("--out", help="Folder for results.html and results.md.")] = Path("runs/results"),
     results: Annotated[Path | None, typer.Option(help="Folder of the records; default: the repository's.")] = None,
-    update: Annotated[bool, typer.Option("--readme", help="Bring README's results table up to date as well.")] = False,
+    update: Annotated[bool, typer.Option("--readme", help="Bring README's figures up to date as well.")] = False,
 ) -> None:
     """One page and one Markdown file of the newest record of each benchmark."""
     from benchmarks import readme, records, summary
@@ -123,4 +123,4 @@ def report(
     for path in summary.write(to, results or records.RESULTS):
         say(str(path))
     if update:
-        say("README.md: " + ("updated" if readme.write(results=results or records.RESULTS) else "was up to date"))
+        say("README.md: " + ("updated" if readme.write(folder=results or records.RESULTS) else "was up to date"))

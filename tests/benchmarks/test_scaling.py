@@ -17,7 +17,12 @@ NAMES = ("encrypted-scaling", "projection-1.4b", "quality-beside-cost")
 
 SHOWN = {
     "encrypted-scaling": ("Thread-seconds by node against tokens T", "T 8, d 16, 1 bl., 2 thr.", "| QKV |", "| FFN |"),
-    "projection-1.4b": ("weights encoded ahead, GB", "128 tokens, projected |", "projected thread-s", "projected peak memory, GB"),
+    "projection-1.4b": (
+        "weights encoded ahead, GB",
+        "128 tokens, projected |",
+        "projected thread-s",
+        "projected peak memory, GB",
+    ),
     "quality-beside-cost": (
         *(
             "bidirectional encoder",

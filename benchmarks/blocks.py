@@ -38,7 +38,9 @@ class Table:
         kinds = [self._kind(i) for i in range(len(self.columns))]
         head = "".join(f"<th{kind}>{escape(c)}</th>" for kind, c in zip(kinds, self.columns, strict=True))
         body = "".join(
-            "<tr>" + "".join(f"<td{kind}>{escape(cell(v))}</td>" for kind, v in zip(kinds, row, strict=True)) + "</tr>"
+            "<tr>"
+            + "".join(f"<td{kind}>{escape(_joined(cell(v)))}</td>" for kind, v in zip(kinds, row, strict=True))
+            + "</tr>"
             for row in self.rows
         )
         return (
@@ -100,6 +102,11 @@ def cell(value: Any) -> str:
     return digits(value) if isinstance(value, float) else str(value)
 
 
+def _joined(text: str) -> str:
+    """A figure and its deviation, or a range, are not parted at the end of a line."""
+    return re.sub(r" ([±→]) ", "\u00a0\\1\u00a0", text)
+
+
 def picture(drawing: Drawing, caption: str) -> Picture:
     """A matplotlib figure as SVG: text stays text, the background is the page's, and the same data give the same bytes."""
     import matplotlib
@@ -134,6 +141,25 @@ def panels(count: int = 1, *, height: float = 3.0) -> tuple[Drawing, list[Any]]:
         ax.set_axisbelow(True)
         ax.tick_params(which="both", labelsize=SMALL)
     return drawing, axes
+
+
+def logarithmic(ax: Any, which: str, places: Sequence[float] = ()) -> None:
+    """Make an axis, "x" or "y", of a drawn figure logarithmic, its ticks plain numbers.
+
+    Args:
+        places: where its ticks are, else at 1, 2 and 5 of each power of ten, or at the powers alone where there are many.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set(**{f"{which}scale": "log"})
+    low, high = getattr(ax, f"get_{which}lim")()
+    axis = getattr(ax, f"{which}axis")
+    axis.set_minor_locator(NullLocator())
+    if places:
+        axis.set_ticks(sorted(set(places)))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if math.log10(high / low) < 2.5 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if 1e-3 <= value < 1e6 else digits(value)))
 
 
 def look(i: int) -> dict[str, Any]:

@@ -123,13 +123,13 @@ def show(record: Record) -> Sequence[Block]:
     drawing, axes = panels(len(rates) + 1)
     for axis, rate in zip(axes, rates, strict=False):
         losses = by_name([e for e in summary if e["rate"] == rate], "heldout_loss", x="layers", name="mixer")
-        lines(axis, losses, x_label=f"layers, learning rate {rate:g}", y_label="held-out loss", logarithmic=True)
+        lines(axis, losses, x_label=f"layers, learning rate {rate:g}", y_label="held-out loss", doubling=True)
         axis.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
     worst = [e for e in summary if e["rate"] == max(rates)]
     shares = by_name(worst, "failed", x="layers", name="mixer")
     shares = {name: [(x, mean, 0.0) for x, mean, _ in points] for name, points in shares.items()}
     x_label = f"layers, learning rate {max(rates):g}"
-    lines(axes[-1], shares, x_label=x_label, y_label="share of runs that failed", logarithmic=True)
+    lines(axes[-1], shares, x_label=x_label, y_label="share of runs that failed", doubling=True)
     axes[-1].set_ylim(-0.05, 1.05)
     return [
         table(

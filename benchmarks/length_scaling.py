@@ -141,7 +141,7 @@ def show(record: Record) -> Sequence[Block]:
         shown = [e for e in summary if e["scale"] == scale or not str(e["case"]).startswith("pointwise")]
         losses = by_name(shown, "heldout_loss", x="length")
         x_label = f"tokens a window, {title}"
-        lines(axis, losses, x_label=x_label, y_label="held-out loss, nats a token", logarithmic=True)
+        lines(axis, losses, x_label=x_label, y_label="held-out loss, nats a token", doubling=True)
         axis.axhline(record["params"]["unigram_loss"], color="0.5", linestyle=":")
     return [
         table(

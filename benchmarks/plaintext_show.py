@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .blocks import COLOURS, Block, Table, legend, look, panels, picture
+from .blocks import COLOURS, Block, Table, legend, logarithmic, look, panels, picture
 from .registry import Record
 
 
@@ -14,7 +14,9 @@ def context_growth(record: Record) -> Sequence[Block]:
     drawing, (ax,) = panels()
     for i, row in enumerate(rows):
         xs, ys = [p["tokens"] for p in row["points"]], [p["forward_s"] for p in row["points"]]
-        ax.loglog(xs, ys, label=row["name"], markersize=4, linestyle="-" if i < len(COLOURS) else "--", **look(i))
+        ax.plot(xs, ys, label=row["name"], markersize=4, linestyle="-" if i < len(COLOURS) else "--", **look(i))
+    logarithmic(ax, "x", [p["tokens"] for row in rows for p in row["points"]])
+    logarithmic(ax, "y")
     ax.set_xlabel("tokens of context")
     ax.set_ylabel("seconds of one pass")
     legend(ax)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ REQUESTS: Mapping[str, tuple[Shape, int]] = {
 # The one with refreshes is projected as the large models are: one block, so many times.
 DEEP_REQUEST, DEEP_BLOCKS = "request-6x512x128", 6
 DEEP = Shape(blocks=1, width=512, heads=8, hidden=2048, tokens=128)
+CHECKS = (*REQUESTS, DEEP_REQUEST, "demo")
+QUICK_CHECKS = CHECKS[1:2]
 # GB of weights encoded ahead, in records that do not say it: 11 of 16.5 GB of the demo (benchmarks/NOTES.md, 2026-11-24), 4.3 GB of
 # requests. A check with one of them is marked as assumed, and its memory, to which they are added, is not compared.
 ASSUMED_KEPT_GB = {"demo": 11.0}
@@ -73,7 +75,7 @@ def project(settings: Settings) -> Record:
     choice, one, other = of_block(block, table)
     shapes = [stacked(one, block, n) for n in BLOCKS]
     settings.progress(1, 2, "what was measured")
-    found = checks(records.latest(), table)
+    found = checks(records.latest(), table, QUICK_CHECKS if settings.quick else CHECKS)
     metrics = {
         "models": shapes,
         "checks": found,
@@ -261,10 +263,10 @@ def stacked(one: Mapping[str, Any], block: Shape, blocks: int) -> dict[str, Any]
     }
 
 
-def checks(known: Mapping[str, Record], table: CostTable) -> list[dict[str, Any]]:
+def checks(known: Mapping[str, Record], table: CostTable, names: Sequence[str] = CHECKS) -> list[dict[str, Any]]:
     """Projected beside measured for every request that has a record; why not, for one that has none."""
     rows = []
-    for name in (*REQUESTS, DEEP_REQUEST, "demo"):
+    for name in names:
         record = known.get(name)
         row: dict[str, Any] = {"name": name, "projected_over_measured": None}
         if record is None:

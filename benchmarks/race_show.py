@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .blocks import Block, Table, legend, look, panels, picture
+from .blocks import Block, Table, legend, logarithmic, look, panels, picture
 from .registry import Record
 
 WORDS = {"power": "PowerSoftmax", "exp": "exp + reciprocal", "square": "square strategy", "pointwise": "pointwise"}
@@ -19,12 +19,14 @@ def race(record: Record) -> Sequence[Block]:
     drawing, (ax,) = panels()
     for i, way in enumerate(WORDS):
         mine = [row for row in rows if row["way"] == way]
-        ax.loglog(
+        ax.plot(
             [row["keys"] for row in mine],
             [row["evaluate_s"] for row in mine],
             label=WORDS[way],
             **look(i),
         )
+    logarithmic(ax, "x", [row["keys"] for row in rows])
+    logarithmic(ax, "y")
     ax.set_xlabel("keys in a row")
     ax.set_ylabel("seconds, encrypted")
     legend(ax)

@@ -55,12 +55,13 @@ def proof(found: Mapping[str, Record]) -> str:
         f"just trained on real speeches, answers an encrypted prompt in **{_seconds(m['evaluate_s'])} on {machine['threads']} cores "
         "at 128-bit security**."
     )
+    secret = params["secret"].replace("uniform", "uniform ternary")
     minutes, seconds = divmod(round(m["total_s"]), 60)
     rows = {
         "machine": f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gb']} GB, no GPU; "
         f"{backend} {demo['versions'][backend]}; one request alone, one run, weights encoded when the server starts; "
         f"{', '.join(marks(demo)) or 'quiet machine'}",
-        "security": f"CKKS, N = 2^{params['log_n']}, {params['levels']} levels, {params['secret']} secret, "
+        "security": f"CKKS, N = 2^{params['log_n']}, {params['levels']} levels, {secret} secret, "
         f"log2(QP) = {m['logqp']:,.0f} of {m['logqp_limit']:,} allowed",
         "error": "; ".join([_error(m, model), *_agreement(found.get("agreement-100"))]),
         "time": f"predicted {_seconds(m['predicted_evaluate_s'])}; {m['efficiency']:.2f} of what its primitives allow at their fastest "

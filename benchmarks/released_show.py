@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .blocks import COLOURS, Block, Table, legend, look, panels, picture
+from .blocks import COLOURS, Block, Table, legend, logarithmic, look, panels, picture
 from .registry import Record
 
 
@@ -14,13 +14,14 @@ def smollm2_swap(record: Record) -> Sequence[Block]:
     drawing, (ax,) = panels()
     for i, row in enumerate(metrics["arms"]):
         curve = [p for p in row["curve"] if p["perplexity"] is not None]
-        ax.semilogy(
+        ax.plot(
             [p["tokens"] for p in curve],
             [p["perplexity"] for p in curve],
             label=row["arm"],
             markersize=4,
             **look(i),
         )
+    logarithmic(ax, "y")
     ax.set_xlabel("tokens of continued training")
     ax.set_ylabel("held-out perplexity")
     legend(ax)

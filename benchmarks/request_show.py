@@ -1,4 +1,4 @@
-"""What a record of an encrypted request shows: the figures of the whole request, then its tables by node and by primitive."""
+"""What a record of encrypted requests shows: the figures of the whole request, then its tables by node and by primitive."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ FIGURES = (
     ("warm-ups before those that count", "warm_ups", None),
     ("largest error against the model in the clear", "max_abs_error", "promised_error"),
     ("agreement of the likeliest output", "agreement", None),
+    ("predictions compared", "predictions", None),
+    ("held-out prompts", "prompts", None),
+    ("mean square error of the logits", "mse", None),
+    ("root mean square of the logits in the clear", "clear_rms", None),
+    ("two likeliest tokens in the clear differ by at least", "closest_margin", None),
+    ("evaluation of one block, s", "block_evaluate_s", None),
+    ("evaluation of all blocks, PROJECTED from that one, s", None, "projected_evaluate_s"),
+    ("refreshes of one block", "block_refreshes", None),
+    ("refreshes of all blocks, PROJECTED from that one", None, "projected_refreshes"),
     ("efficiency, bound over measured", "efficiency", None),
     ("peak memory of client and server in one process, GB", "peak_gb", "predicted_memory_gb"),
     ("evaluation keys, GB", "key_gb", None),
@@ -35,7 +44,7 @@ FIGURES = (
 
 
 def request(record: Record) -> Sequence[Block]:
-    """A summary of the request, and its two tables where it got that far."""
+    """A summary of the request or of one of its blocks, and the two tables where it has them."""
     tables = of_record(record) if "operators" in record["metrics"] else ()
     return [summary(record), *tables]
 
@@ -48,7 +57,9 @@ def summary(record: Record) -> Table:
         for what, name, beside in FIGURES
         if m.get(name) is not None or m.get(beside or name) is not None
     ]
-    return Table(caption="The whole request", columns=("figure", "measured", "promised or predicted"), rows=rows)
+    return Table(
+        caption="The whole request", columns=("figure", "measured", "promised, predicted or PROJECTED"), rows=rows
+    )
 
 
 def _cell(metrics: Record, name: str | None) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from .blocks import Block, Picture, Table, legend, look, panels, picture
+from .blocks import Block, Picture, Table, legend, logarithmic, look, panels, picture
 from .registry import Record
 from .scaling import AXES
 
@@ -24,8 +24,8 @@ def scaling(record: Record) -> Sequence[Block]:
         ax.plot(relative, [q["predicted_evaluate_s"] for q in points], linestyle="--", fillstyle="none", **style)
         measured = [(x, q["evaluate_s"]) for x, q in zip(relative, points, strict=True) if q["evaluate_s"] is not None]
         ax.plot([x for x, _ in measured], [y for _, y in measured], label=axis, **style)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    logarithmic(ax, "x", (0.5, 1, 2, 4))
+    logarithmic(ax, "y")
     ax.set_xlabel("times the base size")
     ax.set_ylabel("seconds, encrypted")
     legend(ax)

@@ -48,9 +48,10 @@ details{margin-top:12px}summary{cursor:pointer;color:var(--accent)}
 @media (max-width:760px){.two{grid-template-columns:1fr}}
 @media (max-width:600px){main{padding:24px 12px 60px}section{padding:16px 14px}th,td{padding:5px 7px}.facts th{width:110px}}
 figure{margin:0}figcaption{color:var(--muted);font-size:.88rem;text-align:center}
-.table{margin:0 0 24px}.table figcaption{text-align:left;max-width:90ch;margin:0 0 4px}
+.table{margin:0 0 24px}.table table{border-collapse:separate;border-spacing:0}
+.table figcaption{text-align:left;max-width:90ch;margin:0 0 4px}
 .table td:first-child,.table th:first-child{position:sticky;left:0;background:var(--card)}
-.table td.long:first-child{min-width:9.5em}
+.table td.long:first-child{min-width:9.5em;overflow-wrap:anywhere}
 .picture{margin:0 0 24px;max-width:560px}.picture svg{background:#fff;border-radius:8px}.picture figcaption{text-align:left;margin:6px 0 0}
 svg{width:100%;height:auto;display:block}
 svg text{font-size:12px;fill:var(--ink);font-family:inherit}

@@ -186,7 +186,7 @@ def measure(
 
 def show(record: Record) -> Sequence[Block]:
     """Show the recovery after the swap, and what each replacement costs with and without range training."""
-    from benchmarks.blocks import panels, picture
+    from benchmarks.blocks import logarithmic, panels, picture
     from benchmarks.train_figures import by_name, categories, dots, lines, table
 
     summary = record["metrics"]["summary"]
@@ -200,7 +200,7 @@ def show(record: Record) -> Sequence[Block]:
     lines(upper, series, x_label="continued training, share of the first steps", y_label="held-out loss, nats a token")
     names, arms = categories(rest, "heldout_loss", category="replaced", name="arm")
     dots(lower, names, arms, x_label="replaced by polynomials", y_label="held-out loss, nats a token")
-    lower.set_yscale("log")
+    logarithmic(lower, "y")
     return [
         table(
             swaps,

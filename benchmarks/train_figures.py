@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.blocks import COLOURS, SMALL, Table, legend, look
+from benchmarks.blocks import COLOURS, SMALL, Table, legend, logarithmic, look
 from benchmarks.charts import figure as digits
 
 Entry = Mapping[str, Any]
@@ -64,8 +64,11 @@ def bars(axis: Any, summary: Sequence[Entry], figure: str, *, label: str, zero: 
     axis.grid(visible=False, axis="y")
 
 
-def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic: bool = False) -> None:
-    """Draw each name as a line with its own colour and marker, and bars of one standard deviation over seeds."""
+def lines(axis: Any, series: Series, *, x_label: str, y_label: str, doubling: bool = False) -> None:
+    """Draw each name as a line with its own colour and marker, and bars of one standard deviation over seeds.
+
+    Args: `doubling` for places that double, on a logarithmic axis.
+    """
     for i, (name, points) in enumerate(series.items()):
         xs, means, spread = zip(*points, strict=True) if points else ((), (), ())
         axis.errorbar(
@@ -79,11 +82,8 @@ def lines(axis: Any, series: Series, *, x_label: str, y_label: str, logarithmic:
             linewidth=1.4,
             capsize=2,
         )
-    if logarithmic:
-        axis.set_xscale("log", base=2)
-        ticks = sorted({p[0] for points in series.values() for p in points})
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.minorticks_off()
+    if doubling:
+        logarithmic(axis, "x", [p[0] for points in series.values() for p in points])
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     legend(axis)

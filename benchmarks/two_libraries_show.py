@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .blocks import COLOURS, SMALL, Block, Table, legend, panels, picture
+from .blocks import COLOURS, SMALL, Block, Table, legend, logarithmic, panels, picture
 from .registry import Record
 from .sides_show import lines
 
@@ -50,10 +50,10 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Block:
         )
         ax.bar_label(drawn, fmt="%.2g", fontsize=SMALL, rotation=90, padding=2)
     ax.set_xticks(range(len(rows)), [row["name"] for row in rows])
-    ax.set_yscale("log")
     ax.set_ylim(
         min(seconds) / 3, 4 * max(seconds)
     )  # or the shortest bar has no height, and the longest no room for its figure
+    logarithmic(ax, "y")
     ax.set_ylabel("seconds, encrypted")
     legend(ax)
     return picture(drawing, "Seconds of one encrypted evaluation, the same model in both libraries, logarithmic")

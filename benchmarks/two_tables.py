@@ -10,7 +10,7 @@ from typing import Any
 from .blocks import Table
 from .charts import figure as digits
 
-COLUMNS = ("", "calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
+COLUMNS = ("calls", "thread-s", "share", "levels", "bound, thread-s", "efficiency")
 UNITS = "; errors in the model's units, over all slots of the node's last value; predicted as the promise is, with its margin"
 ERRORS = {"predicted_error": "predicted error", "error": "largest error"}
 
@@ -30,12 +30,12 @@ def two_tables(found: Mapping[str, Any], threads: int, more: str = "") -> Sequen
     return (
         Table(
             caption=f"By node of the model: {caption}{UNITS if known else ''}",
-            columns=(*COLUMNS, *(ERRORS[key] for key in known)),
+            columns=("node", *COLUMNS, *(ERRORS[key] for key in known)),
             rows=[(*cells(row), *(row.get(key) for key in known)) for row in found["operators"]],
         ),
         Table(
             caption=f"By CKKS primitive, the same run{more}",
-            columns=COLUMNS,
+            columns=("primitive", *COLUMNS),
             rows=[cells(row) for row in found["primitives"]],
         ),
     )

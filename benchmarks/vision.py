@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import records
-from benchmarks.blocks import Block, Table, legend, look, panels, picture
+from benchmarks.blocks import Block, Table, legend, logarithmic, look, panels, picture
 from benchmarks.registry import Record, Settings
 from benchmarks.train_runs import data_folder, one_by_one
 from polyformer.model import ModelConfig
@@ -376,7 +376,7 @@ def show_few(record: Record) -> list[Block]:
                     capsize=2,
                     **look(i),
                 )
-        ax.set_xscale("log")
+        logarithmic(ax, "x", [e["images"] for e in entries])
         ax.set_xlabel("training images")
         ax.set_ylabel("test accuracy")
         legend(ax)

@@ -76,7 +76,7 @@ def _benchmark(
         minutes=minutes,
         memory_gb=memory_gb,
         run=partial(_encoder, what=what, name=name, shape=shape),
-        show="benchmarks.request_show:request" if what == "request" else None,
+        show=None if what == "compile" else "benchmarks.request_show:request",
         suite=suite,
     )
 

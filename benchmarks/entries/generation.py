@@ -37,5 +37,6 @@ BENCHMARKS = (
         minutes=6,
         memory_gb=20,
         run=_agreement,
+        show="benchmarks.request_show:request",
     ),
 )

@@ -10,7 +10,7 @@ from benchmarks.registry import Benchmark, Record, Settings
 def _security(settings: Settings) -> Record:
     from benchmarks import security_estimate
 
-    return security_estimate.measure(settings.progress)
+    return security_estimate.measure(settings.progress, quick=settings.quick)
 
 
 def _save(record: Record, folder: Path | None) -> Path:
@@ -30,5 +30,6 @@ BENCHMARKS = (
         memory_gb=1,
         run=_security,
         save=_save,
+        show="benchmarks.security_show:show",
     ),
 )

@@ -3,15 +3,19 @@
 from dataclasses import asdict, replace
 
 import numpy as np
+import pytest
 
-from benchmarks import report
+from benchmarks import norms, records, registry, report
 from benchmarks.operators import errors, probed, shortened
 from benchmarks.two_tables import of_record, two_tables
 from compiler.errors import with_errors
 from he_backend import efficiency, keys
 from he_backend.execute import Executor
+from he_backend.openfhe_backend import available
 from he_backend.trace import trace
 from tests.he_backend.small_circuit import TEST_PARAMS, WIDTH, mlp
+
+openfhe = pytest.mark.skipif(available() is not None, reason="OpenFHE is not installed")
 
 
 def test_probes_are_outputs_of_the_last_op_of_each_node():
@@ -71,3 +75,39 @@ def test_the_demo_is_trained_for_an_eighth_of_its_steps():
     short = shortened(whole)
     assert (short.softmax_steps, short.tune_steps) == (whole.softmax_steps // 8, whole.tune_steps // 8)
     assert short.width == whole.width
+
+
+@openfhe
+def test_a_norm_that_is_a_polynomial_has_a_row_and_one_that_folds_has_none() -> None:
+    """One encrypted block each, at test size: the two tables hold every node of a block."""
+    kept: list[registry.Record] = []
+    (benchmark,) = registry.select(["norm-1x128x32"])
+    record = benchmark.measure(registry.Settings(repeats=1, quick=True, keep=kept.append))
+    assert records.check(record, "norm") is record and record["params"]["insecure"] and len(kept) == 1
+    sides = record["metrics"]["sides"]
+    nodes = {name: {row["name"]: row for row in side["operators"]} for name, side in sides.items()}
+    common = {
+        "QKV",
+        "scores",
+        "power",
+        "denominator",
+        "division",
+        "weighted sum",
+        "projection",
+        "FFN",
+        "activation",
+        "head",
+    }
+    assert set(nodes["RMSNorm"]) == common | {"norm"} and set(nodes["BatchNorm"]) == common
+    assert sides["RMSNorm"]["levels"] > sides["BatchNorm"]["levels"]
+    for side in sides.values():
+        assert 0 < side["max_abs_error"] <= side["promised_error"] and 0 < side["efficiency"] <= 1
+        assert all(row["error"] is not None for row in side["operators"])
+    assert record["metrics"]["ratio"]["median"] == pytest.approx(
+        sides["RMSNorm"]["evaluate_s"] / sides["BatchNorm"]["evaluate_s"]
+    )
+    compared, *tables = norms.show(record)
+    assert [t.caption.rpartition("; ")[2] for t in tables if t.columns[-1] == "efficiency"] == ["BatchNorm", "RMSNorm"]
+    assert "| norm |" in tables[2].markdown() and "| norm |" not in tables[0].markdown()
+    assert "| levels |" in compared.markdown() and compared.columns == ("figure", "BatchNorm", "RMSNorm", "ratio")
+    assert norms.show(kept[0])

@@ -159,7 +159,12 @@ def logarithmic(ax: Any, which: str, places: Sequence[float] = ()) -> None:
         axis.set_ticks(sorted(set(places)))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if math.log10(high / low) < 2.5 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if 1e-3 <= value < 1e6 else digits(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if 1e-3 <= value < 1e6 else _power(value)))
+
+
+def _power(value: float) -> str:
+    """A tick that has many digits: 10⁷ or 2.00·10⁷."""
+    return digits(value).removeprefix("1.00·")
 
 
 def look(i: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ KEYS = (
     *("name", "label", "source", "kind", "level", "axis", "figure", "tokens", "width", "blocks", "threads"),
     *("mixer", "case", "model", "variant", "task", "seed"),
 )
+MACHINE = ("cpu", "cores", "threads")
 CONDITIONS = ("version", "commit", "machine", "versions", "params", "seed", "repeats", "quick")
 
 
@@ -72,8 +73,14 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     warnings = []
     if a["version"] != b["version"]:
         warnings.append(f"the benchmark changed between them: version {a['version']} and {b['version']}")
+    machines = [flat({key: r["machine"].get(key) for key in MACHINE}) for r in (a, b)]
+    if machines[0] != machines[1]:
+        told = " and ".join(", ".join(f"{value} {key}" for key, value in m.items()) for m in machines)
+        warnings.append(f"they are of different machines, so that ratios of times say little: {told}")
     for label, record in (("A", a), ("B", b)):
-        if not record.get("quiet"):
+        if record.get("quiet") is None:
+            warnings.append(f"{label} does not say whether others used the machine")
+        elif not record["quiet"]:
             warnings.append(f"{label} was made while others used the machine{_share(record)}: its times are too long")
         if record.get("status", "complete") != "complete":
             warnings.append(f"{label} is {record['status']}: some figures are missing")

@@ -39,7 +39,8 @@ def _table(table: CostTable, key: str, title: str) -> Table:
     skipped = set(table.get("interpolated", ()))
     measured = sorted({int(n) for row in rows.values() for n in row} - skipped, reverse=True)
     levels = measured if len(measured) <= MOST_LEVELS else _some(measured)
-    rest = "" if len(levels) == len(measured) else f"; {len(measured) - len(levels)} more levels in the file"
+    more = len(measured) - len(levels)
+    rest = f"; {more} more level{'s' * (more > 1)} in the file" if more else ""
     return Table(
         caption=f"Milliseconds of one call, {title}, by level of the first argument{rest}",
         columns=("primitive", *(f"level {n}" for n in levels)),

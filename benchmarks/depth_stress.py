@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, ended, load_text, sweep, trained
+from benchmarks.registry import Keep, Progress, Record
+from benchmarks.train_runs import Budget, Row, ended, load_text, sweep, trained
 from training.evaluate import language
 
 if TYPE_CHECKING:

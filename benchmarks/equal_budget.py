@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, ended, load_text, sweep, trained, warm_up
+from benchmarks.registry import Keep, Progress, Record
+from benchmarks.train_runs import Budget, Row, ended, load_text, sweep, trained, warm_up
 from training.evaluate import language
 
 if TYPE_CHECKING:

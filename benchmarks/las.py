@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, Text, data_folder, fit, language_config, load_text, sweep, trained
+from benchmarks.registry import Keep, Progress, Record
+from benchmarks.train_runs import Budget, Row, Text, data_folder, fit, language_config, load_text, sweep, trained
 from polyformer.model import Transformer
 from training.data import IGNORE
 from training.datasets import listops, mnist5k

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from benchmarks.registry import Progress, Record
-from benchmarks.train_runs import Budget, Keep, Row, ended, load_text, sweep, trained
+from benchmarks.registry import Keep, Progress, Record
+from benchmarks.train_runs import Budget, Row, ended, load_text, sweep, trained
 from polyformer.mixers.pointwise import SCALINGS, Pointwise
 from polyformer.model import Transformer
 from training.evaluate import language

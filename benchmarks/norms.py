@@ -26,7 +26,7 @@ KINDS = {"BatchNorm": "batch", "RMSNorm": "rms"}  # name of a side -> kind of it
 BLOCKS, SITES = 1, 3  # a norm before attention, one before the feed-forward part, one before the head
 MEMORY_GB = 10.0  # of each side at most: both hold their keys at once
 THREADS = 2
-QUICK_RING = 14  # the vocabulary times the tokens must fit the slots
+QUICK_RING, QUICK_TOKENS = 13, 8  # the vocabulary of 300 times the tokens must fit the slots
 
 
 def measure(settings: Settings) -> Record:
@@ -41,12 +41,10 @@ def measure(settings: Settings) -> Record:
     sides: dict[str, Side] = {}
     with tempfile.TemporaryDirectory() as place:
         for i, (name, kind) in enumerate(KINDS.items()):
-
-            def trained(done: int, total: int, what: str, i: int = i, name: str = name) -> None:
-                settings.progress(i, steps, f"{name}: {what}")
-
             recipe = operators.recipe(quick=settings.quick).with_(blocks=BLOCKS, exact_norms=(kind,) * SITES)
-            path, windows = operators.trained(Path(place, name), recipe, progress=trained)
+            if settings.quick:
+                recipe = recipe.with_(length=QUICK_TOKENS)
+            path, windows = operators.trained(Path(place, name), recipe, progress=settings.within(i, steps, name))
             sides[name] = Side.of(path, windows, _target(settings))
 
     def made(turns: int, errors: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ read side by side; the shapes differ.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ import numpy as np
 from he_backend.circuit import Circuit, Op
 from he_backend.execute import Executor
 from he_backend.simulator import input_slots, simulate
+
+from .registry import Progress
 
 if TYPE_CHECKING:
     from training import Recipe
@@ -37,7 +39,7 @@ def shortened(recipe: Recipe) -> Recipe:
     return replace(recipe, **{name: getattr(recipe, name) // TRAINING_SHARE for name in names})
 
 
-def trained(folder: Path, recipe: Recipe, *, progress: Callable[[int, int, str], None]) -> tuple[Path, np.ndarray]:
+def trained(folder: Path, recipe: Recipe, *, progress: Progress) -> tuple[Path, np.ndarray]:
     """The polynomial model of a recipe as ONNX, and token windows [n, T], the last of which was held out."""
     from polyformer.commands.models import export_checked
     from training import convert, train
@@ -52,7 +54,7 @@ def trained(folder: Path, recipe: Recipe, *, progress: Callable[[int, int, str],
         return folder / "model.onnx", np.concatenate([file["tokens"], file["heldout"][:1]])
 
 
-def measure(*, quick: bool, repeats: int, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+def measure(*, quick: bool, repeats: int, progress: Progress) -> dict[str, Any]:
     """The record `operators`: what `requests.measure` records, with the errors after every node."""
     from compiler import Target
 

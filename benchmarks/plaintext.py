@@ -25,7 +25,7 @@ from polyformer.mixers.mamba import Mamba
 from polyformer.model import ModelConfig, Transformer
 
 from . import memory, models, records
-from .registry import Record, Settings
+from .registry import Progress, Record, Settings
 
 LANGUAGE = tuple(n for n in mixers.names() if n != "hyena_nd")  # causal over one axis
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -52,7 +52,7 @@ def context_growth(settings: Settings) -> Record:
     for i, name in enumerate(names):
         try:
             rows.append(
-                isolated(growth, name, lengths, settings.repeats, progress=partial(_within, settings, i, len(names)))
+                isolated(growth, name, lengths, settings.repeats, progress=settings.within(i, len(names), name))
             )
         except Failure as error:  # its process was killed: the others still count
             rows.append({"name": name, "points": [], "stopped": str(error)})
@@ -60,13 +60,7 @@ def context_growth(settings: Settings) -> Record:
     return _growth_record(rows, settings.repeats)
 
 
-def _within(settings: Settings, part: int, parts: int, done: int, total: int, what: str = "") -> None:
-    settings.progress(part * total + done, parts * total, what)
-
-
-def growth(
-    name: str, lengths: Sequence[int], repeats: int, *, progress: Callable[[int, int, str], None]
-) -> dict[str, Any]:
+def growth(name: str, lengths: Sequence[int], repeats: int, *, progress: Progress) -> dict[str, Any]:
     """One mixer at every length, in a process of its own.
 
     forward_gb of a point is the process's peak during the passes above what was resident before them (None where the system does not say).
@@ -77,7 +71,7 @@ def growth(
     # Warm up what torch allocates once.
     _pass(Transformer(config(name, 64)).eval(), torch.zeros(1, 64, dtype=torch.int64))
     for i, length in enumerate(lengths):
-        progress(i, len(lengths), f"{name}, {length} tokens")
+        progress(i, len(lengths), f"{length} tokens")
         if len(points) > 1:
             stopped = _too_much(points)
             if stopped:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from polyformer.commands.isolated import isolated
 
 from . import records, requests
 from .race_fits import ERROR, WAYS, Array, Fitted, Way, fitted
-from .registry import Record, Settings
+from .registry import Progress, Record, Settings
 
 LENGTHS = (16, 64, 128, 256, 1024)  # 128: the paper's, methods.md 1.5
 SCORES, QUICK_SCORES = 1 << 14, 1 << 8  # measured at once: rows x keys
@@ -47,14 +46,10 @@ def race(settings: Settings) -> Record:
     rows: list[dict[str, Any]] = []
     for n in lengths:
         for way in WAYS:
-            step = partial(_within, settings, len(rows), len(lengths) * len(WAYS), f"{way}, {n} keys")
+            step = settings.within(len(rows), len(lengths) * len(WAYS), f"{way}, {n} keys")
             rows.append(row(way, n, settings.quick, settings.repeats, progress=step))
             settings.keep(_record(rows, settings))
     return _record(rows, settings)
-
-
-def _within(settings: Settings, part: int, parts: int, label: str, done: int, total: int, what: str = "") -> None:
-    settings.progress(part * total + done, parts * total, f"{label}: {what}")
 
 
 def _record(rows: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
@@ -68,7 +63,7 @@ def _record(rows: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     return records.record("operator-race", metrics={"rows": rows}, params=params, threads=2, seed=0, repeats=repeats)
 
 
-def row(name: str, n: int, quick: bool, repeats: int, *, progress: requests.Step) -> dict[str, Any]:
+def row(name: str, n: int, quick: bool, repeats: int, *, progress: Progress) -> dict[str, Any]:
     """One row of the race. The fit is found in one process and every measurement has another, so that its peak of memory is its own.
 
     Returns:
@@ -112,14 +107,14 @@ def row(name: str, n: int, quick: bool, repeats: int, *, progress: requests.Step
     }
 
 
-def found(name: str, n: int, quick: bool, folder: Path, *, progress: requests.Step) -> Fitted:
+def found(name: str, n: int, quick: bool, folder: Path, *, progress: Progress) -> Fitted:
     """The fit of a row, in the process that calls."""
     progress(0, 3, "fit")
     return cheapest(WAYS[name], samples(n, quick), folder, _target(ASKED[0], name, n, quick))
 
 
 def measured(
-    name: str, n: int, quick: bool, repeats: int, path: Path, asked: float, *, progress: requests.Step
+    name: str, n: int, quick: bool, repeats: int, path: Path, asked: float, *, progress: Progress
 ) -> dict[str, Any] | None:
     """The record of one request of a fit, in the process that calls.
 

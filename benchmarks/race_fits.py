@@ -13,6 +13,7 @@ import numpy as np
 from polyformer.approx import Polynomial, fit, goldschmidt_start, goldschmidt_steps, reciprocal
 
 from . import models
+from .refresh_functions import gelu
 
 Array = np.ndarray
 ERROR = 1e-3  # of a decrypted weight against the exact form, relative to the largest weight
@@ -210,13 +211,9 @@ def _square(b: models.Builder, s: Array, effort: Effort) -> str:
     return y
 
 
-def _gelu(x: Array) -> Array:
-    return x * 0.5 * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
-
-
 def _pointwise(b: models.Builder, s: Array, effort: Effort) -> str:
     bound, n = MARGIN * float(np.abs(s).max()), s.shape[-1]
-    p = effort.fit("gelu", lambda degree: fit(_gelu, degree, (-bound, bound)))
+    p = effort.fit("gelu", lambda degree: fit(gelu, degree, (-bound, bound)))
     return polynomial(b, "x", p, "gelu", 1.0 / n)
 
 
@@ -226,7 +223,7 @@ WAYS = {
         Way(name="power", exact=_power_exact, build=_power, divisions=(POLYNOMIAL, GOLDSCHMIDT)),
         Way(name="exp", exact=_exp_exact, build=_exp, divisions=(POLYNOMIAL, GOLDSCHMIDT)),
         Way(name="square", exact=_exp_exact, build=_square),
-        Way(name="pointwise", exact=lambda s: _gelu(s) / s.shape[-1], build=_pointwise),
+        Way(name="pointwise", exact=lambda s: gelu(s) / s.shape[-1], build=_pointwise),
     )
 }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.registry import Progress, Record
+from benchmarks.registry import Keep, Progress, Record
 from benchmarks.substitution import (
     DEGREES,
     WANTED,
@@ -25,7 +25,7 @@ from benchmarks.substitution import (
     targets,
     train_ranges,
 )
-from benchmarks.train_runs import Budget, Keep, Row, fit, language_config, sweep
+from benchmarks.train_runs import Budget, Row, fit, language_config, sweep
 from polyformer.model import Transformer
 from training.evaluate import answers
 from training.recall import RecallSampler, RecallTask

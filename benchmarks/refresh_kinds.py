@@ -77,10 +77,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     record: dict[str, Any] = {}
     ranges = Ranges.of_recipe()
     for i, name in enumerate(NAMES):
-
-        def step(done: int, total: int, what: str, i: int = i, name: str = name) -> None:
-            settings.progress(i * 100 + 100 * done // total, 100 * len(NAMES), f"{name}: {what}")
-
+        step = settings.within(i, len(NAMES), name)
         found.append(isolated(one_kind, name, settings.quick, settings.repeats, ranges, progress=step))
         record = records.record(
             "refresh-kinds",

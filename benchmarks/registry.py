@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 Record = Mapping[str, Any]
+Keep = Callable[[Record], None]  # what a record would be by now
 GROUPS = {
     "primitives": "one CKKS primitive at a time, level by level",
     "encrypted": "models under encryption, operator by operator",
@@ -29,11 +30,11 @@ GROUPS = {
 SUITE = "suite"  # the name of all that one machine measures in three hours
 
 
-def _silent(done: int, total: int, what: str) -> None:
+def silent(done: int, total: int, what: str) -> None:
     """No progress shown."""
 
 
-def _forget(record: Record) -> None:
+def forget(record: Record) -> None:
     """Nothing kept on the way."""
 
 
@@ -48,8 +49,16 @@ class Settings:
     seeds: Sequence[int] = (0, 1, 2)
     quick: bool = False  # smallest size that exercises everything; its figures prove nothing
     folder: Path | None = None  # of the record; None: where the benchmark's records live
-    progress: Progress = field(default=_silent, repr=False)
-    keep: Callable[[Record], None] = field(default=_forget, repr=False)
+    progress: Progress = field(default=silent, repr=False)
+    keep: Keep = field(default=forget, repr=False)
+
+    def within(self, part: int, parts: int, label: str) -> Progress:
+        """The progress of one of so many equal parts, under its label."""
+
+        def progress(done: int, total: int, what: str = "") -> None:
+            self.progress(part * total + done, parts * total, f"{label}: {what}" if what else label)
+
+        return progress
 
 
 @dataclass(frozen=True, kw_only=True)

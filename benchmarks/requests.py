@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,7 @@ from he_backend.execute import Timing
 
 from . import operators, records
 from .parties import Parties, parties
-from .registry import Record
-
-Step = Callable[[int, int, str], None]
-Keep = Callable[[Record], None]
-
-
-def _forget(record: Record) -> None:
-    """Nothing kept on the way."""
+from .registry import Keep, Progress, forget
 
 
 def measure(
@@ -40,11 +33,11 @@ def measure(
     *,
     target: Target,
     repeats: int,
-    progress: Step,
+    progress: Progress,
     weights: str,
     probe: bool = False,
     exact: np.ndarray | None = None,
-    keep: Keep = _forget,
+    keep: Keep = forget,
 ) -> dict[str, Any]:
     """Measure one request of an ONNX file.
 

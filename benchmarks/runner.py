@@ -97,7 +97,8 @@ def _one(
                 for line in pipe:
                     message = json.loads(line)
                     if "progress" in message:
-                        progress(*message["progress"])
+                        done, total, what = message["progress"]
+                        progress(done, total, f"{benchmark.name}: {what}")
                     else:
                         said |= message
                 code = process.wait()

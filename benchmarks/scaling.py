@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from polyformer.commands.console import Failure
 from polyformer.commands.isolated import isolated
 
 from . import models, records, requests
-from .registry import Record, Settings
+from .registry import Progress, Record, Settings
 
 NAME = "encrypted-scaling"
 HEADS = 4
@@ -75,17 +74,12 @@ def scaling(settings: Settings) -> Record:
     sizes = grid.sizes()
     points: list[dict[str, Any]] = []
     for i, size in enumerate(sizes):
-        progress = partial(_within, settings, i, len(sizes), str(size))
-        points.append(point(size, grid, settings.repeats, progress))
+        points.append(point(size, grid, settings.repeats, settings.within(i, len(sizes), str(size))))
         settings.keep(_record(grid, points, settings.repeats))
     return _record(grid, points, settings.repeats)
 
 
-def _within(settings: Settings, part: int, parts: int, label: str, done: int, total: int, what: str = "") -> None:
-    settings.progress(part * total + done, parts * total, f"{label}: {what}")
-
-
-def point(size: Size, grid: Grid, repeats: int, progress: requests.Step) -> dict[str, Any]:
+def point(size: Size, grid: Grid, repeats: int, progress: Progress) -> dict[str, Any]:
     """One size: figures predicted, and measured in a process of its own so that the peak of its memory is its own."""
     found: dict[str, Any] = asdict(size) | dict.fromkeys((*FIGURES, *(f"predicted_{f}" for f in FIGURES), "why"))
     progress(0, 4, "predict")
@@ -115,7 +109,7 @@ def predicted(size: Size, grid: Grid) -> dict[str, Any]:
     }
 
 
-def measured(size: Size, grid: Grid, repeats: int, *, progress: requests.Step) -> dict[str, Any]:
+def measured(size: Size, grid: Grid, repeats: int, *, progress: Progress) -> dict[str, Any]:
     """One request of a size, in the process that calls."""
     with tempfile.TemporaryDirectory() as place:
         path, samples = _model(Path(place), size)

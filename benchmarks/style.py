@@ -27,7 +27,7 @@ font-family:ui-serif,Georgia,serif;white-space:pre-wrap}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th{text-align:left;color:var(--muted);font-weight:550;vertical-align:bottom}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line)}td{vertical-align:top}
-tr:last-child>td,tr:last-child>th{border-bottom:0}
+tbody tr:last-child>td,tbody tr:last-child>th{border-bottom:0}
 thead th{border-bottom:1px solid var(--muted)}
 th.num{text-align:right}td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.long{min-width:15em}
@@ -50,7 +50,7 @@ details{margin-top:12px}summary{cursor:pointer;color:var(--accent)}
 figure{margin:0}figcaption{color:var(--muted);font-size:.88rem;text-align:center}
 .table{margin:0 0 24px}.table table{border-collapse:separate;border-spacing:0}
 .table figcaption{text-align:left;max-width:90ch;margin:0 0 4px}
-.table td:first-child,.table th:first-child{position:sticky;left:0;background:var(--card)}
+.table td,.table th{line-height:22px}.table td:first-child,.table th:first-child{position:sticky;left:0;background:var(--card)}
 .table td.long:first-child{min-width:9.5em;overflow-wrap:anywhere}
 .picture{margin:0 0 24px;max-width:560px}.picture svg{background:#fff;border-radius:8px}.picture figcaption{text-align:left;margin:6px 0 0}
 svg{width:100%;height:auto;display:block}

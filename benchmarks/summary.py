@@ -57,8 +57,9 @@ def conditions(record: Record) -> str:
     """One line with all that belongs under a figure: what ran, where, on what, how often, from which commit."""
     m, metrics, params = record["machine"], record["metrics"], record["params"]
     parts = [str(record.get("conditions") or "")]
+    threads = m.get("threads", "?")
     parts.append(
-        f"{m.get('threads', '?')} threads of {m.get('cpu', '?')} ({m.get('cores', '?')} cores, {m.get('memory_gb', '?')} GB)"
+        f"{threads} thread{'s' * (threads != 1)} of {m.get('cpu', '?')} ({m.get('cores', '?')} cores, {m.get('memory_gb', '?')} GB)"
     )
     parts.append(", ".join(f"{k} {v}" for k, v in record["versions"].items() if k in VERSIONS))
     parts.append(ring(params))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.registry import Progress, Record
+from benchmarks.registry import Keep, Progress, Record
 from benchmarks.substitution import (
     DEGREES,
     WANTED,
@@ -30,7 +30,7 @@ from benchmarks.substitution import (
     targets,
     train_ranges,
 )
-from benchmarks.train_runs import Budget, Keep, Row, Text, fit, load_text, sweep, trained
+from benchmarks.train_runs import Budget, Row, Text, fit, load_text, sweep, trained
 from polyformer.model import Transformer
 from training.evaluate import language
 from training.substitution import KINDS, with_config, with_rows

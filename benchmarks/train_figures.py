@@ -84,6 +84,8 @@ def lines(axis: Any, series: Series, *, x_label: str, y_label: str, doubling: bo
         )
     if doubling:
         logarithmic(axis, "x", [p[0] for points in series.values() for p in points])
+    else:
+        axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     legend(axis)

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import records
-from benchmarks.registry import Progress, Record
+from benchmarks.registry import Keep, Progress
 from polyformer.model import ModelConfig, Transformer
 from training.data import Mix, Sampler, cut_windows, encode_documents, read_documents, split_docs, train_bpe
 from training.evaluate import bytes_per_token, unigram_loss
 from training.loop import Batches, ExtraLoss, Schedule, run_stage
 
-Keep = Callable[[Record], None]  # what a record would be by now
 Row = dict[str, Any]
 NEVER = 1 << 30  # steps between checkpoints of runs that take seconds
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from he_backend.base import HEError
@@ -66,6 +66,7 @@ class CostTable:
     name     of the file that it came from
     refreshes  (parameters, thread-seconds of one call) of refreshes, which have tables of their own
     threads  factor by which two threads at once slow one thread down is in `contention`
+    known    what `seconds` found before: a search for parameters asks for the same few thousand figures millions of times
     """
 
     name: str
@@ -74,6 +75,7 @@ class CostTable:
     ms: Mapping[str, Mapping[int, float]]
     contention: float = 1.0
     refreshes: tuple[tuple[Params, float], ...] = ()
+    known: dict[tuple[str, Params, int], float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, path: Path | None = None, *, backend: str = "openfhe") -> CostTable:
@@ -98,6 +100,12 @@ class CostTable:
 
     def seconds(self, op: str, params: Params, level: int) -> float:
         """One call on a ciphertext of `level` under `params`; 0 for what costs nothing."""
+        key = op, params, level
+        if key not in self.known:
+            self.known[key] = self._seconds(op, params, level)
+        return self.known[key]
+
+    def _seconds(self, op: str, params: Params, level: int) -> float:
         op = {"conjugate": "rotate", "refresh_function": "refresh"}.get(op, op)
         row = self.ms.get(op)
         if op == "refresh" and not row:

@@ -78,7 +78,7 @@ def _run(names: Sequence[str], repeats: int, seeds: int, quick: bool, to: Path |
 
     chosen = registry.select(names)
     outcomes = []
-    with bar(chosen[0].name) as advance:
+    with bar("bench") as advance:
         for outcome in runner.run(
             chosen, repeats=repeats, seeds=range(seeds), quick=quick, folder=to, progress=advance
         ):

@@ -51,6 +51,11 @@ WARNED = {
     "busy": ({"quiet": False, "noise": {"others_share": 0.5}}, r"others used the machine \(50% of it\)"),
     "cut short": ({"status": "interrupted"}, "B is interrupted"),
     "quick": ({"quick": True}, "prove nothing"),
+    "noise unknown": ({"quiet": None}, "B does not say whether others used the machine"),
+    "machine": (
+        {"machine": {"cpu": "Z", "cores": 64, "threads": 8}},
+        "different machines.* Z cpu, 64 cores, 8 threads",
+    ),
 }
 
 

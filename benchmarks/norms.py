@@ -15,7 +15,7 @@ from typing import Any
 from compiler import Target
 
 from . import operators, records
-from .blocks import Block, Table
+from .blocks import Table
 from .registry import Record, Settings
 from .sides import Side, opened, ratio, turn
 from .sides_show import lines
@@ -66,14 +66,15 @@ def _target(settings: Settings) -> Target:
     return Target(max_memory_gb=MEMORY_GB, threads=THREADS, insecure_log_n=QUICK_RING if settings.quick else None)
 
 
-def show(record: Record) -> Sequence[Block]:
+def show(record: Record) -> Sequence[Table]:
     """Both requests beside each other, then the two tables of each."""
     m, threads = record["metrics"], record["machine"]["threads"]
+    first, second = m["sides"].values()
     middle, least, most = (m["ratio"][key] for key in ("median", "least", "most"))
     table = Table(
         caption=f"One block with BatchNorms, which fold into the weights, beside the same with RMSNorms as polynomials, {threads} threads; "
         f"evaluate: median over neighbouring turns A B A B ({least:.2f} to {most:.2f} times)",
         columns=("figure", *m["sides"], "ratio"),
-        rows=lines(*m["sides"].values(), middle),
+        rows=lines(first, second, middle),
     )
     return [table, *(t for name, side in m["sides"].items() for t in two_tables(side, threads, f"; {name}"))]

@@ -28,7 +28,7 @@ def _encoder(settings: Settings, *, what: str, name: str, shape: Shape) -> Recor
 
     target = Target(max_memory_gb=22.0)
     if settings.quick:  # a test ring where the stream takes two ciphertexts
-        shape = Shape(blocks=2, width=32, heads=4, tokens=32)
+        shape = Shape(blocks=2, width=32, heads=2, tokens=32)
         target = Target(insecure_log_n=10, max_memory_gb=22.0)
     with tempfile.TemporaryDirectory() as place:
         path, x = models.encoder(

@@ -1,6 +1,7 @@
 """The operator race: fits keep the error that they promise, and all ways compile."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_every_measurement_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPa
     assert 0.05 < row["peak_gb"] < 0.9
 
 
-def hungry(*given: object, progress: registry.Progress) -> race_fits.Fitted:
+def hungry(*given: Any, progress: registry.Progress) -> race_fits.Fitted:
     """`race.found` in a process that held a gigabyte; importable, because another process calls it."""
     held = np.ones(1 << 27)
     fit = FOUND(*given, progress=progress)

@@ -72,8 +72,8 @@ def requests(rows: Sequence[Mapping[str, Any]], m: Mapping[str, Any]) -> Table:
         caption += f"; two blocks in TenSEAL: {m['too_deep'].partition(' Use ')[0]}"
     cells: list[tuple[Any, ...]] = []
     for row in rows:
-        both = (row["libraries"][name] for name in SIDES)
-        cells += [(row["name"], *line) for line in lines(*both, row["ratio"]["median"])]
+        first, second = (row["libraries"][name] for name in SIDES)
+        cells += [(row["name"], *line) for line in lines(first, second, row["ratio"]["median"])]
         cells.append((row["name"], "peak memory of both together, GB", None, None, row["peak_gb"]))
     return Table(caption=caption, columns=("model", "figure", *NAMES.values(), RATIO), rows=cells)
 

@@ -17,7 +17,7 @@ BENCHMARKS = (
         group="encrypted",
         measures="latency, share, levels, error and efficiency by node of the model and by CKKS primitive",
         conditions="the demo's model (2 blocks, d = 128, 32 tokens) after an eighth of its training, one request, 128 bits",
-        minutes=6,
+        minutes=4,
         memory_gb=19,
         run=_operators,
         show="benchmarks.two_tables:of_record",

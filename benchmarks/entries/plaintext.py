@@ -11,7 +11,7 @@ BENCHMARKS = (
         group="plaintext",
         measures="seconds of one pass, and its peak memory above what was resident before, against the length of the context; exponents",
         conditions="2 blocks, d = 128, batch 1, 128 to 16,384 tokens, random weights, one thread",
-        minutes=10,
+        minutes=5,
         memory_gb=11,
         run="benchmarks.plaintext:context_growth",
         show="benchmarks.plaintext_show:context_growth",

@@ -10,7 +10,7 @@ BENCHMARKS = (
         group="scaling",
         measures="seconds and memory of a request against tokens, width, blocks and threads, predicted and measured; exponents",
         conditions="encoders around 1 block, d = 64, 4 heads, 32 tokens, 2 threads, one axis varied at a time, 128 bits",
-        minutes=15,
+        minutes=10,
         memory_gb=16,
         run="benchmarks.scaling:scaling",
         show="benchmarks.scaling_show:scaling",

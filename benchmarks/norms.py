@@ -14,10 +14,10 @@ from typing import Any
 
 from compiler import Target
 
-from . import operators, records
+from . import memory, operators, records
 from .blocks import Table
 from .registry import Record, Settings
-from .sides import Side, opened, ratio, turn
+from .sides import Side, opened, peak_gb, ratio, turn
 from .sides_show import lines
 from .two_tables import two_tables
 
@@ -34,7 +34,8 @@ def measure(settings: Settings) -> Record:
 
     Returns:
         Metrics: sides {BatchNorm, RMSNorm: what `Side.figures` says, with the tables `operators` and `primitives`, and the error after
-        every node}; ratio (RMSNorm over BatchNorm, of neighbouring turns: median, least, most). What is kept on the way has no errors.
+        every node}; ratio (RMSNorm over BatchNorm, of neighbouring turns: median, least, most); peak_gb of the process before the
+        errors were asked for. What is kept on the way has no errors.
     """
     repeats = 1 if settings.quick else settings.repeats
     steps = len(KINDS) + repeats + 2
@@ -47,19 +48,26 @@ def measure(settings: Settings) -> Record:
             path, windows = operators.trained(Path(place, name), recipe, progress=settings.within(i, steps, name))
             sides[name] = Side.of(path, windows, _target(settings))
 
-    def made(turns: int, errors: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    def made(turns: int, errors: Mapping[str, Mapping[int, float]], *more: memory.Peak) -> dict[str, Any]:
         found = {name: side.figures(THREADS, errors.get(name)) for name, side in sides.items()}
-        metrics = {"sides": found, "ratio": ratio(sides["RMSNorm"], sides["BatchNorm"], THREADS), "warm_ups": 1}
+        peak = peak_gb(*(side.peak for side in sides.values()), *more)
+        metrics = {
+            "sides": found,
+            "ratio": ratio(sides["RMSNorm"], sides["BatchNorm"], THREADS),
+            "warm_ups": 1,
+            "peak_gb": peak,
+        }
         params = {"insecure": settings.quick, "max_memory_gb": MEMORY_GB, "blocks": BLOCKS, "norms": dict(KINDS)}
-        return records.record(NAME, metrics=metrics, params=params, threads=THREADS, seed=0, repeats=turns)
+        return records.record(NAME, metrics=metrics, params=params, threads=THREADS, seed=0, repeats=turns, peak=peak)
 
     with opened(sides, THREADS, lambda what: settings.progress(len(KINDS), steps, what)):
-        for i in range(repeats):
-            at = len(KINDS) + 1 + i
-            turn(sides, (THREADS,), lambda what, at=at: settings.progress(at, steps, what))  # type: ignore[misc]
-            settings.keep(made(i + 1, {}))
+        with memory.watch() as during:
+            for i in range(repeats):
+                at = len(KINDS) + 1 + i
+                turn(sides, (THREADS,), lambda what, at=at: settings.progress(at, steps, what))  # type: ignore[misc]
+                settings.keep(made(i + 1, {}))
         settings.progress(steps - 1, steps, "errors by node")
-        return made(repeats, {name: side.errors(THREADS) for name, side in sides.items()})
+        return made(repeats, {name: side.errors(THREADS) for name, side in sides.items()}, during)
 
 
 def _target(settings: Settings) -> Target:

@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from he_backend import heap
+
 from .noise import Noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +47,14 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def peak_gb(who: int = resource.RUSAGE_SELF) -> float:
-    """Largest resident memory of this process so far, or of the largest of its children that have ended, in GB (1e9 bytes)."""
-    return resource.getrusage(who).ru_maxrss * 1024 / 1e9  # the kernel counts in KiB
+def peak_gb() -> float:
+    """Largest resident memory of this process so far, in GB (1e9 bytes); since the last `memory.watch`, where there was one."""
+    return heap.peak_rss() / 1e9
+
+
+def _largest_gb() -> float:
+    """The same of this process or of a child that has ended, whichever was larger."""
+    return max(peak_gb(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9)  # counted in KiB
 
 
 def _cpu() -> str:
@@ -93,8 +100,13 @@ def record(
     seed: int | None = None,
     repeats: int = 1,
     seen: Noise | None = None,
+    peak: float | None = None,
 ) -> dict[str, Any]:
-    """A record of something just measured; under `polyformer bench` the runner fills in version, status and noise."""
+    """A record of something just measured; under `polyformer bench` the runner fills in version, status and noise.
+
+    Args:
+        peak: GB of the largest process, of a benchmark that watches parts of its memory (`memory.watch`).
+    """
     return {
         "name": name,
         "version": 1,
@@ -106,7 +118,7 @@ def record(
         "params": dict(params),
         "seed": seed,
         "repeats": repeats,
-        "peak_gb": round(max(peak_gb(), peak_gb(resource.RUSAGE_CHILDREN)), 3),
+        "peak_gb": round(_largest_gb() if peak is None else peak, 3),
         **(seen.to_json() if seen else {"quiet": None, "noise": None}),
         "metrics": dict(metrics),
     }

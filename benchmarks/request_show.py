@@ -16,7 +16,7 @@ FIGURES = (
     ("evaluation, s (median)", "evaluate_s", "predicted_evaluate_s"),
     ("longest less shortest evaluation, s", "evaluate_spread_s", None),
     ("warm-ups before those that count", "warm_ups", None),
-    ("largest error against the model in the clear", "max_abs_error", "promised_error"),
+    ("largest error against the clear", "max_abs_error", "promised_error"),
     ("agreement of the likeliest output", "agreement", None),
     ("predictions compared", "predictions", None),
     ("held-out prompts", "prompts", None),
@@ -57,9 +57,8 @@ def summary(record: Record) -> Table:
         for what, name, beside in FIGURES
         if m.get(name) is not None or m.get(beside or name) is not None
     ]
-    return Table(
-        caption="The whole request", columns=("figure", "measured", "promised, predicted or PROJECTED"), rows=rows
-    )
+    caption = "One block of the request" if "block_refreshes" in m else "The whole request"
+    return Table(caption=caption, columns=("figure", "measured", "promised, predicted or PROJECTED"), rows=rows)
 
 
 def _cell(metrics: Record, name: str | None) -> Any:

@@ -109,6 +109,12 @@ def turn(sides: Mapping[str, Side], threads: Sequence[int], say: Say) -> None:
             side.ask(n)
 
 
+def peak_gb(*peaks: memory.Peak) -> float | None:
+    """The largest peak of the process; None where the system does not say."""
+    known = [peak.peak_gb for peak in peaks if peak.peak_gb is not None]
+    return max(known) if known else None
+
+
 def ratio(over: Side, under: Side, threads: int) -> dict[str, float]:
     """Seconds of one side over those of another, of neighbouring requests: median, least, most."""
     pairs = [a.wall_s / b.wall_s for a, b in zip(over.timings[threads], under.timings[threads], strict=True)]

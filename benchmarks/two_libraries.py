@@ -22,7 +22,7 @@ from he_backend.params import Params
 
 from . import memory, models, ops, records
 from .registry import Record, Settings
-from .sides import Say, Side, opened, ratio, turn
+from .sides import Say, Side, opened, peak_gb, ratio, turn
 
 LIBRARIES = ("openfhe", "tenseal")
 THREADS = (1, 2)  # the tables are those of one thread: there a library is not charged for its binding's lock
@@ -117,6 +117,7 @@ def _record(settings: Settings, rows: Sequence[Mapping[str, Any]], rest: Mapping
         threads=max(THREADS),
         seed=0,
         repeats=repeats,
+        peak=max((row["peak_gb"] or 0.0 for row in rows), default=None),
     )
 
 
@@ -144,7 +145,6 @@ def request(model: Model, say: Say) -> dict[str, Any]:
             for name, side in sides.items()
         }
     mine, other = (sides[name] for name in LIBRARIES)
-    known = [peak.peak_gb for peak in (mine.peak, other.peak, during) if peak.peak_gb is not None]
     return {
         "name": model.name,
         "about": model.about,
@@ -152,7 +152,7 @@ def request(model: Model, say: Say) -> dict[str, Any]:
         "repeats": model.repeats,
         "libraries": found,
         "ratio": ratio(other, mine, one),
-        "peak_gb": max(known) if known else None,
+        "peak_gb": peak_gb(mine.peak, other.peak, during),
     }
 
 

@@ -74,7 +74,7 @@ def stamped(
             "version": benchmark.version,
             "status": status if record["status"] == "complete" else record["status"],
             "quick": quick,
-            "conditions": benchmark.conditions,
+            "conditions": f"quick size in place of: {benchmark.conditions}" if quick else benchmark.conditions,
             **({"seconds": round(seen.wall_s, 1), **seen.to_json()} if seen else {}),
         },
         benchmark.name,

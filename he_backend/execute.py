@@ -8,7 +8,6 @@ keeps few values alive.
 from __future__ import annotations
 
 import heapq
-import resource
 import threading
 import time
 from collections import Counter, defaultdict
@@ -309,7 +308,7 @@ class Executor:
                 for (op, name, level), (count, seconds, fastest) in sorted(state.calls.items())
             ),
             max_live_bytes=state.max_live,
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=heap.peak_rss(),
             encoded_ahead=state.ahead,
             encoded_during=state.counts["encode"],
         )

@@ -8,6 +8,8 @@ freed at the end of the heap, to fetch it again a moment later.
 from __future__ import annotations
 
 import os
+import resource
+from pathlib import Path
 
 import numpy as np
 
@@ -35,3 +37,16 @@ def reserve(size: int) -> None:
         blocks = [np.empty(BLOCK, dtype=np.uint8) for _ in range(-(-size // BLOCK))]
         for block in blocks:
             block[::PAGE] = 1
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes.
+
+    Of this program only: what getrusage tells begins, for a process that another one started, with what that one held.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

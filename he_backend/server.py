@@ -175,7 +175,7 @@ class Server:
             "weights": self.worker.weights.to_json(),
             "keys": self.keys.to_json(),
             "sessions": self.sessions.count,
-            "peak_rss_bytes": peak_rss(),
+            "peak_rss_bytes": heap.peak_rss(),
             "pid": os.getpid(),
         }
 
@@ -330,7 +330,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/jobs/{job_id}/timing")
     async def get_timing(job_id: str) -> dict[str, Any]:
-        return {**find(job_id).timing, "peak_rss_bytes": peak_rss()}
+        return {**find(job_id).timing, "peak_rss_bytes": heap.peak_rss()}
 
     @app.delete("/jobs/{job_id}")
     async def cancel(job_id: str) -> dict[str, Any]:
@@ -385,14 +385,6 @@ def error_json(error: HEError) -> dict[str, Any]:
         "message": str(error),
         "differences": {k: list(v) for k, v in differences.items()},
     }
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes (of this program only, not of what ran before an exec)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def serve(server: Server, *, host: str = "127.0.0.1", port: int = 8000) -> None:

@@ -248,7 +248,7 @@ def ask(options: Options, story: Story, server: ServerProcess, client: Path, fol
     """The client's part, with everything measured."""
     from he_backend import owner
     from he_backend.client import Client
-    from he_backend.server import peak_rss
+    from he_backend.heap import peak_rss
 
     with story.phase("keygen"):
         made = keys.make_keys(client, folder, insecure=options.quick)

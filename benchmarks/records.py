@@ -21,8 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from he_backend import heap
-
 from .noise import Noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +47,9 @@ def machine(threads: int) -> dict[str, Any]:
 
 def peak_gb() -> float:
     """Largest resident memory of this process so far, in GB (1e9 bytes); since the last `memory.watch`, where there was one."""
-    return heap.peak_rss() / 1e9
+    from he_backend.heap import peak_rss  # which imports numpy, and a list of benchmarks needs none
+
+    return peak_rss() / 1e9
 
 
 def _largest_gb() -> float:

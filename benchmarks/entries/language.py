@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from benchmarks.registry import Benchmark, Record, Settings
-
-if TYPE_CHECKING:
-    from benchmarks.blocks import Block
 
 TEXT = "State of the Union 1993-2019 (CC0, in this repository), every 9th address held out, BPE of 512 tokens"
 
@@ -26,15 +22,6 @@ def _run(topic: str) -> Callable[[Settings], Record]:
     return run
 
 
-def _show(topic: str) -> Callable[[Record], Sequence[Block]]:
-    def show(record: Record) -> Sequence[Block]:
-        from importlib import import_module
-
-        return import_module(f"benchmarks.{topic}").show(record)
-
-    return show
-
-
 BENCHMARKS = (
     Benchmark(
         name="equal-budget",
@@ -44,7 +31,7 @@ BENCHMARKS = (
         minutes=12,
         memory_gb=2,
         run=_run("equal_budget"),
-        show=_show("equal_budget"),
+        show="benchmarks.equal_budget:show",
     ),
     Benchmark(
         name="depth-stress",
@@ -54,7 +41,7 @@ BENCHMARKS = (
         minutes=12,
         memory_gb=2,
         run=_run("depth_stress"),
-        show=_show("depth_stress"),
+        show="benchmarks.depth_stress:show",
     ),
     Benchmark(
         name="swap-ablation",
@@ -64,7 +51,7 @@ BENCHMARKS = (
         minutes=10,
         memory_gb=2,
         run=_run("swap_ablation"),
-        show=_show("swap_ablation"),
+        show="benchmarks.swap_ablation:show",
     ),
     Benchmark(
         name="recall",
@@ -74,7 +61,7 @@ BENCHMARKS = (
         minutes=12,
         memory_gb=2,
         run=_run("recall"),
-        show=_show("recall"),
+        show="benchmarks.recall:show",
     ),
     Benchmark(
         name="length-scaling",
@@ -84,7 +71,7 @@ BENCHMARKS = (
         minutes=8,
         memory_gb=2,
         run=_run("length_scaling"),
-        show=_show("length_scaling"),
+        show="benchmarks.length_scaling:show",
     ),
     Benchmark(
         name="las-ablation",
@@ -95,6 +82,6 @@ BENCHMARKS = (
         minutes=10,
         memory_gb=2,
         run=_run("las"),
-        show=_show("las"),
+        show="benchmarks.las:show",
     ),
 )

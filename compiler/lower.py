@@ -20,6 +20,8 @@ from he_backend.container import Arrays
 
 from .attention import choose, heads_of, lower_product
 from .elementwise import (
+    MOST_AT_LEVEL_0,
+    leaving,
     lower_add,
     lower_add_const,
     lower_mul,
@@ -105,7 +107,8 @@ class Lowering:
     def _streams(self) -> dict[str, float]:
         """Factor of each tensor that takes part in a sum: all operands of sums that touch each other share one.
 
-        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1.
+        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1; where it leaves by a
+        sum, it leaves that room in the first modulus.
         """
         parent: dict[str, str] = {}
 
@@ -132,9 +135,11 @@ class Lowering:
                 group, power = root(square.inputs[0]), len(square.attrs["coefficients"]) - 1
                 norms[group] = max(norms.get(group, 0.0), self.bound(node.name) ** (1.0 / power))
         peaks: dict[str, float] = {}
+        left: dict[str, float] = {}
         for name in parent:
             peaks[root(name)] = max(peaks.get(root(name), 0.0), self.bound(name))
-        return {name: norms.get(root(name), peaks[root(name)]) for name in parent}
+            left[root(name)] = max(left.get(root(name), 0.0), leaving(self, name) / MOST_AT_LEVEL_0)
+        return {name: max(norms.get(root(name), peaks[root(name)]), left[root(name)]) for name in parent}
 
     def wanted(self, name: str) -> float:
         """The factor that a tensor should have, judged by what reads it."""
@@ -160,7 +165,7 @@ class Lowering:
                 sums = [u for u in self.users[user.name] if u.op == "reduce_sum"]
                 if sums:
                     return float(self.bound(sums[0].name) ** (1.0 / power))
-        return self.bound(name)
+        return max(self.bound(name), leaving(self, name) / MOST_AT_LEVEL_0)
 
     def repeats(self, name: str) -> bool:
         """Whether a tensor takes part in sums of two tensors or over features, which want it repeated over the slots."""

@@ -35,6 +35,7 @@ from .general import matrix_of
 from .ir import Graph, Node
 from .layout import Heads, feature_tiles, from_features
 from .matvec import PlanCost
+from .placed import INPUT, OUTPUT
 from .placed import Lowered as Lowered
 from .placed import Placed as Placed
 from .sparse import input_layouts, places, plan_sparse
@@ -221,12 +222,12 @@ class Lowering:
         name = self.graph.input
         layout = self._input_layout()
         factor = self.wanted(name)
-        ops = tuple(self.emit("input", (), name, factor=factor, name="x", part=part) for part in range(len(layout)))
+        ops = tuple(self.emit("input", (), name, factor=factor, name=INPUT, part=part) for part in range(len(layout)))
         self.placed[name] = Placed(ops=ops, layout=layout, factor=factor)
         self.tensors |= {op: (name, part) for part, op in enumerate(ops)}
         self.client_arrays["input"] = layout.astype(np.int32)
         return Signature(
-            name="x", shape=self.graph.input_shape[1:], layout="input", factor=factor, bound=self.bound(name), level=0
+            name=INPUT, shape=self.graph.input_shape[1:], layout="input", factor=factor, bound=self.bound(name), level=0
         )
 
     def _input_layout(self) -> np.ndarray:
@@ -251,10 +252,10 @@ class Lowering:
         name = self.graph.output
         placed = self.placed[name]
         for part, op in enumerate(placed.ops):
-            self.emit("output", (op,), name, factor=placed.factor, name="y", part=part)
+            self.emit("output", (op,), name, factor=placed.factor, name=OUTPUT, part=part)
         self.client_arrays["output"] = placed.layout.astype(np.int32)
         return Signature(
-            name="y",
+            name=OUTPUT,
             shape=self.graph.shape(name)[1:],
             layout="output",
             factor=placed.factor,

@@ -250,7 +250,7 @@ class Circuit:
         Raises:
             WireError: the file is not what was written, or breaks a rule; the message names the first one.
         """
-        from .circuit_check import faults, key_faults
+        from .circuit_check import faults, traced_faults
 
         header, arrays, _ = container.read(path)
         with _Parsing(header, "circuit"):
@@ -278,7 +278,7 @@ class Circuit:
                 states=tuple(_signature(s) for s in header.get("states", ())),
                 errors={int(i): float(error) for i, error in header.get("errors", {}).items()},
             )
-            for fault in itertools.chain(faults(circuit), key_faults(circuit)):
+            for fault in itertools.chain(faults(circuit), traced_faults(circuit)):
                 raise WireError(f"{path}: {fault}")
         return circuit
 

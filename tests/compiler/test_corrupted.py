@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from compiler import Target, compile_onnx, verify
+from compiler.samples import requests
 from he_backend import refresh
 from he_backend.base import WireError
 from he_backend.circuit import Circuit
-from he_backend.circuit_check import faults, key_faults
+from he_backend.circuit_check import faults, traced_faults
 
 from .corrupting import (
     first,
@@ -53,13 +54,13 @@ def leveled(folder):
     model = compile_onnx(
         norm_mlp(folder / "m.onnx", layer_norm=True, width=8), samples, target=Target(insecure_log_n=LOG_N)
     )
-    return Sound(circuit=model.circuit, check=lambda c: verify.finished(c, model.graph, samples))
+    return Sound(circuit=model.circuit, check=lambda c: verify.finished(c, model.graph, requests(samples)))
 
 
 def refreshing(folder):
     samples = list(np.random.default_rng(1).normal(0, 0.5, (4, 4, 8)))
     graph, _, circuit = deepened(norm_mlp(folder / "m.onnx", layer_norm=True, width=8), samples, LOG_N)
-    return Sound(circuit=circuit, check=lambda c: verify.finished(c, graph, samples))
+    return Sound(circuit=circuit, check=lambda c: verify.finished(c, graph, requests(samples)))
 
 
 def step(folder):
@@ -391,7 +392,7 @@ def test_the_verifier_refuses(sound, circuit, row):
 @pytest.mark.parametrize("name", CIRCUITS)
 def test_a_sound_circuit_passes_both(sound, tmp_path, name):
     circuit = sound(name).circuit
-    assert [*faults(circuit), *key_faults(circuit)] == []
+    assert [*faults(circuit), *traced_faults(circuit)] == []
     sound(name).check(circuit)
     circuit.save(tmp_path / "c")
     again = Circuit.load(tmp_path / "c")

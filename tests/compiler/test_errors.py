@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from compiler import Target, compile_onnx
-from compiler.errors import with_errors
-from compiler.plan import ERROR_MARGIN
+from compiler.errors import ERROR_MARGIN, simulated_noise, with_errors
+from compiler.samples import requests
 from he_backend.simulator import simulate, simulate_noise
 from he_backend.trace import trace
 from tests.he_backend.refreshing import refreshing
@@ -39,12 +39,17 @@ def test_noise_of_every_value_that_is_read():
         assert 0 < np.max(np.abs(seen[op.id] - clear[op.id])) < 1e-5
 
 
+def predicted(circuit):
+    t = trace(circuit)
+    return with_errors(circuit, t, simulated_noise(circuit, t, requests([X]))).errors
+
+
 def test_a_refresh_shows():
     circuit = refreshing()
-    errors = with_errors(circuit, trace(circuit), [X]).errors
+    errors = predicted(circuit)
     assert set(errors) == {2, 3, 4}  # a refresh stands for the node whose value it refreshes
     flat = replace(circuit, ops=tuple(replace(op, factor=2.0 if op.id == 3 else 1.0) for op in circuit.ops))
-    assert with_errors(flat, trace(flat), [X]).errors == {**errors, 3: 2 * errors[3]}
+    assert predicted(flat) == {**errors, 3: 2 * errors[3]}
     seen = {}
     simulate_noise(circuit, {"x": X}, visit=seen.__setitem__)
     assert errors[2] > 10 * ERROR_MARGIN * np.max(np.abs(seen[1] - simulate(circuit, {"x": X}).values[1]))

@@ -175,7 +175,7 @@ class Circuit:
 
     client_arrays are those that the client needs (layouts of inputs and outputs, embedding); `arrays` holds the rest, the
     layouts of states among it. errors: predicted largest error of a value in the model's units, as `error_bound` is for the
-    outputs, by op id; for the last op of every ONNX node, or empty where none were predicted.
+    outputs, by op id; for the last op of every ONNX node and what a step keeps, or empty where none were predicted.
     """
 
     params: Params

@@ -32,7 +32,7 @@ def test_errors_and_efficiency_of_a_request():
         for kind, k, level in keys.wanted(circuit.spec()):
             server.load_key(kind, k, level, client.make_key(kind, k, level))
         x = np.linspace(-1, 1, WIDTH)
-        found = errors(circuit, client, server, x, threads=2)
+        found = errors(circuit, client, server, *requests([x]), threads=2)
         assert set(found) == {1, 2, 3} and all(0 < e < 1e-5 for e in found.values())
         t = trace(circuit)
         foretold = with_errors(circuit, t, simulated_noise(circuit, t, requests([x, -x]))).errors

@@ -216,8 +216,9 @@ def finish(found: Found, samples: Samples, embedding: Embedding | None, path: Pa
     if embedding is not None:
         client["embedding"] = embedding.table.astype(np.float32)
         client["positions"] = embedding.positions.astype(np.float32)
-    first = ERROR_MARGIN * found.noise.outputs[0]
-    predicted = {
+    outputs = found.noise.outputs
+    first = error - ERROR_MARGIN * (max(outputs.values()) - outputs[0])
+    predicted = {  # of one request; of a step, but error and chance to fail are those of a whole sequence
         "evaluate_s": f.evaluate,
         "prepare_s": f.prepare,
         "work_s": f.work,

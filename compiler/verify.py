@@ -124,6 +124,12 @@ def finished(circuit: Circuit, graph: Graph, sequences: Sequence[Sequence[Case]]
         kept: dict[str, np.ndarray] = {}
         for case in sequence:
             outputs = simulate(circuit, {**case.tensors, **kept}, step=case.step, visit=bounded).outputs
+            for signature in (*circuit.inputs, *circuit.outputs, *circuit.states):
+                tensor = {**case.tensors, **outputs}[signature.name]
+                if (peak := float(np.max(np.abs(tensor)))) > signature.bound:
+                    raise VerificationError(
+                        f"{signature.name!r} reaches {peak:.6g}{_at(graph, case)}, above the {signature.bound:.6g} of its signature"
+                    )
             values = evaluate(graph, graph_inputs(graph, case))
             wanted = {OUTPUT: values[graph.output], **{k.before: values[k.after] for k in graph.kept}}
             for name, tensor in wanted.items():

@@ -271,6 +271,7 @@ def simulate_noise(
     foretold (`scales.foretold`; for others `execute.scale_tolerance` bounds what they add).
 
     Args:
+        tensors: as for `simulate`; states bring the noise that the caller gives them, and get none.
         visit: is given the id of every circuit op that something reads, and its value with noise [slots].
     """
     params = circuit.params
@@ -280,6 +281,7 @@ def simulate_noise(
     scales = assign_scales(t, foretold(params), scale)
     packed = input_slots(circuit, tensors)
     names = {node: key for key, node in t.inputs.items()}
+    kept = {node for part, node in t.inputs.items() if part in circuit.state_parts}  # not encrypted again at every step
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
     bias = KeySwitchBias(params, rng)
     values: dict[int, Array] = {}
@@ -312,7 +314,9 @@ def simulate_noise(
             y = _primitive(
                 node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains]
             )
-        std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
+        std = (
+            0.0 if node.id in kept else coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
+        )
         y = y + bias(node.op, node.degree) / scales.result[node.id]
         if std:
             noise: Any = rng.standard_normal(y.shape, dtype=np.float32)

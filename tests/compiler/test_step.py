@@ -17,6 +17,7 @@ from onnx import helper
 from compiler import Compiled, Target, compile_onnx
 from compiler.cost import CostTable
 from compiler.deepen import Deepened
+from compiler.errors import Noise
 from compiler.failure import largest_output
 from compiler.placed import Lowered
 from compiler.plan import judge, output_peak
@@ -156,15 +157,16 @@ def test_a_reply_must_fit_the_first_modulus(tmp_path: Path, monkeypatch: pytest.
     assert output_peak(circuit, sequences, wide) == pytest.approx(100.0)
     most = largest_output(circuit.params)
     monkeypatch.setattr("compiler.search.deepen", lambda *_: Deepened())
-    monkeypatch.setattr("compiler.promise.promised_error", lambda *_: 1e-6)
+    monkeypatch.setattr("compiler.promise.simulated_noise", lambda *_: Noise(outputs={0: 1e-7}, slots={}))
     monkeypatch.setattr("compiler.search.output_peak", lambda circuit, *_: 1.2 * most)
     with pytest.raises(ParamsError, match=r"outputs fill 1\.2 of the first modulus"):
         compiled_step(tmp_path, *CASES["no spare copies"])
 
 
 def test_a_step_that_fails_too_often_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.promise.promised_error", lambda *_: 1e-6)
+    monkeypatch.setattr("compiler.promise.simulated_noise", lambda *_: Noise(outputs={0: 1e-7}, slots={}))
     monkeypatch.setattr("compiler.failure.failure_log2", lambda *_: -39.0)
+    monkeypatch.setattr("compiler.search.deepen", lambda *_: Deepened())
     with pytest.raises(
         ParamsError, match=r"a sequence of 8 steps fails with probability 2\^-39\.0, the budget is 2\^-40"
     ):
@@ -172,7 +174,7 @@ def test_a_step_that_fails_too_often_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_step_names_the_memory_that_would_be_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.promise.promised_error", lambda *_: 1e-6)
+    monkeypatch.setattr("compiler.promise.simulated_noise", lambda *_: Noise(outputs={0: 1e-7}, slots={}))
     config, log_n = CASES["no spare copies"]
     export_step(sane(config), tmp_path / "step.onnx")
     tokens = np.random.default_rng(0).integers(0, config.vocab, (4, config.length))

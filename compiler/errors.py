@@ -106,18 +106,14 @@ def _looked_at(circuit: Circuit) -> Iterator[Op]:
     yield from (op for op in circuit.ops if op.kind == "output" and op.attrs["name"] in kept)
 
 
-def promised_error(circuit: Circuit, t: Trace, noise: Noise) -> float:
+def promised_error(noise: Noise) -> float:
     """Promised largest error of an output element, at any step: the simulated one times ERROR_MARGIN."""
     return ERROR_MARGIN * max(noise.outputs.values())
 
 
-def with_errors(circuit: Circuit, t: Trace, noise: Noise) -> Circuit:
+def with_errors(circuit: Circuit, noise: Noise) -> Circuit:
     """The circuit with predicted errors after every ONNX node and of what a step keeps, made as `promised_error` makes that of the
-    outputs, so that no output gets more than its promise but from slots that hold no element.
-
-    Args:
-        circuit: with bounds.
-    """
+    outputs, so that no output gets more than its promise but from slots that hold no element."""
     errors = {
         op.id: float(abs(op.factor) * ERROR_MARGIN * noise.slots[op.id])
         for op in _looked_at(circuit)

@@ -211,7 +211,7 @@ def finish(found: Found, samples: Samples, embedding: Embedding | None, path: Pa
     error, candidate, graph = found.error, found.candidate, samples.graph
     params, t, f = candidate.params, candidate.trace, candidate.forecast
     assert t is not None and f is not None
-    circuit = with_errors(with_bounds(found.circuit, samples.few(BOUNDED)), t, found.noise)
+    circuit = with_errors(with_bounds(found.circuit, samples.few(BOUNDED)), found.noise)
     client: dict[str, Any] = dict(circuit.client_arrays)
     if embedding is not None:
         client["embedding"] = embedding.table.astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from he_backend.base import ScaleError
 from he_backend.circuit import Circuit
 
 from .errors import Noise, promised_error, simulated_noise
@@ -44,8 +45,11 @@ def promise(
     """
     assert candidate.trace is not None
     circuit = as_circuit(program, candidate.params)
-    noise = simulated_noise(circuit, candidate.trace, samples.few(NOISY))
-    promised = promised_error(circuit, candidate.trace, noise)
+    try:
+        noise = simulated_noise(circuit, candidate.trace, samples.few(NOISY))
+    except ScaleError as error:  # as the server would say
+        return str(error)
+    promised = promised_error(noise)
     if why := over_budget(circuit, promised, bounds):
         return why
     if promised > target.max_error:

@@ -35,7 +35,7 @@ def test_errors_and_efficiency_of_a_request():
         found = errors(circuit, client, server, *requests([x]), threads=2)
         assert set(found) == {1, 2, 3} and all(0 < e < 1e-5 for e in found.values())
         t = trace(circuit)
-        foretold = with_errors(circuit, t, simulated_noise(circuit, t, requests([x, -x]))).errors
+        foretold = with_errors(circuit, simulated_noise(circuit, t, requests([x, -x]))).errors
         assert set(foretold) == set(found)
         assert all(found[i] <= foretold[i] <= 30 * found[i] for i in found)
         slots = np.repeat(x, server.slots // WIDTH)

@@ -46,7 +46,7 @@ def test_noise_of_every_value_that_is_read():
 
 def predicted(circuit):
     t = trace(circuit)
-    return with_errors(circuit, t, simulated_noise(circuit, t, requests([X]))).errors
+    return with_errors(circuit, simulated_noise(circuit, t, requests([X]))).errors
 
 
 def test_a_refresh_shows():
@@ -76,6 +76,6 @@ def test_errors_of_what_is_kept_grow_with_the_steps(monkeypatch):
         for kind, k, level in keys.wanted(circuit.spec()):
             server.load_key(kind, k, level, client.make_key(kind, k, level))
         found = errors(circuit, client, server, cases, threads=1)
-    promised = with_errors(circuit, t, whole).errors
+    promised = with_errors(circuit, whole).errors
     assert whole.slots[kept] / 2 < found[kept] < 2 * whole.slots[kept]
     assert found.keys() == promised.keys() and all(found[i] < promised[i] for i in found)

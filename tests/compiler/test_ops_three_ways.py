@@ -109,7 +109,7 @@ def test_the_op_keeps_its_promise_under_encryption(compiled, sides, name):
     for kind, k, _ in keys.wanted(circuit.spec()):
         if not (server.relin_level >= 0 if kind == "relin" else k in server.key_levels):
             server.load_key(kind, k, PARAMS.levels, client.make_key(kind, k, PARAMS.levels))
-    promised = promised_error(circuit, t, simulated_noise(circuit, t, requests([x])))
+    promised = promised_error(simulated_noise(circuit, t, requests([x])))
     size = np.max(np.abs(clear))
     error = np.max(np.abs(asked(circuit, client, server, x) - clear[0]))
     assert error <= promised + SINGLE * size, f"{error:.2e} above the promised {promised:.2e}"

@@ -7,7 +7,7 @@ read side by side; the shapes differ.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from he_backend.circuit import Circuit, Op
 from he_backend.execute import Executor
-from he_backend.simulator import input_slots, simulate
+from he_backend.simulator import Case, input_slots, simulate
 
 from .registry import Progress
 
@@ -97,25 +97,37 @@ def probed(circuit: Circuit) -> Circuit:
     return replace(circuit, ops=tuple(ops))
 
 
-def errors(circuit: Circuit, client: Any, server: Any, x: np.ndarray, *, threads: int) -> dict[int, float]:
-    """Largest |decrypted - simulated| slot of the last op of every ONNX node, in the model's units, by op id.
+def errors(circuit: Circuit, client: Any, server: Any, sequence: Sequence[Case], *, threads: int) -> dict[int, float]:
+    """Largest |decrypted - simulated| slot of the last op of every ONNX node, in the model's units, by op id; and of what a step
+    keeps, by the id of its output.
 
     Args:
-        x: input tensor. Two digits are kept: an unrounded difference of a decryption belongs into no file.
+        sequence: its cases one after the other, each on what the last one left; of a request one.
     """
     more = probed(circuit)
-    name, level = circuit.inputs[0].name, circuit.inputs[0].level
-    exact = simulate(circuit, {name: x}).values
-    sent = {
-        part: server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=level)), level=level)
-        for part, slots in input_slots(circuit, {name: x}).items()
+    executor = Executor(more, server, threads=threads, plaintext_budget=0)
+    names = {s.name for s in circuit.states}
+    looked_at = {op.id: op.args[0] for op in more.ops[len(circuit.ops) :]}
+    looked_at |= {op.id: op.id for op in circuit.ops if op.kind == "output" and op.attrs["name"] in names}
+    kept = {
+        part: server.import_ciphertext(np.zeros((2, at + 1, 1 << circuit.params.log_n), dtype=np.uint64), level=at)
+        for part, at in circuit.state_parts.items()
     }
-    run = Executor(more, server, threads=threads, plaintext_budget=0).run(sent)
-    found = {}
-    for op in more.ops[len(circuit.ops) :]:
-        part = op.attrs["name"], 0
-        ciphertext = run.outputs[part]
-        back = client.import_ciphertext(server.export_ciphertext(ciphertext), level=server.level(ciphertext))
-        difference = np.abs(client.decrypt(back, scale=run.scales[part]) - exact[op.args[0]])
-        found[op.args[0]] = float(f"{np.max(difference) * abs(op.factor):.1e}")
-    return found
+    level, found = circuit.inputs[0].level, dict.fromkeys(looked_at.values(), 0.0)
+    for case in sequence:
+        exact = simulate(circuit, case.tensors, step=case.step).values
+        sent = {
+            part: server.import_ciphertext(client.export_ciphertext(client.encrypt(slots, level=level)), level=level)
+            for part, slots in input_slots(circuit, case.tensors).items()
+            if part not in kept
+        }
+        run = executor.run({**sent, **kept}, step=case.step)
+        for output, of in looked_at.items():
+            part = more.ops[output].attrs["name"], more.ops[output].attrs["part"]
+            ciphertext = run.outputs[part]
+            back = client.import_ciphertext(server.export_ciphertext(ciphertext), level=server.level(ciphertext))
+            difference = np.abs(client.decrypt(back, scale=run.scales[part]) - exact[of])
+            found[of] = max(found[of], float(np.max(difference) * abs(more.ops[output].factor)))
+        kept = {part: run.outputs[part] for part in kept}
+    # Two digits: an unrounded difference of a decryption belongs into no file.
+    return {op: float(f"{error:.1e}") for op, error in found.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from compiler import Compiled, Target, compile_onnx
 from compiler.cost import CostTable
 from compiler.ir import evaluate as evaluate_graph
+from compiler.samples import requests as sequences
 from he_backend import efficiency, security
 from he_backend.circuit import Circuit
 from he_backend.execute import Timing
@@ -93,7 +94,11 @@ def measure(
             keep(made({**before, **figures(compiled, timings, totals, result, expected, target=target)}, i + 1))
         # Before the probes, which keep more values alive.
         peak_gb = records.peak_gb()
-        errors = operators.errors(circuit, both.client, both.server, x, threads=target.threads) if probe else None
+        errors = (
+            operators.errors(circuit, both.client, both.server, *sequences([x]), threads=target.threads)
+            if probe
+            else None
+        )
     warm_ups = len(timings) - repeats
     timings, totals = timings[warm_ups:], totals[warm_ups:]
     progress(3, 3, "done")

@@ -9,7 +9,7 @@ placements are then traced and costed as a whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -19,11 +19,9 @@ from he_backend import refresh, security
 from he_backend.base import BACKENDS, HEError, LevelError, ParamsError
 from he_backend.circuit import Circuit
 from he_backend.params import SINE_LEVELS, Params
-from he_backend.simulator import peaks
 
 from .cost import CostTable
 from .factors import fold_factors
-from .failure import over_budget
 from .lower import Lowered
 from .passes.bases import BASES
 from .passes.levels import top_level
@@ -35,18 +33,19 @@ from .plan import (
     Target,
     as_circuit,
     best_style,
-    few,
-    predicted_error,
+    largest_slots,
     with_style,
 )
+from .promise import Found, promise
 from .refreshes import Refreshing, period, place_refreshes
-from .step_lower import LoweredStep
+from .samples import Progress, Samples
 
 SCALE = 54  # bits; the error model of a refresh was fitted at this scale
 BUDGETS = ((3, 3), (2, 2))  # levels of the two transforms
 DIGITS = (4, 6, 9)
 USABLE = range(4, 14)  # levels between two refreshes that are tried
 MARGIN = 1.25  # over the largest slot seen on samples
+BOUNDED = 8  # requests or sequences that bounds are taken over, at most
 SECONDS = 20.0  # of one placement
 STYLES = tuple(Style(basis=basis) for basis in BASES)  # few: a trace of six wide blocks takes 5 seconds
 COSTED = 4  # placements, fastest first, that are costed as a whole: a trace of four blocks takes seconds
@@ -54,13 +53,10 @@ COSTED = 4  # placements, fastest first, that are costed as a whole: a trace of 
 
 @dataclass(frozen=True, kw_only=True)
 class Deepened:
-    """Rows for the plan's table and, if one of them serves, the circuit with its refreshes."""
+    """Rows for the plan's table and, if one of them serves, what it is."""
 
     rows: list[Candidate] = field(default_factory=list)
-    candidate: Candidate | None = None
-    circuit: Circuit | None = None
-    lowered: Lowered | None = None
-    error: float = 0.0
+    found: Found | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,33 +109,24 @@ def chains(log_n: int, insecure: bool) -> Iterator[Params]:
 
 
 def deepen(
-    lowered: Lowered,
-    log_n: int,
-    samples: Sequence[np.ndarray],
-    target: Target,
-    table: CostTable,
-    report: Callable[[str, int, int], None],
+    lowered: Lowered, log_n: int, samples: Samples, target: Target, table: CostTable, report: Progress
 ) -> Deepened:
     """The fastest circuit with refreshes that keeps the promises, if there is one.
 
     Args:
-        lowered: with leveled levels assigned; samples: input tensors.
+        lowered: with leveled levels assigned.
     """
     insecure = target.insecure_log_n is not None
     known = insecure or log_n in security.LIMITS["sparse192"]
     if "bootstrap" not in BACKENDS[target.backend] or not known or top_level(lowered.ops) < min(USABLE):
         return Deepened()
-    if isinstance(
-        lowered, LoweredStep
-    ):  # its state stays at one level: a step that needed a refresh would need one every time
+    if not (chain := list(chains(log_n, insecure))):
         return Deepened()
-    if not (found := list(chains(log_n, insecure))):
-        return Deepened()
-    folded, allowed = _bounded(lowered, found[0], samples)
+    folded, allowed = _bounded(lowered, chain[0], samples)
     rows: list[Candidate] = []
     placed: list[_Placed] = []
-    for i, real in enumerate(found):
-        report(f"refreshes, {real.name}", i, len(found))
+    for i, real in enumerate(chain):
+        report(f"refreshes, {real.name}", i, len(chain))
         try:
             placed.append(_place(folded, real, table, allowed))
         except (LevelError, ParamsError) as error:
@@ -177,20 +164,15 @@ def deepen(
         if row.trace is None:
             continue
         program = with_style(one.program, row.params, table, row.style)
-        circuit = as_circuit(program, row.params)
         report("noise", 0, 1)
         try:
-            promised = predicted_error(circuit, row.trace, few(samples, 3))
+            found = promise(row, program, samples, target)
         except HEError as error:
             rows[rows.index(row)] = replace(row, why=str(error), trace=None)
             continue
-        if why := over_budget(circuit, promised):
-            rows[rows.index(row)] = replace(row, why=f"{why}, {one.note}", trace=None)
-            continue
-        if promised <= target.max_error:
-            return Deepened(rows=rows, candidate=row, circuit=circuit, lowered=program, error=promised)
-        why = f"predicted error {promised:.2g} above {target.max_error:.2g}, {one.note}"
-        rows[rows.index(row)] = replace(row, why=why, trace=None)
+        if isinstance(found, Found):
+            return Deepened(rows=rows, found=found)
+        rows[rows.index(row)] = replace(row, why=f"{found}, {one.note}", trace=None)
     return Deepened(rows=rows)
 
 
@@ -229,10 +211,9 @@ def refresh_failure(circuit: Circuit) -> float:
     return refresh.failure_log2(circuit.params) + float(np.log2(count)) if count else float("-inf")
 
 
-def _bounded(lowered: Lowered, params: Params, samples: Sequence[np.ndarray]) -> tuple[Lowered, set[int]]:
+def _bounded(lowered: Lowered, params: Params, samples: Samples) -> tuple[Lowered, set[int]]:
     """The program with constants folded and bounds, and its ops whose slots stay within [-1, 1] on samples, with margin."""
-    circuit = as_circuit(lowered, params)
-    largest = peaks(circuit, few(samples, 8))
+    largest = largest_slots(as_circuit(lowered, params), samples.few(BOUNDED))
     folded, m = fold_factors(lowered, largest, 1.0 / MARGIN)
     ops = tuple(replace(op, bound=float(MARGIN * largest[op.id] * m[op.id])) for op in folded.ops)
     return replace(folded, ops=ops), {op.id for op in ops if op.bound <= 1.0 + 1e-6}

@@ -123,10 +123,20 @@ def _partners(layout: np.ndarray, other: np.ndarray, index: np.ndarray) -> list[
 MOST_AT_LEVEL_0 = 4.0  # stored output: the first modulus holds 2^5 and more at most scales, with calibration's margins
 
 
-def _leaves(low: Lowering, name: str) -> bool:
-    """Whether a tensor is the output, or becomes it by views and sums: it then lies at level 0, where there is little room."""
-    views = ("reshape", "transpose", "add", "add_const", "mul_const")
-    return name == low.graph.output or any(u.op in views and _leaves(low, u.name) for u in low.users[name])
+def leaving(low: Lowering, name: str) -> float:
+    """Largest element of what a tensor becomes at the output by views and sums, in the tensor's own units; 0 if it does not.
+
+    It then lies at level 0, where there is little room: a mean over 64 tokens leaves as a sum, 64 times as large.
+    """
+    if ("leaving", name) not in low.memo:
+        found = [low.bound(name)] if name == low.graph.output else []
+        for user in low.users[name]:
+            if user.op in ("reshape", "transpose", "add", "add_const", "reduce_sum"):
+                found.append(leaving(low, user.name))
+            elif user.op == "mul_const" and user.const is not None and user.const.size == 1 and user.const.any():
+                found.append(leaving(low, user.name) / abs(float(user.const.reshape(-1)[0])))
+        low.memo["leaving", name] = max(found, default=0.0)
+    return float(low.memo["leaving", name])
 
 
 def _largest(low: Lowering, name: str) -> float:
@@ -142,7 +152,8 @@ def lower_polynomial(low: Lowering, node: Node) -> Placed:
     peak, largest = low.bound(node.name), _largest(low, node.name)
     if dwarfed := largest > MOST_AT_LEVEL_0 * peak:  # by a constant: products of such sums would grow and grow
         peak = largest
-    most = MOST_AT_LEVEL_0 if dwarfed or _leaves(low, node.name) else MOST_PEAK
+    left = leaving(low, node.name)
+    peak, most = max(peak, left), MOST_AT_LEVEL_0 if dwarfed or left else MOST_PEAK
     attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), peak, most=most)
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
     at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])

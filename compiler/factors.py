@@ -2,9 +2,11 @@
 
 Stored slots of value v are multiplied by m_v > 0, and its `factor` divided by it, so that the circuit means the same:
 
-    input, output, linear   m free (client's packing, weights and bias); one tensor's ciphertexts have one m
+    input, output, linear, mul_step
+                            m free (client's packing, weights and bias, rows); one tensor's ciphertexts have one m, and what a step
+                            keeps leaves as it came
     add, sub                m equal to both arguments'
-    add_plain, rotate, rotate_sum, refresh, products and sums of a step   m equal to the argument's
+    add_plain, rotate, rotate_sum, refresh, add_step   m equal to the argument's
     mul                     product of both arguments'
     polynomial              factors of degree n: m_x^n; Chebyshev: m_x free where the domain is scaled anyway, m of the result too
 
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, sparse
 
-from he_backend.circuit import Op
+from he_backend.circuit import Op, Signature
 from he_backend.container import Arrays
 
 from .lower import Lowered
@@ -46,14 +48,19 @@ def fold_factors(build: Lowered, peaks: Sequence[float] | np.ndarray, limit: flo
     m = np.exp2(logs)
     arrays: Arrays = dict(build.arrays)
     ops = tuple(_scaled(op, m, build, arrays) for op in build.ops)
-    ends = {op.attrs["name"]: m[op.id] for op in ops if op.kind in ("input", "output")}
+    ends = {op.attrs["name"]: float(m[op.id]) for op in ops if op.kind in ("input", "output")}
+
+    def signed(signatures: Sequence[Signature]) -> tuple[Signature, ...]:
+        return tuple(replace(s, factor=s.factor / ends[s.name]) for s in signatures)
+
     return (
         replace(
             build,
             ops=ops,
             arrays=arrays,
-            inputs=tuple(replace(s, factor=s.factor / ends[s.name]) for s in build.inputs),
-            outputs=tuple(replace(s, factor=s.factor / ends[s.name]) for s in build.outputs),
+            inputs=signed(build.inputs),
+            outputs=signed(build.outputs),
+            states=signed(build.states),
         ),
         m,
     )
@@ -100,7 +107,7 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
                 equal({op.args[0]: 1.0})
             if 1.0 in op.attrs["chebyshev"][1:]:
                 equal({v: 1.0})
-        elif op.kind not in ("input", "linear"):
+        elif op.kind not in ("input", "linear", "mul_step"):
             tie(v, [(op.args[0], 1.0)])
     entries = [(i, j, c) for i, row in enumerate(rows) for j, c in row.items()]
     i, j, c = (np.array(x) for x in zip(*entries, strict=True)) if entries else (np.zeros(0, int),) * 3
@@ -129,7 +136,7 @@ def _scaled(op: Op, m: np.ndarray, build: Lowered, arrays: Arrays) -> Op:
             return name
         new = f"{name}*{factor:.17g}"
         if new not in arrays:
-            arrays[new] = build.arrays[name] * np.asarray(factor, dtype=build.arrays[name].dtype)
+            arrays[new] = build.arrays[name] * np.float64(factor)  # single weights too: single products are off by 2^-24
         return new
 
     match op.kind:
@@ -137,6 +144,8 @@ def _scaled(op: Op, m: np.ndarray, build: Lowered, arrays: Arrays) -> Op:
             attrs["weights"] = scaled(attrs["weights"], own / float(m[op.args[0]]))
             if attrs.get("bias") is not None:
                 attrs["bias"] = scaled(attrs["bias"], own)
+        case "mul_step":
+            attrs["array"] = scaled(attrs["array"], own / float(m[op.args[0]]))
         case "add_plain" | "add_step":
             attrs["array"] = scaled(attrs["array"], own)
         case "polynomial" if "factors" in attrs:

@@ -20,6 +20,8 @@ def largest_output(params: Params) -> float:
 def failure_log2(circuit: Circuit, error: float, bounds: Sequence[float] | None = None) -> float:
     """log2 of the chance that a request fails, by a union bound over its reply and all its refreshes; at least `NEVER`.
 
+    What is asked for at a step is a sequence: the chance is that of any of its T steps to fail, T times as large.
+
     The noise is the simulated one: the promised error, in stored slots, spread over coefficients. A promise is above the
     largest error seen, so that taking it for a standard deviation errs on the safe side. States are not in it: they are at
     higher levels, where the modulus is larger by a scale and more.
@@ -38,7 +40,7 @@ def failure_log2(circuit: Circuit, error: float, bounds: Sequence[float] | None 
     refreshes = circuit.refreshes
     each = refresh.failure_log2(params) if refreshes else 0.0
     log2 = security.circuit_failure(params, bounds, noise_bits=noise_bits, refresh_log2=each, refreshes=refreshes)
-    return max(NEVER, log2)
+    return max(NEVER, min(0.0, log2 + math.log2(max(1, circuit.steps))))
 
 
 def over_budget(circuit: Circuit, error: float, bounds: Sequence[float] | None = None) -> str:
@@ -46,4 +48,5 @@ def over_budget(circuit: Circuit, error: float, bounds: Sequence[float] | None =
     log2 = failure_log2(circuit, error, bounds)
     if log2 <= security.FAILURE_BUDGET:
         return ""
-    return f"a request fails with probability 2^{log2:.1f}, the budget is 2^{security.FAILURE_BUDGET:.0f}"
+    what = f"a sequence of {circuit.steps} steps" if circuit.steps else "a request"
+    return f"{what} fails with probability 2^{log2:.1f}, the budget is 2^{security.FAILURE_BUDGET:.0f}"

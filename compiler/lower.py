@@ -20,6 +20,8 @@ from he_backend.container import Arrays
 
 from .attention import choose, heads_of, lower_product
 from .elementwise import (
+    MOST_AT_LEVEL_0,
+    leaving,
     lower_add,
     lower_add_const,
     lower_mul,
@@ -33,6 +35,7 @@ from .general import matrix_of
 from .ir import Graph, Node
 from .layout import Heads, feature_tiles, from_features
 from .matvec import PlanCost
+from .placed import INPUT, OUTPUT
 from .placed import Lowered as Lowered
 from .placed import Placed as Placed
 from .sparse import input_layouts, places, plan_sparse
@@ -105,7 +108,8 @@ class Lowering:
     def _streams(self) -> dict[str, float]:
         """Factor of each tensor that takes part in a sum: all operands of sums that touch each other share one.
 
-        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1.
+        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1; where it leaves by a
+        sum, it leaves that room in the first modulus.
         """
         parent: dict[str, str] = {}
 
@@ -132,9 +136,11 @@ class Lowering:
                 group, power = root(square.inputs[0]), len(square.attrs["coefficients"]) - 1
                 norms[group] = max(norms.get(group, 0.0), self.bound(node.name) ** (1.0 / power))
         peaks: dict[str, float] = {}
+        left: dict[str, float] = {}
         for name in parent:
             peaks[root(name)] = max(peaks.get(root(name), 0.0), self.bound(name))
-        return {name: norms.get(root(name), peaks[root(name)]) for name in parent}
+            left[root(name)] = max(left.get(root(name), 0.0), leaving(self, name) / MOST_AT_LEVEL_0)
+        return {name: max(norms.get(root(name), peaks[root(name)]), left[root(name)]) for name in parent}
 
     def wanted(self, name: str) -> float:
         """The factor that a tensor should have, judged by what reads it."""
@@ -160,7 +166,7 @@ class Lowering:
                 sums = [u for u in self.users[user.name] if u.op == "reduce_sum"]
                 if sums:
                     return float(self.bound(sums[0].name) ** (1.0 / power))
-        return self.bound(name)
+        return max(self.bound(name), leaving(self, name) / MOST_AT_LEVEL_0)
 
     def repeats(self, name: str) -> bool:
         """Whether a tensor takes part in sums of two tensors or over features, which want it repeated over the slots."""
@@ -216,12 +222,12 @@ class Lowering:
         name = self.graph.input
         layout = self._input_layout()
         factor = self.wanted(name)
-        ops = tuple(self.emit("input", (), name, factor=factor, name="x", part=part) for part in range(len(layout)))
+        ops = tuple(self.emit("input", (), name, factor=factor, name=INPUT, part=part) for part in range(len(layout)))
         self.placed[name] = Placed(ops=ops, layout=layout, factor=factor)
         self.tensors |= {op: (name, part) for part, op in enumerate(ops)}
         self.client_arrays["input"] = layout.astype(np.int32)
         return Signature(
-            name="x", shape=self.graph.input_shape[1:], layout="input", factor=factor, bound=self.bound(name), level=0
+            name=INPUT, shape=self.graph.input_shape[1:], layout="input", factor=factor, bound=self.bound(name), level=0
         )
 
     def _input_layout(self) -> np.ndarray:
@@ -246,10 +252,10 @@ class Lowering:
         name = self.graph.output
         placed = self.placed[name]
         for part, op in enumerate(placed.ops):
-            self.emit("output", (op,), name, factor=placed.factor, name="y", part=part)
+            self.emit("output", (op,), name, factor=placed.factor, name=OUTPUT, part=part)
         self.client_arrays["output"] = placed.layout.astype(np.int32)
         return Signature(
-            name="y",
+            name=OUTPUT,
             shape=self.graph.shape(name)[1:],
             layout="output",
             factor=placed.factor,

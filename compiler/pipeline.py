@@ -2,7 +2,10 @@
 
 import -> (approximate ->) certify -> fold means -> fold positions into projections -> fuse polynomials -> fold constants
        -> merge linear chains -> split off the client -> calibrate ranges
-       -> for each ring: lower to layouts -> levels -> cost and noise of every parameter set -> verify -> keys.
+       -> for each ring: lower to layouts -> levels, refreshes -> cost and noise of every parameter set -> verify -> keys.
+
+A model that is run once is compiled from requests, a decoding step from whole sequences: its kept tensors are those of the steps
+before, and bring their noise (see `samples`).
 """
 
 from __future__ import annotations
@@ -19,11 +22,10 @@ from he_backend import security
 from he_backend.base import ParamsError
 from he_backend.circuit import Circuit
 
-from . import step, verify
-from .calibrate import calibrate
+from . import verify
 from .certificate import Certificate, certify
 from .cost import CostTable
-from .errors import with_errors
+from .errors import ERROR_MARGIN, with_errors
 from .failure import failure_log2
 from .ir import STEP, Graph
 from .lower import one_request
@@ -35,10 +37,13 @@ from .passes.fold import fold
 from .passes.fuse import fuse
 from .passes.linear_chains import linear_chains
 from .passes.positions import positions
-from .plan import Candidate, Plan, Target, few, with_bounds
-from .search import ERROR_SAMPLES, Progress, search
+from .plan import Plan, Target, with_bounds
+from .promise import Found
+from .samples import Progress, Requests, Samples, Sequences
+from .search import search
 
 SAMPLES = 48  # windows that ranges are calibrated on
+BOUNDED = 8  # requests or sequences that bounds are taken over, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,42 +122,63 @@ def compile_onnx(
     table = CostTable.load(target.costs, backend=target.backend)
     report("import", 0, 1)
     graph, fitted = import_graph(path, approximate=approximate), None
-    if not graph.steps:
-        one_request(graph)
-        if calibration.shape[1:] != graph.input_shape[1:]:
-            raise ParamsError(
-                f"calibration of shape {calibration.shape}; input {graph.input!r} of shape {graph.input_shape} is calibrated on "
-                f"[n, {', '.join(map(str, graph.input_shape[1:]))}]"
-            )
+    _require_fitting(graph, calibration)
     if approximate:
         graph, fitted = fit_functions(graph, [row[None] for row in calibration[:SAMPLES]])
     certificate = certify(graph)
-    if graph.steps:
-        return _compile_step(path, graph, certificate, calibration, target, table, report)
-    graph, embedding = simplify(graph, calibration[:1])
-    samples = [embedding(row) if embedding is not None else row for row in calibration[:SAMPLES]]
-    ranges = calibrate(graph, [x[None] for x in samples], progress=lambda i: report("calibrate", i, len(samples)))
-    found = search(graph, ranges, samples, target, table, report)
+    samples, embedding = _simplified(graph, calibration)
+    graph = samples.graph
+    found, plan = search(samples, samples.ranges(report), target, table, report)
     report("verify", 0, 1)
     verify.levels(found.circuit)
-    verified = verify.against_graph(found.circuit, found.lowered, graph, samples[:2])
-    chosen = found.plan.chosen
-    circuit = _finish(with_bounds(found.circuit, few(samples, 8)), chosen, found.error, embedding, graph, path)
-    assert chosen.trace is not None
-    circuit = with_errors(circuit, chosen.trace, few(samples, ERROR_SAMPLES))
-    verify.finished(circuit, graph, samples[:1])
+    verified = verify.against_graph(found.circuit, found.lowered, graph, samples.few(2))
+    circuit = finish(found, samples, embedding, path)
+    verify.finished(circuit, graph, samples.few(1))
     security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
-    assert chosen.forecast is not None
+    assert found.candidate.forecast is not None
     return Compiled(
         circuit=circuit,
         certificate=certificate,
-        plan=found.plan,
-        op_seconds=chosen.forecast.by_op,
+        plan=plan,
+        op_seconds=found.candidate.forecast.by_op,
         graph=graph,
         verified=verified,
         embedding=embedding,
         approximations=fitted,
     )
+
+
+def _require_fitting(graph: Graph, calibration: np.ndarray) -> None:
+    """Refuse a graph that is not for one request, and samples that it cannot take.
+
+    Raises:
+        UnsupportedOpError, ParamsError: see `compile_onnx`.
+    """
+    if graph.steps:
+        if calibration.ndim != 2 or calibration.shape[1] < graph.steps:
+            raise ParamsError(
+                f"calibration of shape {calibration.shape}; a step is calibrated on token ids [n, {graph.steps}]"
+            )
+        return
+    one_request(graph)
+    if calibration.shape[1:] != graph.input_shape[1:]:
+        raise ParamsError(
+            f"calibration of shape {calibration.shape}; input {graph.input!r} of shape {graph.input_shape} is calibrated on "
+            f"[n, {', '.join(map(str, graph.input_shape[1:]))}]"
+        )
+
+
+def _simplified(graph: Graph, calibration: np.ndarray) -> tuple[Samples, Embedding | None]:
+    """The graph after all passes with its samples, and what the client embeds token ids with."""
+    if graph.steps:
+        whole = Sequences(graph=graph, tokens=calibration, embedding=None)
+        *_, (last, _) = whole.steps(0)
+        graph, embedding = simplify(graph, last)
+        return Sequences(graph=graph, tokens=calibration, embedding=embedding), embedding
+    graph, embedding = simplify(graph, calibration[:1])
+    rows = calibration[:SAMPLES]
+    inputs = list(rows) if embedding is None else [embedding(row) for row in rows]
+    return Requests(graph=graph, inputs=inputs), embedding
 
 
 def require_finite(calibration: np.ndarray) -> None:
@@ -176,61 +202,23 @@ def require_finite(calibration: np.ndarray) -> None:
         )
 
 
-def _compile_step(
-    path: Path,
-    graph: Graph,
-    certificate: Certificate,
-    tokens: np.ndarray,
-    target: Target,
-    table: CostTable,
-    report: Progress,
-) -> Compiled:
-    """The same for one decoding step; `tokens` [n, T] are whole sequences.
-
-    Raises:
-        ParamsError: the sequences are shorter than the model's window.
-    """
-    if tokens.ndim != 2 or tokens.shape[1] < graph.steps:
-        raise ParamsError(f"calibration of shape {tokens.shape}; a step is calibrated on token ids [n, {graph.steps}]")
-    report("import", 0, 1)
-    sequences = step.Sequences(graph=graph, tokens=tokens, embedding=None)
-    graph, embedding = simplify(graph, list(sequences.steps(0))[-1][0])
-    sequences = step.Sequences(graph=graph, tokens=tokens, embedding=embedding)
-    ranges = step.calibrate_steps(sequences, report=report)
-    found = step.search_step(sequences, ranges, target, table, report)
-    report("verify", 0, 1)
-    verify.levels(found.circuit)
-    verified = step.against_graph(found.circuit, step.require(found), sequences)
-    chosen = found.plan.chosen
-    circuit = _finish(step.with_bounds(found.circuit, sequences), chosen, found.error, embedding, graph, path)
-    verify.sound(circuit)
-    security.check(circuit.params, allow_insecure=target.insecure_log_n is not None)
-    assert chosen.forecast is not None
-    return Compiled(
-        circuit=circuit,
-        certificate=certificate,
-        plan=found.plan,
-        op_seconds=chosen.forecast.by_op,
-        graph=graph,
-        verified=verified,
-    )
-
-
-def _finish(
-    circuit: Circuit, candidate: Candidate, error: float, embedding: Embedding | None, graph: Graph, path: Path
-) -> Circuit:
-    """Keys, predictions and what the client needs.
+def finish(found: Found, samples: Samples, embedding: Embedding | None, path: Path) -> Circuit:
+    """The circuit with bounds, predictions, keys and what the client needs.
 
     Raises:
         ParamsError: a request fails too often; the search, which asked with fewer samples, found it within the budget.
     """
+    error, candidate, graph = found.error, found.candidate, samples.graph
     params, t, f = candidate.params, candidate.trace, candidate.forecast
     assert t is not None and f is not None
+    circuit = with_errors(with_bounds(found.circuit, samples.few(BOUNDED)), found.noise)
     client: dict[str, Any] = dict(circuit.client_arrays)
     if embedding is not None:
         client["embedding"] = embedding.table.astype(np.float32)
         client["positions"] = embedding.positions.astype(np.float32)
-    predicted = {
+    outputs = found.noise.outputs
+    first = error - ERROR_MARGIN * (max(outputs.values()) - outputs[0])
+    predicted = {  # of one request; of a step, but error and chance to fail are those of a whole sequence
         "evaluate_s": f.evaluate,
         "prepare_s": f.prepare,
         "work_s": f.work,
@@ -239,7 +227,7 @@ def _finish(
         "key_bytes": candidate.key_gb * 1e9,
         "input_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.inputs)),
         "reply_bytes": float(sum(params.ciphertext_bytes(s.level) for s in circuit.outputs)),
-        **({"state_bytes": float(circuit.state_bytes)} if circuit.steps else {}),
+        **({"state_bytes": float(circuit.state_bytes), "first_step_error": first} if circuit.steps else {}),
         "error": error,
         "failure_log2": security.check_failure(failure_log2(circuit, error)),
     }

@@ -12,6 +12,8 @@ from he_backend.container import Arrays
 
 from .layout import Heads
 
+INPUT, OUTPUT = "x", "y"  # names of what a request sends and of the reply, in every circuit
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
@@ -30,7 +32,7 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """A circuit without levels and parameters yet."""
+    """A circuit without levels and parameters yet; steps and states as in `Circuit`."""
 
     ops: tuple[Op, ...]
     arrays: Arrays
@@ -38,3 +40,5 @@ class Lowered:
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
     tensors: Mapping[int, tuple[str, int]]  # op id -> (graph tensor, ciphertext) that it holds
+    steps: int = 0
+    states: tuple[Signature, ...] = ()

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from he_backend import refresh, security
-from he_backend.base import BACKENDS, CapabilityError, ParamsError, ScaleError
-from he_backend.circuit import Circuit, Op
+from he_backend.base import BACKENDS, CapabilityError, ParamsError
+from he_backend.circuit import Circuit
 from he_backend.liveness import live_bytes
 from he_backend.params import Params
-from he_backend.simulator import SIMULATIONS, peaks, simulate, simulate_noise
+from he_backend.simulator import Case, peaks
 from he_backend.trace import Trace, trace
 
+from .calibrate import Range
 from .cost import CostTable
-from .failure import largest_output
 from .lower import Lowered
 from .passes.bases import BASES, choose_bases
 from .passes.sums import LONGEST, group_sums
 from .schedule import Forecast, forecast
-from .step_lower import LoweredStep
 
 GB = 1e9
 FIRST_BITS = 6  # integer bits of an output: |stored| < 2^5
@@ -35,8 +33,6 @@ SMALL_RING_SCALES = ((24, FIRST_BITS), (26, 3), (30, FIRST_BITS), (35, FIRST_BIT
 LARGEST_RING = {"openfhe": 16, "tenseal": 15}
 PROCESS_BYTES = 2.5 * GB  # client and server without keys and ciphertexts: libraries, context, circuit, heap slack
 ALIKE = 0.03  # relative difference of predicted seconds that decides nothing
-ENOUGH = 1 << 17  # elements of samples
-ERROR_MARGIN = 4.0  # promised error over the largest one of a few simulated runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +269,6 @@ def judge(
 
 def as_circuit(build: Lowered, params: Params) -> Circuit:
     """A lowered program with parameters: still without keys, bounds and predictions."""
-    kept = build.states if isinstance(build, LoweredStep) else ()
     levels = {op.attrs["name"]: op.level for op in build.ops if op.kind == "input"}
     return Circuit(
         params=params,
@@ -284,56 +279,37 @@ def as_circuit(build: Lowered, params: Params) -> Circuit:
         outputs=build.outputs,
         keys={},
         relin_level=-1,
-        steps=build.steps if isinstance(build, LoweredStep) else 0,
-        states=tuple(replace(s, level=levels[s.name]) for s in kept),
+        steps=build.steps,
+        states=tuple(replace(s, level=levels[s.name]) for s in build.states),
     )
 
 
-def few(samples: Sequence[np.ndarray], most: int) -> Sequence[np.ndarray]:
-    """The first samples: as many as a largest slot or error takes to be seen, `most` of small tensors and two of large ones."""
-    return samples[: min(most, max(2, ENOUGH // samples[0].size))]
+def largest_slots(circuit: Circuit, sequences: Sequence[Sequence[Case]]) -> np.ndarray:
+    """Largest |stored slot| of every op over sequences, [ops]."""
+    return peaks(circuit, [case for sequence in sequences for case in sequence])
 
 
-def with_bounds(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> Circuit:
-    """Largest stored slot of every op over samples, times a margin."""
-    largest = peaks(circuit, samples)
+def with_bounds(circuit: Circuit, sequences: Sequence[Sequence[Case]], margin: float = 1.25) -> Circuit:
+    """Largest stored slot of every op, times a margin."""
+    largest = largest_slots(circuit, sequences)
     return replace(
         circuit, ops=tuple(replace(op, bound=float(margin * p)) for op, p in zip(circuit.ops, largest, strict=True))
     )
 
 
-def output_room(circuit: Circuit, samples: Sequence[np.ndarray], margin: float = 1.25) -> float:
-    """Largest stored slot of the outputs over samples, times a margin, over what the first modulus holds: above 1 it wraps."""
-    top = max(
-        float(np.max(np.abs(value)))
-        for x in samples
-        for op, value in zip(circuit.ops, simulate(circuit, {circuit.inputs[0].name: x}).values, strict=True)
-        if op.kind == "output"
-    )
-    return margin * top / largest_output(circuit.params)
+def output_peak(circuit: Circuit, sequences: Sequence[Sequence[Case]], range_: Range, margin: float = 1.25) -> float:
+    """Largest |stored slot| of the reply: of all slots over sequences, times a margin, and of its elements in all calibration.
 
-
-def _forget(op: Op, value: np.ndarray) -> None:
-    """Keep no value of a simulation but its outputs."""
-
-
-def predicted_error(circuit: Circuit, t: Trace, samples: Sequence[np.ndarray]) -> float:
-    """Promised largest error of an output element: simulated CKKS noise on samples, times ERROR_MARGIN; infinite where two scales of a
-    sum are further apart than the server allows.
+    Args:
+        range_: of the graph's output, with its margin.
     """
-    name, out = circuit.inputs[0].name, circuit.outputs[0].name
-
-    def largest(seed: int, x: np.ndarray) -> float:
-        clear = simulate(circuit, {name: x}, visit=_forget).outputs[out]
-        noisy = simulate_noise(circuit, {name: x}, seed=seed, traced=t)[out]
-        return float(np.max(np.abs(clear - noisy)))
-
-    with ThreadPoolExecutor(SIMULATIONS) as pool:
-        try:
-            errors = list(pool.map(largest, range(len(samples)), samples))
-        except ScaleError:
-            return math.inf
-    return ERROR_MARGIN * max(errors)
+    (reply,) = circuit.outputs
+    top = max(
+        float(p)
+        for op, p in zip(circuit.ops, largest_slots(circuit, sequences), strict=True)
+        if op.kind == "output" and op.attrs["name"] == reply.name
+    )
+    return max(margin * top, max(-range_[0], range_[1]) / abs(reply.factor))
 
 
 def refuse(rows: Sequence[Candidate], levels: int, target: Target, cap: float | None = None) -> ParamsError:

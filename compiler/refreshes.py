@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from he_backend.base import ParamsError
+from he_backend.base import LevelError, ParamsError
 from he_backend.circuit import Circuit, Op
 from he_backend.kernels import depth
 from he_backend.params import Params
@@ -245,20 +245,31 @@ def period(layout: np.ndarray) -> int:
 
 
 def _together(build: Lowered, problem: Problem, placement: Placement) -> Placement:
-    """The placement with the inputs at one level, as they are encrypted alike, and with linear maps that share rotations at one.
-
-    Both rise to the highest level of theirs, which their argument has; where that breaks the memory cap, only the inputs do.
+    """The placement with the ciphertexts of an input at one level, as they are encrypted alike, and with linear maps that share
+    rotations at one: all rise to the highest level of theirs, which their argument has; where that breaks the memory cap, the
+    inputs alone. What a step keeps goes out at the level at which it came in, as high as the sum has that it is taken from.
     """
-    inputs = [op.id for op in build.ops if op.kind == "input"]
+    inputs: dict[str, list[int]] = {}
+    for op in build.ops:
+        if op.kind == "input":
+            inputs.setdefault(op.attrs["name"], []).append(op.id)
+    outputs = [op for op in build.ops if op.kind == "output" and op.attrs["name"] in inputs]
     maps: dict[tuple[int, bool], list[int]] = {}
     for op in build.ops:
         if op.kind == "linear" and len({b for _, terms in op.attrs["plan"] for b, _ in terms}) > SHARED_BABIES:
             maps.setdefault((op.args[0], (op.id, op.args[0]) in placement.refreshed), []).append(op.id)
-    for groups in ([inputs, *maps.values()], [inputs]):
+    for groups in ([*inputs.values(), *maps.values()], inputs.values()):
         levels = list(placement.levels)
         for together in groups:
             for v in together:
                 levels[v] = max(levels[w] for w in together)
+        for op in outputs:
+            levels[op.id] = levels[inputs[op.attrs["name"]][op.attrs["part"]]]
+            if (has := levels[op.args[0]]) < levels[op.id]:
+                raise LevelError(
+                    f"{op.attrs['name']!r} comes in at level {levels[op.id]} and would go out at level {has}: what is kept may be "
+                    "read only through the sum that changes it"
+                )
         copied = {a for _, a in placement.refreshed}
         seconds = sum(s.seconds[level] for s, level in zip(problem.steps, levels, strict=True))
         raised = replace(

@@ -16,10 +16,10 @@ SMALLEST_RING = 13  # below it 128 bits leave no two levels
 
 def fewest_levels(graph: Graph) -> int:
     """Levels that no layout avoids: one for each product by weights or of two tensors on the longest path, more for polynomials."""
-    depth = {graph.input: 0}
+    depth = dict.fromkeys(graph.inputs, 0)
     for node in graph.nodes:
         levels = [depth[name] for name in node.inputs]
-        if node.op == "matmul":  # one operand at least has to be rearranged by a linear map
+        if node.op == "matmul" and not graph.steps:  # one operand at least has to be rearranged by a linear map
             levels[1] += 1
         depth[node.name] = max(levels) + _levels(node)
     return depth[graph.output]
@@ -27,7 +27,7 @@ def fewest_levels(graph: Graph) -> int:
 
 def _levels(node: Node) -> int:
     match node.op:
-        case "linear" | "sparse" | "matmul" | "mul":
+        case "linear" | "sparse" | "matmul" | "mul" | "mul_step":
             return 1
         case "mul_const":
             return int(node.const is not None and node.const.size > 1)

@@ -7,74 +7,49 @@ slower than the one before, or where the next one cannot be faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
+from functools import cached_property
 
 from he_backend.base import BACKENDS, UnsupportedOpError
-from he_backend.circuit import Circuit
 
 from .calibrate import Range
 from .cost import CostTable
 from .deepen import deepen
-from .failure import largest_output, over_budget
-from .ir import Graph
+from .failure import largest_output
 from .lower import Lowered, lower
 from .matvec import PlanCost
 from .passes.levels import assign_levels, top_level
+from .placed import OUTPUT
 from .plan import (
     Candidate,
     Plan,
     Target,
     as_circuit,
     choose,
-    few,
     larger_ring_may_win,
-    output_room,
-    predicted_error,
+    output_peak,
     refuse,
     with_style,
 )
+from .promise import NOISY, Found, promise
 from .rings import possible_rings
-
-ERROR_SAMPLES = 3  # calibration samples that noise is simulated on
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """The chosen circuit, still without keys and bounds; its lowering; its promised error; and the plan it was chosen from."""
-
-    circuit: Circuit
-    lowered: Lowered
-    error: float
-    plan: Plan
-
-    @property
-    def seconds(self) -> float:
-        return self.plan.chosen.evaluate_s
+from .samples import Progress, Samples
+from .step_lower import lower_step
 
 
 def search(
-    graph: Graph,
-    ranges: dict[str, Range],
-    samples: Sequence[np.ndarray],
-    target: Target,
-    table: CostTable,
-    report: Progress,
-) -> Found:
-    """Find parameters.
-
-    Args:
-        samples: input tensors [T, D].
+    samples: Samples, ranges: Mapping[str, Range], target: Target, table: CostTable, report: Progress
+) -> tuple[Found, Plan]:
+    """Find parameters for the graph of some samples; the plan says what they were chosen from.
 
     Raises:
         UnsupportedOpError: no ring has a layout for the graph.
         ParamsError: no parameters hold the circuit at 128 bits, within memory and error.
     """
+    graph = samples.graph
     rings = possible_rings(graph, target)
+    lowering = lower_step if graph.steps else lower
     rows: list[Candidate] = []
     levels = 0
     misfit: UnsupportedOpError | None = None
@@ -83,70 +58,71 @@ def search(
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
         try:
-            lowered = lower(graph, ranges, 1 << (log_n - 1), plan_cost(table, log_n, target.backend))
+            lowered = lowering(graph, ranges, 1 << (log_n - 1), plan_cost(table, log_n, target.backend))
         except UnsupportedOpError as error:
             misfit = error
             continue
         lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
         levels = top_level(lowered.ops)
         before = len(rows)
-        found = _one_ring(lowered, log_n, samples, target, table, report, rows)
+        ring = _Ring(log_n=log_n, lowered=lowered, samples=samples, ranges=ranges, table=table, report=report)
+        found = ring.search(target, rows)
         if found is None and best is None:
-
-            def keeps(larger: Target, lowered: Lowered = lowered, log_n: int = log_n) -> bool:
-                return _one_ring(lowered, log_n, samples, larger, table, report, []) is not None
-
-            cap = smallest_cap(rows[before:], target, keeps, cap)
+            cap = smallest_cap(rows[before:], target, ring.keeps, cap)
         if best is not None and (found is None or found.seconds >= best.seconds):
             break
         best = found
-        if best is not None and (log_n == max(rings) or not larger_ring_may_win(best.plan.chosen, target, table)):
+        if best is not None and (log_n == max(rings) or not larger_ring_may_win(best.candidate, target, table)):
             break
     if best is None:
         raise misfit if misfit is not None and not rows else refuse(rows, levels, target, cap)
-    others = sorted((c for c in rows if c is not best.plan.chosen), key=lambda c: (c.forecast is None, c.evaluate_s))
-    return replace(best, plan=replace(best.plan, others=tuple(others)))
+    others = sorted((c for c in rows if c is not best.candidate), key=lambda c: (c.forecast is None, c.evaluate_s))
+    return best, Plan(chosen=best.candidate, others=tuple(others), costs=table.name)
 
 
-def _one_ring(
-    lowered: Lowered,
-    log_n: int,
-    samples: Sequence[np.ndarray],
-    target: Target,
-    table: CostTable,
-    report: Progress,
-    rows: list[Candidate],
-) -> Found | None:
-    """The fastest of one ring within memory and error; every candidate is added to `rows`."""
-    levels = max(1, top_level(lowered.ops))  # a circuit of sums alone needs none, parameters hold at least one
-    tried = choose(lowered, levels, log_n, target, table)
-    for i, candidate in enumerate(tried):
-        if candidate.trace is None:
-            continue
-        report("noise", 0, 1)
-        grouped = with_style(lowered, candidate.params, table, candidate.style)
-        circuit = as_circuit(grouped, candidate.params)
-        if (room := output_room(circuit, few(samples, ERROR_SAMPLES))) >= 1.0:
-            tried[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)
-            continue
-        promised = predicted_error(circuit, candidate.trace, few(samples, ERROR_SAMPLES))
-        replies = sum(op.kind == "output" for op in circuit.ops)
-        if why := over_budget(circuit, promised, [room * largest_output(candidate.params)] * replies):
-            tried[i] = replace(candidate, why=why, trace=None)
-            continue
-        if promised <= target.max_error:
-            rows += tried
-            plan = Plan(chosen=candidate, others=(), costs=table.name)
-            return Found(circuit=circuit, lowered=grouped, error=promised, plan=plan)
-        tried[i] = replace(candidate, why=f"predicted error {promised:.2g} above {target.max_error:.2g}", trace=None)
-    rows += tried
-    deeper = deepen(lowered, log_n, samples, target, table, report)
-    rows += deeper.rows
-    if deeper.circuit is None:
-        return None
-    assert deeper.candidate is not None and deeper.lowered is not None
-    plan = Plan(chosen=deeper.candidate, others=(), costs=table.name)
-    return Found(circuit=deeper.circuit, lowered=deeper.lowered, error=deeper.error, plan=plan)
+@dataclass(frozen=True, kw_only=True)
+class _Ring:
+    """A graph lowered for one ring, with leveled levels."""
+
+    log_n: int
+    lowered: Lowered
+    samples: Samples
+    ranges: Mapping[str, Range]
+    table: CostTable
+    report: Progress
+
+    def search(self, target: Target, rows: list[Candidate]) -> Found | None:
+        """The fastest circuit within memory and error; every candidate is added to `rows`."""
+        levels = max(1, top_level(self.lowered.ops))  # a circuit of sums alone needs none, parameters hold at least one
+        tried = choose(self.lowered, levels, self.log_n, target, self.table)
+        for i, candidate in enumerate(tried):
+            if candidate.trace is None:
+                continue
+            self.report("noise", 0, 1)
+            if (room := self.peak / largest_output(candidate.params)) >= 1.0:
+                tried[i] = replace(candidate, why=f"outputs fill {room:.2g} of the first modulus", trace=None)
+                continue
+            styled = with_style(self.lowered, candidate.params, self.table, candidate.style)
+            replies = sum(op.kind == "output" and op.attrs["name"] == OUTPUT for op in styled.ops)
+            found = promise(candidate, styled, self.samples, target, [self.peak] * replies)
+            if isinstance(found, Found):
+                rows += tried
+                return found
+            tried[i] = replace(candidate, why=found, trace=None)
+        rows += tried
+        deeper = deepen(self.lowered, self.log_n, self.samples, target, self.table, self.report)
+        rows += deeper.rows
+        return deeper.found
+
+    def keeps(self, target: Target) -> bool:
+        """Whether there is a circuit for a target."""
+        return self.search(target, []) is not None
+
+    @cached_property
+    def peak(self) -> float:
+        """Largest stored slot of the reply, which no parameters change."""
+        circuit = as_circuit(self.lowered, replace(self.table.params, log_n=self.log_n))
+        return output_peak(circuit, self.samples.few(NOISY), self.ranges[self.samples.graph.output])
 
 
 def smallest_cap(

@@ -7,7 +7,7 @@ is elementwise stays where its operands are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,14 +23,6 @@ from .step_layout import Blocks, Cache, Product, Tiled, inner, outer
 Form = Tiled | Blocks
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoweredStep(Lowered):
-    """A lowered step; `states` are the signatures of what is kept."""
-
-    states: tuple[Signature, ...]
-    steps: int
-
-
 class StepLowering(Lowering):
     """One run of the pass; `forms` tells the layout of each tensor [1, 1, F] by name."""
 
@@ -43,7 +35,7 @@ class StepLowering(Lowering):
         self.forms: dict[str, Form] = {}
         self.caches: dict[str, Cache] = {}
 
-    def run(self) -> LoweredStep:
+    def run(self) -> Lowered:
         x = self._input()
         states = [self._state(k.before) for k in self.graph.kept]
         for node in self.graph.nodes:
@@ -63,7 +55,7 @@ class StepLowering(Lowering):
         for op, (name, part) in self.tensors.items():
             layout = self._layout_name(self.placed[name].layout[part])
             self.ops[op] = replace(self.ops[op], layout=layout)
-        return LoweredStep(
+        return Lowered(
             ops=tuple(self.ops),
             arrays=self.arrays,
             client_arrays=self.client_arrays,
@@ -410,6 +402,6 @@ OWN: dict[str, Callable[[StepLowering, Node], Placed]] = {
 }
 
 
-def lower_step(graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost) -> LoweredStep:
+def lower_step(graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost) -> Lowered:
     """Lower a folded graph with steps; arguments and errors as those of `lower.lower`."""
     return StepLowering(graph, ranges, slots, cost).run()

@@ -11,11 +11,12 @@ import numpy as np
 
 from he_backend.base import HEError
 from he_backend.circuit import Circuit, Op
-from he_backend.circuit_check import faults, key_faults, level_faults
-from he_backend.simulator import simulate
+from he_backend.circuit_check import faults, level_faults, traced_faults
+from he_backend.simulator import Case, simulate
 
 from .ir import Graph, evaluate
-from .lower import Lowered
+from .placed import OUTPUT, Lowered
+from .samples import graph_inputs
 
 Inputs = np.ndarray | Mapping[str, np.ndarray]  # of a graph: its one input, or all of them by name
 
@@ -56,7 +57,7 @@ def levels(circuit: Circuit) -> None:
         raise VerificationError(fault)
 
 
-def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Sequence[np.ndarray]) -> float:
+def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, sequences: Sequence[Sequence[Case]]) -> float:
     """Compare every op that holds a tensor with the graph; returns the largest relative difference.
 
     Raises:
@@ -75,31 +76,38 @@ def against_graph(circuit: Circuit, lowered: Lowered, graph: Graph, samples: Seq
         gap = np.max(np.abs(value[used] * op.factor - flat[layout[used]])) / max(1e-30, np.max(np.abs(flat)))
         if not gap < TOLERANCE:
             raise VerificationError(
-                f"tensor {tensor!r} differs by {gap:.2e} of its size after lowering (op {op}); at most {TOLERANCE:.0e} is rounding"
+                f"tensor {tensor!r}{_at(graph, case)} differs by {gap:.2e} of its size after lowering (op {op}); at most "
+                f"{TOLERANCE:.0e} is rounding"
             )
         worst = max(worst, float(gap))
 
-    for x in samples:
-        wanted = evaluate(graph, x[None])
-        simulate(circuit, {circuit.inputs[0].name: x}, visit=compare)
+    for case in itertools.chain.from_iterable(sequences):
+        wanted = evaluate(graph, graph_inputs(graph, case))
+        simulate(circuit, case.tensors, step=case.step, visit=compare)
     return worst
 
 
+def _at(graph: Graph, case: Case) -> str:
+    return f" of step {case.step}" if graph.steps else ""
+
+
 def sound(circuit: Circuit) -> None:
-    """Check the form of a circuit that is about to be written, its levels and its keys.
+    """Check the form of a circuit that is about to be written, its levels, its keys, and the scale of what it keeps.
 
     Raises:
         VerificationError: the first rule that is broken, with both figures.
     """
-    for fault in itertools.chain(faults(circuit), key_faults(circuit)):
+    for fault in itertools.chain(faults(circuit), traced_faults(circuit)):
         raise VerificationError(fault)
 
 
-def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> None:
-    """The same, and the bound of every op and the output as its signature reads it.
+def finished(circuit: Circuit, graph: Graph, sequences: Sequence[Sequence[Case]]) -> None:
+    """The same, and the bound of every op, the output as its signature reads it, and what a step keeps.
+
+    A sequence is run as a server runs it: what a step leaves is what the next one takes, and is held against the graph's.
 
     Args:
-        graph: its meaning; samples: inputs without the leading axis, of those that the bounds were taken over.
+        graph: its meaning; sequences: of those that the bounds were taken over.
 
     Raises:
         VerificationError: the first rule that is broken, with both figures.
@@ -108,13 +116,27 @@ def finished(circuit: Circuit, graph: Graph, samples: Sequence[np.ndarray]) -> N
 
     def bounded(op: Op, value: np.ndarray) -> None:
         if (peak := float(np.max(np.abs(value)))) > op.bound:
-            raise VerificationError(f"{op}: a slot reaches {peak:.6g}, above its bound {op.bound:.6g}")
-
-    for x in samples:
-        outputs = simulate(circuit, {circuit.inputs[0].name: x}, visit=bounded).outputs
-        wanted, name = evaluate(graph, x[None])[graph.output][0], circuit.outputs[0].name
-        gap = float(np.max(np.abs(outputs[name] - wanted)) / max(1e-30, float(np.max(np.abs(wanted)))))
-        if not gap < TOLERANCE:
             raise VerificationError(
-                f"output {name!r} differs from the graph by {gap:.2e} of its size; at most {TOLERANCE:.0e} is rounding"
+                f"{op}: a slot reaches {peak:.6g}{_at(graph, case)}, above its bound {op.bound:.6g}"
             )
+
+    for sequence in sequences:
+        kept: dict[str, np.ndarray] = {}
+        for case in sequence:
+            outputs = simulate(circuit, {**case.tensors, **kept}, step=case.step, visit=bounded).outputs
+            for signature in (*circuit.inputs, *circuit.outputs, *circuit.states):
+                tensor = {**case.tensors, **outputs}[signature.name]
+                if (peak := float(np.max(np.abs(tensor)))) > signature.bound:
+                    raise VerificationError(
+                        f"{signature.name!r} reaches {peak:.6g}{_at(graph, case)}, above the {signature.bound:.6g} of its signature"
+                    )
+            values = evaluate(graph, graph_inputs(graph, case))
+            wanted = {OUTPUT: values[graph.output], **{k.before: values[k.after] for k in graph.kept}}
+            for name, tensor in wanted.items():
+                gap = float(np.max(np.abs(outputs[name] - tensor[0])) / max(1e-30, float(np.max(np.abs(tensor)))))
+                if not gap < TOLERANCE:
+                    raise VerificationError(
+                        f"output {name!r}{_at(graph, case)} differs from the graph by {gap:.2e} of its size; at most "
+                        f"{TOLERANCE:.0e} is rounding"
+                    )
+            kept = {s.name: outputs[s.name] for s in circuit.states}

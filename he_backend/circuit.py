@@ -175,7 +175,7 @@ class Circuit:
 
     client_arrays are those that the client needs (layouts of inputs and outputs, embedding); `arrays` holds the rest, the
     layouts of states among it. errors: predicted largest error of a value in the model's units, as `error_bound` is for the
-    outputs, by op id; for the last op of every ONNX node, or empty where none were predicted.
+    outputs, by op id; for the last op of every ONNX node and what a step keeps, or empty where none were predicted.
     """
 
     params: Params
@@ -250,7 +250,7 @@ class Circuit:
         Raises:
             WireError: the file is not what was written, or breaks a rule; the message names the first one.
         """
-        from .circuit_check import faults, key_faults
+        from .circuit_check import faults, traced_faults
 
         header, arrays, _ = container.read(path)
         with _Parsing(header, "circuit"):
@@ -278,7 +278,7 @@ class Circuit:
                 states=tuple(_signature(s) for s in header.get("states", ())),
                 errors={int(i): float(error) for i, error in header.get("errors", {}).items()},
             )
-            for fault in itertools.chain(faults(circuit), key_faults(circuit)):
+            for fault in itertools.chain(faults(circuit), traced_faults(circuit)):
                 raise WireError(f"{path}: {fault}")
         return circuit
 

@@ -1,6 +1,6 @@
 """Rules that every circuit keeps, recomputed from its ops, arrays and parameters: nothing that a circuit says of itself is believed.
 
-`faults` and then `key_faults` are asked whenever a circuit is loaded. What only the model can tell (the meaning of every tensor,
+`faults` and then `traced_faults` are asked whenever a circuit is loaded. What only the model can tell (the meaning of every tensor,
 the magnitudes) is checked by the compiler, `compiler/verify.py`.
 """
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .base import BACKENDS, HEError
+from .base import BACKENDS, HEError, ScaleError
 from .circuit import Circuit, Op, Signature
 from .container import Arrays
 from .kernels import depth
 from .params import Params
-from .trace import trace
+from .scales import STATE_DRIFT, assign_scales, foretold
+from .trace import Trace, trace
 
 # Number of arguments and the attributes that an op of a kind cannot do without; see the table in `circuit.py`. A refresh of a pair
 # takes two.
@@ -106,8 +107,9 @@ def _small(op: Op, circuit: Circuit) -> Iterator[str]:
             yield f"{op}: %{a} reaches {bound:.6g}; a refresh keeps slots within [-1, 1]"
 
 
-def key_faults(circuit: Circuit) -> Iterator[str]:
-    """Evaluation keys that the circuit lacks, or makes its client generate and upload for nothing: its list against its trace.
+def traced_faults(circuit: Circuit) -> Iterator[str]:
+    """What only the primitives tell: evaluation keys that the circuit lacks, or makes its client generate and upload for nothing;
+    and states that leave at another scale than they came in.
 
     Relies on `faults` having found none.
     """
@@ -120,6 +122,12 @@ def key_faults(circuit: Circuit) -> Iterator[str]:
     except HEError as error:
         yield str(error)
         return
+    yield from _key_faults(circuit, found)
+    yield from _state_faults(circuit, found)
+
+
+def _key_faults(circuit: Circuit, found: Trace) -> Iterator[str]:
+    params = circuit.params
     for k, level in found.keys.items():
         if circuit.keys.get(k, -1) < level:
             known = f"for level {circuit.keys[k]}" if k in circuit.keys else "missing"
@@ -133,6 +141,25 @@ def key_faults(circuit: Circuit) -> Iterator[str]:
     if circuit.relin_level > found.relin_level:
         used = f"at most at level {found.relin_level}" if found.relin_level >= 0 else "by no op"
         yield f"relinearisation is used {used}; the circuit's list wants {_size(params, circuit.relin_level)}: compile again"
+
+
+def _state_faults(circuit: Circuit, found: Trace) -> Iterator[str]:
+    """A state's scale would drift from step to step."""
+    params = circuit.params
+    if not circuit.states:
+        return
+    scale = 2.0**params.scale_bits
+    try:
+        scales = assign_scales(found, foretold(params), scale)
+    except ScaleError as error:
+        yield str(error)
+        return
+    for (name, part), node in found.outputs.items():
+        if (name, part) in circuit.state_parts and (gap := abs(scales.result[node] / scale - 1.0)) > STATE_DRIFT:
+            yield (
+                f"state {name!r} goes out at a scale that differs by {gap:.2g} from the one at which it comes in; "
+                f"{STATE_DRIFT:.0e} is rounding"
+            )
 
 
 def _size(params: Params, level: int) -> str:

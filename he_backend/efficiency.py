@@ -34,7 +34,7 @@ NODES = (
 KINDS = {"polynomial": "activation", "refresh": "refresh", "linear": "linear map", "rotate_sum": "linear map"}
 ORDER = (
     *("norm", "QKV", "scores", "power", "denominator", "division", "weighted sum", "projection", "FFN", "activation"),
-    *("head", "refresh", "linear map", "other"),
+    *("head", "refresh", "linear map", "other", "state"),
 )
 PRIMITIVES = {
     "encode": ("encode", "encode_extended"),
@@ -132,12 +132,12 @@ def largest(ops: Sequence[Mapping[str, Any]], errors: Mapping[int, float]) -> di
     """The largest error of each row of the table by node, in the table's order.
 
     Args:
-        ops: the circuit's, with id, kind and source; errors: by op id.
+        ops: the circuit's, with id, kind and source; errors: by op id. Those of outputs are of what a step keeps, row "state".
     """
     found: dict[str, float] = {}
     for op in ops:
         if (error := errors.get(int(op["id"]))) is not None:
-            name = node_of(op["source"], op["kind"])
+            name = "state" if op["kind"] == "output" else node_of(op["source"], op["kind"])
             found[name] = max(error, found.get(name, 0.0))
     return {name: found[name] for name in ORDER if name in found}
 

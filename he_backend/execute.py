@@ -24,12 +24,11 @@ from .base import Array, HEError, LevelError, ManifestError, MissingKeyError, Sc
 from .circuit import Circuit
 from .kernels import StepRow
 from .liveness import live_bytes, value_bytes
-from .scales import SCALE_TOLERANCE, assign_scales, foretold
+from .scales import SCALE_TOLERANCE, STATE_DRIFT, assign_scales, foretold
 from .trace import Node, cost_name, trace
 
 Progress = Callable[[int, int, str], None]
 Part = tuple[str, int]  # (tensor name, ciphertext number)
-STATE_DRIFT = 1e-12  # relative, of a state's scale in one step
 SLACK = 1.5  # memory of a run over its values alive at once: what threads work in, and gaps of the heap (measured: 1.4)
 ENCODED = ("mul_plain", "add_plain", "weighted_sum")
 

@@ -20,6 +20,7 @@ from .trace import Node, Trace
 # Relative difference of two scales that may be added, whatever a circuit promises. Chebyshev sums of products left up to 2^-14.8
 # (degree 20, nearest primes to 2^40 at N = 2^14 and 2^16).
 SCALE_TOLERANCE = 2.0**-14
+STATE_DRIFT = 1e-12  # relative, of a state's scale in one step
 
 _FACTORS = ("mul_plain", "mul_scalar", "weighted_sum")
 _FIXED = ("input", "mul", "square", "refresh", "refresh_function")  # no plaintext below them can change their scale

@@ -28,6 +28,14 @@ ERROR_STD = 3.19  # standard deviation of the error distribution in every librar
 
 
 @dataclass(frozen=True, kw_only=True)
+class Case:
+    """What one run takes: input tensors by name, states among them, and the number of the step."""
+
+    tensors: Mapping[str, np.ndarray]
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Simulation:
     """Outputs (states among them) as tensors by name, and every op's slot vector [slots] by op id."""
 
@@ -101,20 +109,20 @@ def simulate(
     return Simulation(outputs=output_tensors(circuit, out), values=[] if visit is not None else values)
 
 
-def peaks(circuit: Circuit, samples: Iterable[np.ndarray]) -> Array:
-    """Largest |slot| of every op over input tensors, [ops]."""
+def peaks(circuit: Circuit, cases: Iterable[Case]) -> Array:
+    """Largest |slot| of every op over some runs, [ops]."""
 
-    def of(x: np.ndarray) -> Array:
+    def of(case: Case) -> Array:
         largest: Array = np.zeros(len(circuit.ops))
 
         def visit(op: Op, value: Array) -> None:
             largest[op.id] = float(np.max(np.abs(value)))
 
-        simulate(circuit, {circuit.inputs[0].name: x}, visit=visit)
+        simulate(circuit, case.tensors, step=case.step, visit=visit)
         return largest
 
     with ThreadPoolExecutor(SIMULATIONS) as pool:
-        return np.max(list(pool.map(of, samples)), axis=0)
+        return np.max(list(pool.map(of, cases)), axis=0)
 
 
 def _run(op: Op, args: list[Array], circuit: Circuit, step: int) -> Array:
@@ -255,7 +263,7 @@ def simulate_noise(
     tensors: Mapping[str, np.ndarray],
     *,
     step: int = 0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     traced: Trace | None = None,
     visit: Callable[[int, Array], None] | None = None,
 ) -> dict[str, Array]:
@@ -263,6 +271,7 @@ def simulate_noise(
     foretold (`scales.foretold`; for others `execute.scale_tolerance` bounds what they add).
 
     Args:
+        tensors: as for `simulate`; states bring the noise that the caller gives them, and get none.
         visit: is given the id of every circuit op that something reads, and its value with noise [slots].
     """
     params = circuit.params
@@ -272,6 +281,7 @@ def simulate_noise(
     scales = assign_scales(t, foretold(params), scale)
     packed = input_slots(circuit, tensors)
     names = {node: key for key, node in t.inputs.items()}
+    kept = {node for part, node in t.inputs.items() if part in circuit.state_parts}  # not encrypted again at every step
     spread = math.sqrt((1 << params.log_n) / 2)  # coefficient noise -> real part of a slot
     bias = KeySwitchBias(params, rng)
     values: dict[int, Array] = {}
@@ -304,7 +314,9 @@ def simulate_noise(
             y = _primitive(
                 node.op, args, node.k, [_plain(p, step, scales.plain[node.id], spread, rng) for p in node.plains]
             )
-        std = coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
+        std = (
+            0.0 if node.id in kept else coefficient_noise(node.op, params, node.level) * spread / scales.result[node.id]
+        )
         y = y + bias(node.op, node.degree) / scales.result[node.id]
         if std:
             noise: Any = rng.standard_normal(y.shape, dtype=np.float32)

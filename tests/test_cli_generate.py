@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def test_text_from_an_encrypted_prompt(tmp_path: Path, capsys: pytest.CaptureFix
     words.save(str(tmp_path / "tokenizer.json"))
     client, keys = tmp_path / "step.client", tmp_path / "keys"
     assert cli.run(["compile", str(tmp_path / "step.onnx"), "--insecure-log-n", str(LOG_N)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"at most 8 steps, 2 tensors kept at levels \d+ to \d+, .* at the worst; a sequence fails .* times 8", said
+    )
+    assert cli.run(["inspect", str(client.with_suffix(".circuit")), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"scores", "QKV", "state"} <= set(facts["predicted error after"])
+    assert len(facts["states"]) == 2 and facts["steps"].startswith("at most 8 ")
     assert cli.run(["keygen", str(client), "--out", str(keys), "--insecure"]) == 0
     port = free_port()
     serve = ["-m", "polyformer", "serve", str(client.with_suffix(".circuit")), "--folder", str(tmp_path / "server")]
@@ -55,13 +64,13 @@ def test_text_from_an_encrypted_prompt(tmp_path: Path, capsys: pytest.CaptureFix
         capsys.readouterr()
         ask = ["generate", str(client), "--keys", str(keys), "--url", f"http://127.0.0.1:{port}", "--json"]
         assert cli.run([*ask, "--text", PROMPT, "--tokens", str(TOKENS)]) == 0
-        said = json.loads(capsys.readouterr().out)
+        answer = json.loads(capsys.readouterr().out)
         assert cli.run([*ask, "--prompt-ids", "7", "--tokens", "1", "--temperature", "1.0", "--seed", "3"]) == 0
         drawn = json.loads(capsys.readouterr().out)
-    assert said["prompt"] == [7, 3, 21]
-    assert said["tokens"] == expected(model, said["prompt"], TOKENS)
-    assert said["text"].split() == [f"w{i}" for i in said["prompt"] + said["tokens"]]
-    assert len(said["seconds"]) == len(said["prompt"]) + TOKENS - 1, "the last token is never fed"
+    assert answer["prompt"] == [7, 3, 21]
+    assert answer["tokens"] == expected(model, answer["prompt"], TOKENS)
+    assert answer["text"].split() == [f"w{i}" for i in answer["prompt"] + answer["tokens"]]
+    assert len(answer["seconds"]) == len(answer["prompt"]) + TOKENS - 1, "the last token is never fed"
     assert 0 <= drawn["tokens"][0] < CONFIG.vocab
     count = json.loads((keys / "secret" / "decryptions.json").read_text())
     assert count == {"decryptions": TOKENS + 1}, "tokens of the prompt are not decrypted"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,9 @@ from polyformer.commands.options import (
     Model,
     Threads,
 )
+
+if TYPE_CHECKING:
+    from he_backend.circuit import Circuit
 
 
 def register(app: typer.Typer) -> None:
@@ -116,7 +119,7 @@ def compile_(
 
 
 def _show(result: dict[str, Any]) -> None:
-    for line in ("approximations", "certificate", "plan"):
+    for line in ("approximations", "certificate", "plan", "sequence"):
         if result[line]:
             out.print(result[line], markup=False)
 
@@ -185,6 +188,7 @@ def compile_files(
         "approximations": str(compiled.approximations or ""),
         "certificate": str(compiled.certificate),
         "plan": str(compiled.plan),
+        "sequence": sequence(circuit) if circuit.steps else "",
         "op_seconds": {str(k): v for k, v in compiled.op_seconds.items()},
         "op_errors": {str(k): v for k, v in circuit.errors.items()},
         "ops": [{"id": op.id, "kind": op.kind, "level": op.level, "source": op.source} for op in circuit.ops],
@@ -194,6 +198,17 @@ def compile_files(
         circuit.spec().save(to.with_suffix(".client"))
         to.with_suffix(".plan.json").write_text(json.dumps(result, indent=1))
     return result
+
+
+def sequence(circuit: Circuit) -> str:
+    """What many steps of one circuit come to: memory that is kept, error that grows, failures that add up."""
+    levels, predicted = [s.level for s in circuit.states], circuit.predicted
+    return (
+        f"at most {circuit.steps} steps, {len(levels)} tensors kept at levels {min(levels)} to {max(levels)}, "
+        f"{size(circuit.state_bytes)} a sequence; predicted error {predicted['first_step_error']:.2g} at the first step, "
+        f"{predicted['error']:.2g} at the worst; a sequence fails with probability 2^{predicted['failure_log2']:.0f} at most: "
+        f"that of a step times {circuit.steps}"
+    )
 
 
 def machine_memory_gb() -> float:

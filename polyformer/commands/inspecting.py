@@ -94,6 +94,9 @@ def container(path: Path) -> dict[str, Any]:
             "predicted": dict(loaded.predicted),
             "circuit_sha256": loaded.sha256 if kind == "circuit" else loaded.circuit_sha256,
         }
+        if loaded.steps:
+            facts["steps"] = f"at most {loaded.steps} a sequence; failure_log2 and error are those of a whole one"
+            facts["states"] = [f"{s.name} {list(s.shape)} at level {s.level}" for s in loaded.states]
         if kind == "circuit":
             facts["operators"] = dict(Counter(op.kind for op in loaded.ops))
             if loaded.errors:

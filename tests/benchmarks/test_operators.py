@@ -8,7 +8,8 @@ import pytest
 from benchmarks import norms, records, registry, report
 from benchmarks.operators import errors, probed, shortened
 from benchmarks.two_tables import of_record, two_tables
-from compiler.errors import with_errors
+from compiler.errors import simulated_noise, with_errors
+from compiler.samples import requests
 from he_backend import efficiency, keys
 from he_backend.execute import Executor
 from he_backend.openfhe_backend import available
@@ -35,9 +36,10 @@ def test_errors_and_efficiency_of_a_request():
         for kind, k, level in keys.wanted(circuit.spec()):
             server.load_key(kind, k, level, client.make_key(kind, k, level))
         x = np.linspace(-1, 1, WIDTH)
-        found = errors(circuit, client, server, x, threads=2)
+        found = errors(circuit, client, server, *requests([x]), threads=2)
         assert set(found) == {1, 2, 3} and all(0 < e < 1e-5 for e in found.values())
-        foretold = with_errors(circuit, trace(circuit), [x, -x]).errors
+        t = trace(circuit)
+        foretold = with_errors(circuit, simulated_noise(circuit, t, requests([x, -x]))).errors
         assert set(foretold) == set(found)
         assert all(found[i] <= foretold[i] <= 30 * found[i] for i in found)
         slots = np.repeat(x, server.slots // WIDTH)

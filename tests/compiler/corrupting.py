@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 
 def first(circuit, kind, *, last=False):
     found = [op for op in circuit.ops if op.kind == kind]
@@ -50,6 +52,11 @@ def out_of_range(layout):
     changed = layout.copy()
     changed[0, 0] = 99
     return changed
+
+
+def permuted(layout):
+    """Two elements trade places: every index is there, in a wrong slot."""
+    return np.where(layout == 3, 7, np.where(layout == 7, 3, layout))
 
 
 def without(circuit, kind):

@@ -16,6 +16,7 @@ from compiler.passes.levels import assign_levels
 from compiler.pipeline import import_graph, simplify
 from compiler.placed import Lowered
 from compiler.plan import as_circuit
+from compiler.samples import requests
 from compiler.search import plan_cost
 from he_backend.params import Params
 from he_backend.trace import trace
@@ -48,7 +49,7 @@ def lowered(path: Path, slots: int, *, merge: bool | None, samples: int = 2) -> 
     params = Params(log_n=slots.bit_length(), levels=levels, scale_bits=40, first_bits=46, digits=3, insecure=True)
     circuit = as_circuit(build, params)
     verify.levels(circuit)
-    assert verify.against_graph(circuit, build, graph, list(x[:1])) < 1e-9
+    assert verify.against_graph(circuit, build, graph, requests(x[:1])) < 1e-9
     traced = trace(circuit)
     return build, Counter(node.op for node in traced.nodes), len(traced.keys)
 

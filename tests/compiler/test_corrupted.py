@@ -1,6 +1,6 @@
 """A corrupted circuit is refused in a sentence: by the loader where the file alone can tell, by the verifier where the model must.
 
-One table for three circuits: a leveled one, one with refreshes, and one decoding step with states.
+One table for all circuits: a leveled one, one with refreshes, one decoding step with states, and one that is refreshed.
 """
 
 import json
@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from compiler import Target, compile_onnx, verify
+from compiler.samples import Sequences, requests
 from he_backend import refresh
 from he_backend.base import WireError
 from he_backend.circuit import Circuit
-from he_backend.circuit_check import faults, key_faults
+from he_backend.circuit_check import faults, traced_faults
 
 from .corrupting import (
     first,
     higher,
     out_of_range,
+    permuted,
     reply,
     weights,
     with_another,
@@ -33,6 +35,7 @@ from .corrupting import (
     without,
     without_key,
 )
+from .corrupting_steps import OF_KEPT, OF_LEVELED_STEPS, OF_STEPS
 from .models import norm_mlp
 from .test_deepen import deepened
 
@@ -53,22 +56,33 @@ def leveled(folder):
     model = compile_onnx(
         norm_mlp(folder / "m.onnx", layer_norm=True, width=8), samples, target=Target(insecure_log_n=LOG_N)
     )
-    return Sound(circuit=model.circuit, check=lambda c: verify.finished(c, model.graph, samples))
+    return Sound(circuit=model.circuit, check=lambda c: verify.finished(c, model.graph, requests(samples)))
 
 
 def refreshing(folder):
     samples = list(np.random.default_rng(1).normal(0, 0.5, (4, 4, 8)))
     graph, _, circuit = deepened(norm_mlp(folder / "m.onnx", layer_norm=True, width=8), samples, LOG_N)
-    return Sound(circuit=circuit, check=lambda c: verify.finished(c, graph, samples))
+    return Sound(circuit=circuit, check=lambda c: verify.finished(c, graph, requests(samples)))
 
 
 def step(folder):
     from .test_step import CASES, compiled_step  # torch
 
-    return Sound(circuit=compiled_step(folder, *CASES["no spare copies"])[0].circuit, check=verify.sound)
+    config, log_n = CASES["no spare copies"]
+    model, tokens, _ = compiled_step(folder, config, log_n)
+    samples = Sequences(graph=model.graph, tokens=tokens[None], embedding=model.embedding)
+    return Sound(circuit=model.circuit, check=lambda c: verify.finished(c, model.graph, samples.few(1)))
 
 
-CIRCUITS = {f.__name__: f for f in (leveled, refreshing, step)}
+def deep_step(folder):
+    from .test_deep_step import deep_step  # torch
+
+    deep = deep_step(folder, blocks=1)
+    return Sound(circuit=deep.circuit, check=lambda c: verify.finished(c, deep.compiled.graph, deep.sequences.few(1)))
+
+
+CIRCUITS = {f.__name__: f for f in (leveled, refreshing, step, deep_step)}
+EVERY = tuple(CIRCUITS)[:-1]  # the last one has nothing but what some of these have
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +100,7 @@ def sound(tmp_path_factory):
 
 def on_each(table, others=()):
     """Every corruption of a table on each circuit, and those of one kind of circuit on that alone."""
-    rows = [(circuit, name, row) for circuit in CIRCUITS for name, row in table.items()]
+    rows = [(circuit, name, row) for circuit in EVERY for name, row in table.items()]
     rows += [(circuit, name, row) for circuit, more in others for name, row in more.items()]
     return pytest.mark.parametrize(
         ("circuit", "row"), [pytest.param(c, row, id=f"{c}: {name}") for c, name, row in rows]
@@ -261,7 +275,9 @@ OF_REFRESHES = {
         "a refresh needs the attribute 'fourier'",
     ),
     "a function where the context has none": (
-        lambda c: with_attrs(higher(c), first(c, "refresh"), kind="functional", scale=0.5, fourier=[[0.5, 0.0]]),
+        lambda c: with_attrs(
+            higher(c), first(higher(c), "refresh"), kind="functional", scale=0.5, fourier=[[0.5, 0.0]]
+        ),
         "plain and functional refreshes exclude each other",
     ),
     "parameters without a refresh": (
@@ -280,63 +296,14 @@ OF_REFRESHES = {
 }
 
 
-def with_state(circuit, **changes):
-    """The first state declared otherwise."""
-    return replace(circuit, states=(replace(circuit.states[0], **changes), *circuit.states[1:]))
-
-
-def state_op(circuit, kind):
-    return next(op for op in circuit.ops if op.kind == kind and op.attrs["name"] == circuit.states[0].name)
-
-
-def table(circuit):
-    """The array of a step's rows."""
-    return next(op for op in circuit.ops if op.kind in ("mul_step", "add_step")).attrs["array"]
-
-
-OF_STEPS = {
-    "a state at another level": (
-        lambda c: with_state(c, level=c.states[0].level - 1),
-        r"= input\(\).*: its signature says level \d+",
-    ),
-    "a state that goes out lower than it came in": (
-        lambda c: with_op(c, state_op(c, "output"), level=c.states[0].level - 1),
-        r"= output\(.*: its signature says level \d+",
-    ),
-    "a state at another scale": (
-        lambda c: with_op(c, state_op(c, "output"), factor=2 * c.states[0].factor),
-        r"= output\(.*: factor \S+; its signature says \S+",
-    ),
-    "a state that is not read": (
-        lambda c: with_attrs(c, state_op(c, "input"), name="z"),
-        r"input '.*': ciphertexts \[\] are there; its layout has 1",
-    ),
-    "a state that is not written": (
-        lambda c: with_attrs(c, state_op(c, "output"), name="z"),
-        r"output '.*': ciphertexts \[\] are there; its layout has 1",
-    ),
-    "a state that nobody declared": (
-        lambda c: replace(c, states=c.states[1:]),
-        r"= input\(\).*: there is no input '.*'; known are",
-    ),
-    "a state of another shape": (
-        lambda c: with_state(c, shape=(c.states[0].shape[0] + 1, *c.states[0].shape[1:])),
-        r"input '.*': \d+ of \d+ elements lie in no slot of layout",
-    ),
-    "layout of a state removed": (
-        lambda c: replace(c, arrays={k: a for k, a in c.arrays.items() if k != c.states[0].layout}),
-        r"input '.*': there is no layout array '.*'",
-    ),
-    "rows for a step less": (
-        lambda c: with_array(c, table(c), c.arrays[table(c)][:-1]),
-        r"has (\d+) rows for \d+ steps",
-    ),
-    "a step more than rows": (lambda c: replace(c, steps=c.steps + 1), r"has \d+ rows for \d+ steps"),
-    "no steps": (lambda c: replace(c, steps=0), r"has \d+ rows for 0 steps"),
-}
-
-
-@on_each(BY_THE_LOADER, [("refreshing", OF_REFRESHES), ("step", OF_STEPS)])
+@on_each(
+    BY_THE_LOADER,
+    [
+        *((name, OF_REFRESHES) for name in ("refreshing", "deep_step")),
+        *((name, OF_STEPS) for name in ("step", "deep_step")),
+        ("step", OF_LEVELED_STEPS),
+    ],
+)
 def test_the_loader_refuses(sound, tmp_path, circuit, row):
     change, says = row
     change(sound(circuit).circuit).save(tmp_path / "c")
@@ -349,25 +316,29 @@ def lowered_bound(circuit):
     return with_op(circuit, op, bound=op.bound / 2)
 
 
-def permuted(layout):
-    """Two elements trade places: every index is there, in a wrong slot."""
-    return np.where(layout == 3, 7, np.where(layout == 7, 3, layout))
-
-
+AT = r"( of step \d)?"
 BY_THE_VERIFIER = {
     "rotation key missing": (without_key, KEY_MISSING),
-    "bound lowered": (lowered_bound, r"= mul\(.*: a slot reaches \S+, above its bound \S+"),
+    "bound lowered": (lowered_bound, rf"= mul\(.*: a slot reaches \S+{AT}, above its bound \S+"),
+    "bound of an input's signature lowered": (
+        lambda c: with_signature(c, "inputs", bound=0.5 * c.inputs[0].bound),
+        rf"'x' reaches \S+{AT}, above the \S+ of its signature",
+    ),
+    "bound of the output's signature lowered": (
+        lambda c: with_signature(c, "outputs", bound=0.5 * c.outputs[0].bound),
+        rf"'y' reaches \S+{AT}, above the \S+ of its signature",
+    ),
     "weights changed": (
         lambda c: with_array(c, weights(c), c.arrays[weights(c)] * 1.001),
-        r"output 'y' differs from the graph by \S+ of its size|above its bound",
+        rf"output '.*'{AT} differs from the graph by \S+ of its size|above its bound",
     ),
     "scale of the output and its op": (
         lambda c: with_op(
             with_signature(c, "outputs", factor=2 * c.outputs[0].factor), reply(c), factor=2 * reply(c).factor
         ),
-        "output 'y' differs from the graph by 1.00e",
+        rf"'y'({AT} differs from the graph by 1.00e| reaches \S+{AT}, above the \S+ of its signature)",
     ),
-    "layout permuted": (lambda c: with_layout(c, "outputs", permuted), "output 'y' differs from the graph by"),
+    "layout permuted": (lambda c: with_layout(c, "outputs", permuted), rf"output 'y'{AT} differs from the graph by"),
     "a form that the loader refuses": (lambda c: without(c, "output"), "its layout has 1"),
 }
 
@@ -375,11 +346,10 @@ BY_THE_VERIFIER = {
 @on_each(
     {},
     [
-        ("leveled", BY_THE_VERIFIER),
-        ("refreshing", BY_THE_VERIFIER),
-        ("refreshing", OF_REFRESHES),
-        ("step", {name: BY_THE_VERIFIER[name] for name in ("rotation key missing", "a form that the loader refuses")}),
-        ("step", OF_STEPS),
+        *((name, BY_THE_VERIFIER) for name in CIRCUITS),
+        *((name, OF_REFRESHES) for name in ("refreshing", "deep_step")),
+        *((name, rows) for name in ("step", "deep_step") for rows in (OF_STEPS, OF_KEPT)),
+        ("step", OF_LEVELED_STEPS),
     ],
 )
 def test_the_verifier_refuses(sound, circuit, row):
@@ -391,12 +361,13 @@ def test_the_verifier_refuses(sound, circuit, row):
 @pytest.mark.parametrize("name", CIRCUITS)
 def test_a_sound_circuit_passes_both(sound, tmp_path, name):
     circuit = sound(name).circuit
-    assert [*faults(circuit), *key_faults(circuit)] == []
+    assert [*faults(circuit), *traced_faults(circuit)] == []
     sound(name).check(circuit)
     circuit.save(tmp_path / "c")
     again = Circuit.load(tmp_path / "c")
     assert again.sha256 == circuit.sha256 and again.errors == circuit.errors
-    assert bool(circuit.refreshes) == (name == "refreshing") and bool(circuit.states) == (name == "step")
+    assert bool(circuit.refreshes) == (name in ("refreshing", "deep_step"))
+    assert bool(circuit.states) == (name in ("step", "deep_step"))
 
 
 def in_header(change):

@@ -13,8 +13,10 @@ from compiler.deepen import chains, deepen, refresh_failure
 from compiler.ir import evaluate
 from compiler.lower import lower
 from compiler.passes.levels import assign_levels
-from compiler.pipeline import _finish, import_graph, simplify
-from compiler.plan import as_circuit, judge, predicted_error, with_bounds
+from compiler.pipeline import finish, import_graph, simplify
+from compiler.plan import judge
+from compiler.promise import promise
+from compiler.samples import Requests, requests
 from compiler.search import plan_cost
 from he_backend.simulator import simulate
 
@@ -31,11 +33,10 @@ def deepened(path, samples, log_n=LOG_N):
     lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (log_n - 1), plan_cost(table, log_n))
     lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
     target = Target(insecure_log_n=log_n)
-    found = deepen(lowered, log_n, samples, target, table, lambda stage, done, total: None)
-    assert found.circuit is not None
-    assert found.candidate is not None
-    circuit = _finish(with_bounds(found.circuit, samples), found.candidate, found.error, None, graph, path)
-    return graph, found, circuit
+    rows = Requests(graph=graph, inputs=samples)
+    found = deepen(lowered, log_n, rows, target, table, lambda stage, done, total: None).found
+    assert found is not None
+    return graph, found, finish(found, rows, None, path)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,12 @@ def test_what_fails_too_often_is_not_chosen(deep, monkeypatch):
         seen.append([op.bound for op in placed.ops if op.kind == "output"])
         return "too often"
 
-    monkeypatch.setattr("compiler.deepen.over_budget", over)
+    monkeypatch.setattr("compiler.promise.over_budget", over)
     lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), 1 << (LOG_N - 1), plan_cost(table, LOG_N))
     lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (LOG_N - 1)))
-    again = deepen(lowered, LOG_N, samples, Target(insecure_log_n=LOG_N), table, lambda stage, done, total: None)
-    assert again.circuit is None
+    rows = Requests(graph=graph, inputs=samples)
+    again = deepen(lowered, LOG_N, rows, Target(insecure_log_n=LOG_N), table, lambda stage, done, total: None)
+    assert again.found is None
     assert any("too often" in row.why for row in again.rows)
     assert seen and seen[0] == pytest.approx([op.bound for op in circuit.ops if op.kind == "output"], rel=1e-6)
 
@@ -83,7 +85,7 @@ def test_three_ways(deep):
     x = samples[2]
     clear = evaluate(graph, x[None])[graph.output][0]
     np.testing.assert_allclose(simulate(circuit, {"x": x}).outputs["y"], clear, rtol=1e-9, atol=1e-12)
-    assert verify.against_graph(circuit, found.lowered, graph, samples[:1]) < 1e-7
+    assert verify.against_graph(circuit, found.lowered, graph, requests(samples[:1])) < 1e-7
     error = np.max(np.abs(encrypted(circuit, x) - clear))
     assert error <= circuit.error_bound < 0.05
 
@@ -97,19 +99,21 @@ def test_pairs_three_ways(tmp_path):
     lowered = lower(graph, calibrate(graph, [x[None] for x in samples]), slots, plan_cost(table, LOG_N))
     lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, slots))
     params = replace(next(chains(LOG_N, True)), refresh_complex=True)
-    folded, allowed = deepening._bounded(lowered, params, samples)
+    rows = Requests(graph=graph, inputs=samples)
+    folded, allowed = deepening._bounded(lowered, params, rows)
     assert len(allowed) == len(folded.ops)
     placed = deepening._place(folded, params, table, allowed)
-    candidate = judge(placed.program, params, Target(insecure_log_n=LOG_N), table)
+    target = Target(insecure_log_n=LOG_N)
+    candidate = judge(placed.program, params, target, table)
     assert candidate is not None and candidate.trace is not None
-    draft = as_circuit(placed.program, params)
-    error = predicted_error(draft, candidate.trace, samples[:2])
-    circuit = _finish(with_bounds(draft, samples), candidate, error, None, graph, path)
+    found = promise(candidate, placed.program, rows, target)
+    assert not isinstance(found, str)
+    circuit = finish(found, rows, None, path)
     halves = [op for op in circuit.ops if op.attrs.get("kind") == "pair"]
     refreshes = sum(n.op == "refresh" for n in candidate.trace.nodes)
     assert halves and refreshes == len(placed.placement.sites) < sum(op.kind == "refresh" for op in circuit.ops)
     verify.levels(circuit)
-    assert verify.against_graph(circuit, placed.program, graph, samples[:1]) < 1e-7
+    assert verify.against_graph(circuit, placed.program, graph, requests(samples[:1])) < 1e-7
     clear = evaluate(graph, samples[3][None])[graph.output][0]
     got = np.max(np.abs(encrypted(circuit, samples[3]) - clear))
     assert got <= circuit.error_bound < 0.05

@@ -18,7 +18,7 @@ from compiler.search import plan_cost
 from he_backend.circuit import Circuit, Op, Signature
 from he_backend.kernels import NumpySlots, linear
 from he_backend.params import Params
-from he_backend.simulator import peaks, simulate
+from he_backend.simulator import Case, peaks, simulate
 
 from . import models
 from .models import Builder
@@ -103,7 +103,7 @@ def test_a_simulation_that_is_visited_keeps_no_values_and_finds_the_same(tmp_pat
     assert visited.values == []
     np.testing.assert_array_equal(visited.outputs["y"], kept.outputs["y"])
     np.testing.assert_array_equal(np.stack(seen), np.stack(kept.values))
-    np.testing.assert_array_equal(peaks(circuit, [x]), [np.max(np.abs(v)) for v in kept.values])
+    np.testing.assert_array_equal(peaks(circuit, [Case(tensors={"x": x})]), [np.max(np.abs(v)) for v in kept.values])
 
 
 def test_the_simulators_matrix_of_a_linear_map_is_the_map():
@@ -149,4 +149,6 @@ def test_sums_with_constants_that_dwarf_the_tensor_do_not_fill_the_modulus(tmp_p
         log_n=10, levels=build.ops[0].level, scale_bits=40, first_bits=46, digits=3, secret="uniform", insecure=True
     )
     x = np.random.default_rng(1).normal(0, 0.5, (1, 16, 8))  # one of those that `lowered` calibrated on
-    assert peaks(as_circuit(build, params), x).max() < 4.0  # 100 and more where 1 + e is stored as e is
+    assert (
+        peaks(as_circuit(build, params), [Case(tensors={"x": row}) for row in x]).max() < 4.0
+    )  # 100 and more where 1 + e is stored as e is

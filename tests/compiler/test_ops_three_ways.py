@@ -7,7 +7,8 @@ import onnxruntime
 import pytest
 
 from compiler import Target, compile_onnx
-from compiler.plan import predicted_error
+from compiler.errors import promised_error, simulated_noise
+from compiler.samples import requests
 from he_backend import keys
 from he_backend.base import ParamsError, UnsupportedOpError
 from he_backend.params import Params
@@ -108,7 +109,7 @@ def test_the_op_keeps_its_promise_under_encryption(compiled, sides, name):
     for kind, k, _ in keys.wanted(circuit.spec()):
         if not (server.relin_level >= 0 if kind == "relin" else k in server.key_levels):
             server.load_key(kind, k, PARAMS.levels, client.make_key(kind, k, PARAMS.levels))
-    promised = predicted_error(circuit, t, [x])
+    promised = promised_error(simulated_noise(circuit, t, requests([x])))
     size = np.max(np.abs(clear))
     error = np.max(np.abs(asked(circuit, client, server, x) - clear[0]))
     assert error <= promised + SINGLE * size, f"{error:.2e} above the promised {promised:.2e}"

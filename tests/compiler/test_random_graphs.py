@@ -134,6 +134,19 @@ def both_broadcast(b):
     return b.op("Sub", b.op("Add", rows, columns), b.op("Mul", columns, rows)), b.shape
 
 
+def means_alone(b):
+    """Two sums with constants, their sum, and its mean over 64: stored as a sum it would wrap the first modulus, without a level."""
+    h = b.op("Add", b.op("Add", "x", np.array(1.2)), b.op("Add", "x", np.array(1.7)))
+    return b.op("ReduceMean", h, axes=[1], keepdims=1), (1, 1)
+
+
+def means_of_products(b):
+    """The same after weights and after a square."""
+    h = b.op("MatMul", b.op("Add", "x", np.array(1.2)), b.rng.uniform(0.0, 0.1, (64, 64)))
+    h = b.op("Add", b.op("ReduceMean", b.op("Mul", h, h), axes=[1], keepdims=1), np.array(0.5))
+    return b.op("Add", h, b.op("ReduceMean", "x", axes=[1], keepdims=1)), (1, 1)
+
+
 def window_in_the_padding(b):
     """Kernel 1, padding 1, stride 2 on 3 elements: the last window lies behind them and counts."""
     weight, bias = b.rng.normal(size=(2, 4, 1)), b.rng.normal(size=2)
@@ -142,12 +155,16 @@ def window_in_the_padding(b):
 
 FOUND = {
     f.__name__: f
-    for f in (no_levels, zero, nothing_left, polynomial_of_zeros, quartic, both_broadcast, window_in_the_padding)
+    for f in (
+        *(no_levels, zero, nothing_left, polynomial_of_zeros, quartic, both_broadcast, window_in_the_padding),
+        *(means_alone, means_of_products),
+    )
 }
+WIDE = (means_alone.__name__, means_of_products.__name__)
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_graphs_that_once_failed(tmp_path, name):
-    builder = Builder((1, 4, 3))
+    builder = Builder((1, 64) if name in WIDE else (1, 4, 3))
     output, shape = FOUND[name](builder)
     three_ways(builder.save(tmp_path / "m.onnx", output, shape), 10)

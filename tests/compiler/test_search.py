@@ -7,7 +7,9 @@ import pytest
 
 from compiler import Target, compile_onnx, plan, search
 from compiler.cost import CostTable
-from compiler.plan import candidates, output_room, refuse
+from compiler.failure import largest_output
+from compiler.plan import candidates, output_peak, refuse
+from compiler.samples import requests
 from compiler.search import plan_cost
 from he_backend.base import ParamsError
 from he_backend.openfhe_ring import ring
@@ -52,14 +54,15 @@ def test_outputs_must_fit_the_first_modulus(tmp_path):
         for op, v in zip(circuit.ops, simulate(circuit, {"x": x[0]}).values, strict=True)
         if op.kind == "output"
     )
-    room = 2.0 ** (circuit.params.first_bits - circuit.params.scale_bits - 1)
-    assert output_room(circuit, x[:1], margin=1.0) == pytest.approx(top / room)
-    tight = replace(circuit, params=replace(circuit.params, first_bits=circuit.params.scale_bits + 1))
-    assert output_room(tight, x[:1], margin=1.0) == pytest.approx(top)
+    assert output_peak(circuit, requests(x[:1]), (0.0, 0.0), margin=1.0) == pytest.approx(top)
+    wide = (-3.0 * abs(circuit.outputs[0].factor), 0.0)
+    assert output_peak(circuit, requests(x[:1]), wide) == pytest.approx(3.0)
 
 
 def test_what_does_not_fit_the_first_modulus_is_not_chosen(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "output_room", lambda circuit, samples: float(circuit.params.scale_bits == 26))
+    monkeypatch.setattr(
+        search, "largest_output", lambda params: 1e-9 if params.scale_bits == 26 else largest_output(params)
+    )
     found, _ = compiled(tmp_path, insecure_log_n=11)
     assert found.circuit.params.scale_bits != 26
     why = [c.why for c in found.plan.others if c.params.scale_bits == 26]

@@ -16,11 +16,13 @@ from onnx import helper
 
 from compiler import Compiled, Target, compile_onnx
 from compiler.cost import CostTable
+from compiler.deepen import Deepened
+from compiler.errors import Noise
 from compiler.failure import largest_output
-from compiler.plan import judge
-from compiler.step import Sequences, output_peak
+from compiler.placed import Lowered
+from compiler.plan import judge, output_peak
+from compiler.samples import Sequences
 from compiler.step_layout import Blocks, Cache, Tiled, inner, outer
-from compiler.step_lower import LoweredStep
 from he_backend import keys
 from he_backend.base import ParamsError, UnsupportedOpError
 from he_backend.circuit import Circuit, pack, unpack
@@ -145,34 +147,34 @@ def test_decay_costs_no_level_and_no_op(tmp_path: Path) -> None:
 
 
 def test_a_reply_must_fit_the_first_modulus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, tokens, _ = compiled_step(tmp_path, *CASES["no spare copies"])
-    circuit = compiled.circuit
-    sequences = Sequences(graph=compiled.graph, tokens=tokens[None], embedding=None)
-    slots = [op.bound for op in circuit if op.kind == "output" and op.attrs["name"] == "y"]
-    monkeypatch.setattr(
-        Sequences, "input", lambda self, row, step: embed_step(circuit.spec(), int(tokens[step]), step)["x"][None]
-    )
-    narrow = {compiled.graph.output: (-1e-9, 1e-9)}
-    assert output_peak(circuit, sequences, narrow) == pytest.approx(slots[0], rel=1e-6)
-    wide = {compiled.graph.output: (-100.0 * abs(circuit.outputs[0].factor), 0.0)}
+    config, log_n = CASES["no spare copies"]
+    compiled, _, _ = compiled_step(tmp_path, config, log_n)
+    circuit, tokens = compiled.circuit, np.random.default_rng(0).integers(0, config.vocab, (8, config.length))
+    (bound,) = (op.bound for op in circuit if op.kind == "output" and op.attrs["name"] == "y")
+    sequences = Sequences(graph=compiled.graph, tokens=tokens, embedding=compiled.embedding).few(8)
+    assert output_peak(circuit, sequences, (-1e-9, 1e-9)) == pytest.approx(bound, rel=1e-6)
+    wide = (-100.0 * abs(circuit.outputs[0].factor), 0.0)
     assert output_peak(circuit, sequences, wide) == pytest.approx(100.0)
-    monkeypatch.undo()
     most = largest_output(circuit.params)
-    monkeypatch.setattr("compiler.step.predicted_error", lambda *_: 1e-6)
-    monkeypatch.setattr("compiler.step.output_peak", lambda circuit, *_: 1.2 * most)
+    monkeypatch.setattr("compiler.search.deepen", lambda *_: Deepened())
+    monkeypatch.setattr("compiler.promise.simulated_noise", lambda *_: Noise(outputs={0: 1e-7}, slots={}))
+    monkeypatch.setattr("compiler.search.output_peak", lambda circuit, *_: 1.2 * most)
     with pytest.raises(ParamsError, match=r"outputs fill 1\.2 of the first modulus"):
         compiled_step(tmp_path, *CASES["no spare copies"])
 
 
 def test_a_step_that_fails_too_often_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.step.predicted_error", lambda *_: 1e-6)
+    monkeypatch.setattr("compiler.promise.simulated_noise", lambda *_: Noise(outputs={0: 1e-7}, slots={}))
     monkeypatch.setattr("compiler.failure.failure_log2", lambda *_: -39.0)
-    with pytest.raises(ParamsError, match=r"a request fails with probability 2\^-39\.0, the budget is 2\^-40"):
+    monkeypatch.setattr("compiler.search.deepen", lambda *_: Deepened())
+    with pytest.raises(
+        ParamsError, match=r"a sequence of 8 steps fails with probability 2\^-39\.0, the budget is 2\^-40"
+    ):
         compiled_step(tmp_path, *CASES["no spare copies"])
 
 
 def test_a_step_names_the_memory_that_would_be_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.step.predicted_error", lambda *_: 1e-6)
+    monkeypatch.setattr("compiler.promise.simulated_noise", lambda *_: Noise(outputs={0: 1e-7}, slots={}))
     config, log_n = CASES["no spare copies"]
     export_step(sane(config), tmp_path / "step.onnx")
     tokens = np.random.default_rng(0).integers(0, config.vocab, (4, config.length))
@@ -188,7 +190,7 @@ def test_the_plan_has_room_for_a_state_that_is_kept(tmp_path: Path, monkeypatch:
     compiled = compiled_step(tmp_path, *CASES["no spare copies"])[0]
     circuit = compiled.circuit
     fields = ("ops", "arrays", "client_arrays", "inputs", "outputs", "states", "steps")
-    form = LoweredStep(**{name: getattr(circuit, name) for name in fields}, tensors={})
+    form = Lowered(**{name: getattr(circuit, name) for name in fields}, tensors={})
     known = compiled.plan.chosen.trace
     with_state = judge(form, circuit.params, Target(insecure_log_n=10), CostTable.load(), known)
     monkeypatch.setattr(Circuit, "state_bytes", 0)

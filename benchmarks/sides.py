@@ -14,6 +14,7 @@ import numpy as np
 
 from compiler import Compiled, Target, compile_onnx
 from he_backend.execute import Timing
+from he_backend.simulator import Case
 
 from . import memory, operators, requests
 from .parties import Parties, parties
@@ -61,7 +62,9 @@ class Side:
     def errors(self, threads: int) -> dict[int, float]:
         """Largest error after every node, in one request more; see `operators.errors`."""
         assert self.both is not None
-        return operators.errors(self.compiled.circuit, self.both.client, self.both.server, self.x, threads=threads)
+        circuit = self.compiled.circuit
+        request = [Case(tensors={circuit.inputs[0].name: self.x})]
+        return operators.errors(circuit, self.both.client, self.both.server, request, threads=threads)
 
     def figures(self, threads: int, errors: Mapping[int, float] | None = None) -> dict[str, Any]:
         """What its runs on so many threads say: `requests.figures`, with parameters, keys, traffic and memory."""

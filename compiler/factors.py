@@ -136,7 +136,9 @@ def _scaled(op: Op, m: np.ndarray, build: Lowered, arrays: Arrays) -> Op:
             return name
         new = f"{name}*{factor:.17g}"
         if new not in arrays:
-            arrays[new] = build.arrays[name] * np.float64(factor)  # single weights too: single products are off by 2^-24
+            arrays[new] = build.arrays[name] * np.float64(
+                factor
+            )  # single weights too: single products are off by 2^-24
         return new
 
     match op.kind:

@@ -1,7 +1,7 @@
 """The stages of a conversion into polynomials, as data: a recipe is a tuple of them, `machine.py` runs it.
 
     Swap         put another mixer in, on the parameters of the checkpoint or on fresh ones
-    Continue     train on next tokens
+    Continue     train on the task: next tokens, or classes
     Rows         give each row of PowerSoftmax one public factor: an exact change of form
     Ranges       train with the range losses, to targets
     Substitute   put fitted polynomials in the place of what is not polynomial
@@ -53,12 +53,12 @@ class Training(Stage):
     steps: int
     lr: float
     sampler: int  # its number in the folder of the run: the seed of the batches
-    noise: bool = True  # batches hold windows of arbitrary tokens, so that range losses see what a user may type
+    noise: bool = True  # batches hold arbitrary inputs, so that range losses see what a user may give
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continue(Training):
-    """Train on next tokens, with exact functions and no other loss."""
+    """Train on the task, with exact functions and no other loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Ranges(Training):
 
     Targets: activations within +-`activation_bound`; variances within the ratio `variance_ratio`, centred on what the
     model has; denominators within `denominator_target`. Weights of 0 leave a kind alone.
-    `outside`: stop once at most this share of all values on calibration tokens lies outside the targets, looked at
+    `outside`: stop once at most this share of all values on calibration inputs lies outside the targets, looked at
     every `every` steps; None: never, the schedule runs to its end.
     """
 

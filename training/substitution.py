@@ -16,22 +16,23 @@ from polyformer.activations import EXACT, Activation, fit_activation
 from polyformer.approx import inverse_sqrt, reciprocal
 from polyformer.layers import PolynomialLayer
 from polyformer.mixers.power_softmax import PowerSoftmax
-from polyformer.model import ModelConfig, Transformer
+from polyformer.model import ModelConfig
+from polyformer.models import M, Model, body, rebuilt
 from polyformer.norms import Norm
 from polyformer.ranges import Collector, Targets, log_mean_rows, measure, taps
 from training.stages import Substitute
-from training.train import heldout_loss
+from training.tasks import Task
 
 KINDS = ("division", "activation", "norm")  # of functions that a polynomial can replace
 
 
-def with_config(model: Transformer, config: ModelConfig) -> Transformer:
-    """Return a model of another config with the same parameters; what the new one adds keeps its start.
+def with_config(model: M, config: ModelConfig) -> M:
+    """Return a model of another body with the same parameters; what the new one adds keeps its start.
 
     Raises:
-        ValueError: a model of that config lacks some of the parameters.
+        ValueError: a model of that body lacks some of the parameters.
     """
-    made = Transformer(config)
+    made = rebuilt(model, config)
     _, unexpected = made.load_state_dict(model.state_dict(), strict=False)
     if unexpected:
         raise ValueError(
@@ -40,12 +41,12 @@ def with_config(model: Transformer, config: ModelConfig) -> Transformer:
     return made.train(model.training)
 
 
-def with_rows(power: Transformer, calibration: Tensor) -> Transformer:
+def with_rows(power: M, calibration: Tensor) -> M:
     """Return the same function in the form `rows`, factors chosen so that log denominators have mean 0 in every row.
 
     A model without PowerSoftmax comes back as a copy.
     """
-    model = with_config(power, replace(power.config, form="rows")).eval()
+    model = with_config(power, replace(body(power), form="rows")).eval()
     for name, log_T in log_mean_rows(model, calibration).items():
         mixer = model.get_submodule(name)
         assert isinstance(mixer, PowerSoftmax)
@@ -55,18 +56,23 @@ def with_rows(power: Transformer, calibration: Tensor) -> Transformer:
 
 
 def choose_targets(
-    model: Transformer,
+    model: Model,
     calibration: Tensor,
     *,
     activation_bound: float,
     variance_ratio: float,
     denominator_target: tuple[float, float],
 ) -> dict[str, tuple[float, float]]:
-    """Return the wanted interval of each tap; variances are centred on the geometric mean of what the model has."""
+    """Return the wanted interval of each tap; variances are centred on the geometric mean of what the model has.
+
+    The norm that opens a post-norm stack has none: the client computes it, exactly.
+    """
     targets: dict[str, tuple[float, float]] = {}
     with torch.no_grad(), Collector(model) as collector:
         model(calibration)
         for name, value in collector.values.items():
+            if name == "norm" and body(model).order == "post":
+                continue
             if collector.kind(name) == "activation":
                 targets[name] = (-activation_bound, activation_bound)
             elif collector.kind(name) == "denominator":
@@ -89,29 +95,31 @@ def polynomial_config(
     config: ModelConfig, kinds: Collection[str], *, division: int, activation: int, norm: int, newton: int = 0
 ) -> ModelConfig:
     """Return the config after a substitution of some kinds by polynomials of these degrees (`newton`: steps after that
-    of a norm); what is a polynomial as it stands (square, affine) stays.
+    of a norm); what is a polynomial as it stands (square, affine) stays, and so does the norm that opens a post-norm
+    stack, which the client computes.
     """
     if "division" in kinds:
         config = replace(config, reciprocal="polynomial", reciprocal_degree=division)
     if "activation" in kinds and config.activation not in ("square", "quartic"):
         config = replace(config, activation="polynomial", activation_degree=activation)
     if "norm" in kinds:
-        norms = tuple(f"{n}_poly" if n in ("rms", "layer") else n for n in config.norms)
+        opening = config.order == "post"
+        norms = tuple(
+            f"{n}_poly" if n in ("rms", "layer") and not (opening and i == 0) else n for i, n in enumerate(config.norms)
+        )
         config = replace(config, norms=norms, norm_degree=norm, norm_newton=newton)
     return config
 
 
-def with_polynomials(
-    model: Transformer, config: ModelConfig, intervals: Targets, *, spread: float | None = None
-) -> Transformer:
-    """Return a copy of a model in a config that has polynomials, each fitted on the interval of its tap, activations as
+def with_polynomials(model: M, config: ModelConfig, intervals: Targets, *, spread: float | None = None) -> M:
+    """Return a copy of a model around a body that has polynomials, each fitted on the interval of its tap, activations as
     `fit_activation` does with a `spread`; everything else is equal.
 
     Raises:
         ValueError: a polynomial has no interval to be fitted on.
     """
     made = with_config(model, config)
-    exact = model.config.activation
+    exact = body(model).activation
     for name in taps(made):
         layer = made.get_submodule(name)
         if not any(isinstance(part, PolynomialLayer) for part in layer.children()):
@@ -127,14 +135,14 @@ def with_polynomials(
     return made.eval()
 
 
-def substitute(ranged: Transformer, stage: Substitute, targets: Targets) -> Transformer:
+def substitute(ranged: M, stage: Substitute, targets: Targets) -> M:
     """Return a copy of a ranged model with the chosen functions replaced by polynomials on its targets, widened.
 
     Raises:
         ValueError: a polynomial has no target, so nothing says on which interval to fit it.
     """
     config = polynomial_config(
-        ranged.config,
+        body(ranged),
         [kind for kind in KINDS if getattr(stage, kind)],
         division=stage.reciprocal_degree,
         activation=stage.activation_degree,
@@ -155,11 +163,11 @@ def fitted_intervals(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
     return {name: m.polynomial().interval for name, m in owners.items()}
 
 
-def ranges_report(model: Transformer, tokens: Tensor, intervals: Targets) -> dict[str, Any]:
-    """Return, as plain data, the range of every tap on tokens and the share of values outside the intervals: by tap,
+def ranges_report(model: Model, inputs: Tensor, intervals: Targets) -> dict[str, Any]:
+    """Return, as plain data, the range of every tap on inputs and the share of values outside the intervals: by tap,
     and over all values of taps that have one.
     """
-    found = measure(model, tokens, intervals=intervals)
+    found = measure(model, inputs, intervals=intervals)
     bounded = [r for name, r in found.items() if name in intervals]
     count = sum(r.count for r in bounded)
     given = {name: list(interval) for name, interval in intervals.items()}
@@ -169,7 +177,7 @@ def ranges_report(model: Transformer, tokens: Tensor, intervals: Targets) -> dic
     }
 
 
-def levels(model: Transformer) -> int | None:
+def levels(model: Model) -> int | None:
     """Return the multiplicative levels of a model, None where a part is not polynomial."""
     try:
         return model.levels
@@ -177,20 +185,16 @@ def levels(model: Transformer) -> int | None:
         return None
 
 
-def report(model: Transformer, heldout: Tensor, stress: Tensor) -> dict[str, Any]:
-    """Measure a polynomial model: loss, levels, ranges and excursions on held-out windows and on stress windows,
-    largest logits.
+def report(model: Model, task: Task) -> dict[str, Any]:
+    """Measure a polynomial model: quality, levels, ranges and excursions on held-out inputs and on stress inputs, largest
+    logits.
     """
     intervals = fitted_intervals(model)
-    figures: dict[str, Any] = {
-        "heldout_loss_polynomial": heldout_loss(model, heldout),
-        "levels": model.levels,
-        "intervals": intervals,
-    }
-    for name, tokens in (("heldout", heldout[:, :-1]), ("stress", stress)):
-        ranges = measure(model, tokens, intervals=intervals)
+    figures: dict[str, Any] = {**task.quality(model), "levels": model.levels, "intervals": intervals}
+    for name, inputs in (("heldout", task.heldout), ("stress", task.stress())):
+        ranges = measure(model, inputs, intervals=intervals)
         figures[f"ranges_{name}"] = {k: asdict(r) for k, r in ranges.items()}
         figures[f"outside_{name}"] = {k: {"below": r.below, "above": r.above} for k, r in ranges.items()}
         with torch.no_grad():
-            figures[f"largest_logit_{name}"] = max(float(model(rows).abs().max()) for rows in tokens.split(256))
+            figures[f"largest_logit_{name}"] = max(float(model(rows).abs().max()) for rows in inputs.split(256))
     return figures

@@ -22,6 +22,7 @@ from polyformer.commands.console import (
     warn_insecure,
 )
 from polyformer.commands.options import LOCAL, Json, Keys, Spec, TokenIds, Tokenizer, Url, Wait
+from polyformer.reading import Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,16 +176,11 @@ def read_input(
         return {spec.inputs[0].name: values.astype(np.float64)}
     if tokens is not None:
         return owner.embed(spec, np.array([int(t) for t in tokens.replace(",", " ").split()], dtype=np.int64))
-    ids = load_tokenizer(client, tokenizer).encode(text).ids
-    return owner.embed(spec, window(ids, spec.inputs[0].shape[0]))
-
-
-def window(ids: list[int], length: int) -> np.ndarray:
-    """The last `length` ids, or padding with token 0 on the left, as the model was trained."""
-    import numpy as np
-
-    kept = ids[-length:]
-    return np.array([0] * (length - len(kept)) + kept, dtype=np.int64)
+    words = load_tokenizer(client, tokenizer)
+    assert text is not None
+    return owner.embed(
+        spec, np.array(Reading.of(spec.model).read(words, text, spec.inputs[0].shape[0]), dtype=np.int64)
+    )
 
 
 def load_tokenizer(client: Path, tokenizer: Path | None) -> Any:

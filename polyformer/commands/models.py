@@ -111,14 +111,16 @@ def export_checked(out: Path, model: str = "polynomial", *, progress: Advance) -
     import torch
 
     from polyformer.export import export_onnx
-    from training import calibration_tokens, heldout_tokens, load_model
+    from training import load_model, load_task
 
     must_exist(out / "config.json", f"polyformer train {out}")
-    network = load_model(out, model)
+    network, task = load_model(out, model), load_task(out)
     path = out / "model.onnx"
-    export_onnx(network, path)
-    heldout = heldout_tokens(out)
-    np.savez_compressed(out / "calibration.npz", tokens=calibration_tokens(out), heldout=heldout[:256])
+    export_onnx(network, path, metadata=task.reading.metadata())
+    heldout = task.heldout.numpy()
+    kind = "tokens" if heldout.ndim == 2 else "inputs"  # what the compiler calls token ids, and numbers
+    arrays = {kind: task.calibration().numpy(), "heldout": heldout[:256]}
+    np.savez_compressed(out / "calibration.npz", allow_pickle=False, **arrays)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     windows = heldout[:16]
@@ -147,12 +149,16 @@ def export_step_checked(out: Path, model: str = "polynomial", *, progress: Advan
     import torch
 
     from polyformer.export_step import export_step
-    from training import calibration_tokens, heldout_tokens, load_model
+    from polyformer.model import Transformer
+    from training import load_model, load_task
 
     must_exist(out / "config.json", f"polyformer train {out}")
-    network, path, heldout = load_model(out, model), out / "step.onnx", heldout_tokens(out)
-    export_step(network, path)
-    np.savez_compressed(out / "calibration.npz", tokens=calibration_tokens(out), heldout=heldout[:256])
+    network, task, path = load_model(out, model), load_task(out), out / "step.onnx"
+    if not isinstance(network, Transformer):
+        raise Failure(f"{out} holds a classifier, which has no next token: export it without --step")
+    export_step(network, path, metadata=task.reading.metadata())
+    heldout = task.heldout.numpy()
+    np.savez_compressed(out / "calibration.npz", tokens=task.calibration().numpy(), heldout=heldout[:256])
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     kept, windows, difference = session.get_inputs()[2:], heldout[:STEP_WINDOWS], 0.0
     with torch.no_grad():

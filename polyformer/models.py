@@ -18,6 +18,8 @@ from polyformer.vision import VisionConfig, ViT
 Model = Transformer | Encoder | ViT
 M = TypeVar("M", Transformer, Encoder, ViT, Model)
 
+LARGEST_PASS = 1 << 27  # numbers of four bytes
+
 KINDS: dict[str, tuple[type[Model], type[ModelConfig | ClassifierConfig]]] = {
     "transformer": (Transformer, ModelConfig),
     "encoder": (Encoder, ClassifierConfig),
@@ -34,6 +36,16 @@ def rebuilt(model: M, changed: ModelConfig) -> M:
     """Return a new model of the same kind around another body; its parameters are at their start."""
     config = changed if isinstance(model, Transformer) else replace(model.config, body=changed)
     return type(model)(config)  # type: ignore[arg-type]
+
+
+def at_once(model: Model) -> int:
+    """Return how many inputs a forward pass may take, from 1 to 256, so that its logits and what the taps see, one block
+    after the other, stay below half a GB.
+    """
+    config = body(model)
+    outputs = config.length * config.vocab if isinstance(model, Transformer) else 0
+    numbers = outputs + config.blocks * config.length * (config.hidden + 2 * config.width)
+    return max(1, min(256, LARGEST_PASS // numbers))
 
 
 def facts(model: Model) -> dict[str, Any]:

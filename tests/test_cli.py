@@ -23,7 +23,20 @@ from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, ml
 from tests.he_backend.stub import StubEngine, StubOwner
 
 COMMANDS = (
-    *("train", "convert", "export", "plan", "compile", "keygen", "serve", "encrypt", "evaluate", "decrypt", "infer"),
+    *(
+        "train",
+        "adopt",
+        "convert",
+        "export",
+        "plan",
+        "compile",
+        "keygen",
+        "serve",
+        "encrypt",
+        "evaluate",
+        "decrypt",
+        "infer",
+    ),
     *("generate", "report", "inspect", "bench", "demo"),
 )
 

@@ -55,7 +55,7 @@ def language(model: Transformer, windows_NS: Tensor, *, bytes_per_token: float, 
 
 def bytes_per_token(tokenizer: Tokenizer, docs: Sequence[str]) -> float:
     """Return the mean UTF-8 bytes of a token over documents."""
-    tokens = sum(len(e.ids) for e in tokenizer.encode_batch(list(docs)))
+    tokens = sum(len(e.ids) for e in tokenizer.encode_batch(list(docs), add_special_tokens=False))
     if not tokens:
         raise ValueError(f"{len(docs)} documents hold no token; give the held-out text")
     return sum(len(d.encode()) for d in docs) / tokens

@@ -7,8 +7,9 @@ where an uninterrupted one does: each stage is a function of the state before it
 A report holds: stage (name), kind, steps done, the quality that the task measures on what was held out (heldout_loss in
 nats, of classes also heldout_accuracy), levels (null while a part is not polynomial), ranges (of every tap on held-out
 inputs, with the interval it is held against), outside (the share of all those values outside), met (Ranges alone:
-whether the wanted share was reached, null if none was wanted), alone (Substitute alone: the quality after replacing one
-kind of function and nothing else).
+whether the wanted share was reached, null if none was wanted), layers (of a matched Swap: relative errors of every
+attention as copied, matched and fitted), alone (Substitute alone: the quality after replacing one kind of function and
+nothing else).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
-from polyformer.models import Model, body, facts, from_facts, rebuilt
+from polyformer.models import Model, at_once, body, facts, from_facts, rebuilt
 from polyformer.ranges import Collector, measure, range_loss
+from training.distil import Fit, Watch, distil_layers
 from training.loop import Batches, Schedule, discard_checkpoint, run_stage
 from training.recipe import Progress
 from training.stages import Continue, Ranges, Rows, Stage, Substitute, Swap, Training, Tune
@@ -113,7 +115,14 @@ def _apply(
 ) -> dict[str, Any]:
     """Do one stage to the state; return what only this stage knows for its report."""
     if isinstance(stage, Swap):
-        state.model, state.targets = _swapped(state.model, stage), {}
+        original, state.targets = state.model, {}
+        state.model = _swapped(original, stage)
+        if stage.matched:
+            windows = material.calibration[: stage.matched]
+            fits = distil_layers(
+                original, state.model, windows, fit=Fit(steps=stage.fit), watch=watched(stage, progress)
+            )
+            return {"layers": [asdict(fit) for fit in fits]}
     elif isinstance(stage, Rows):
         state.model = with_rows(state.model, material.calibration)
     elif isinstance(stage, Ranges):
@@ -132,9 +141,11 @@ def _apply(
         ranged, alone = state.model, {}
         for kind in KINDS:
             if getattr(stage, kind):
-                only = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), state.targets)  # type: ignore[arg-type]
+                only = substitute(
+                    ranged, replace(stage, **{k: k == kind for k in KINDS}), state.targets, material.calibration
+                )  # type: ignore[arg-type]
                 alone[kind] = material.quality(only)
-        state.model = substitute(ranged, stage, state.targets)
+        state.model = substitute(ranged, stage, state.targets, material.calibration)
         return {"alone": alone}
     elif isinstance(stage, (Continue, Tune)):
         return {"steps": _train(state, stage, material, place, log, progress, ranges=isinstance(stage, Tune))}
@@ -143,9 +154,16 @@ def _apply(
     return {}
 
 
+def watched(stage: Stage, progress: Progress | None) -> Watch | None:
+    """Return the call of `distil_layers` that reports one layer after the other as steps of the stage."""
+    return None if progress is None else lambda done, total, what: progress(stage.name, done, total, {})
+
+
 def _swapped(model: Model, stage: Swap) -> Model:
     if stage.fresh is None:
-        return swap_attention(model, mixer=stage.mixer, power=stage.power, eps=stage.eps, form=stage.form)
+        return swap_attention(
+            model, mixer=stage.mixer, power=stage.power, eps=stage.eps, form=stage.form, biases=stage.matched > 0
+        )
     torch.manual_seed(stage.fresh)
     changed = replace(
         body(model),
@@ -205,7 +223,8 @@ def _train(
 def _outside(state: State, inputs: Tensor) -> float:
     """Return the share of all values outside the targets, in evaluation mode; the mode stays as it was."""
     training = state.model.training
-    found = measure(state.model.eval(), inputs, intervals=state.targets).values()
+    model = state.model.eval()
+    found = measure(model, inputs, intervals=state.targets, batch=at_once(model)).values()
     state.model.train(training)
     return sum((r.below + r.above) * r.count for r in found) / max(1, sum(r.count for r in found))
 

@@ -5,12 +5,14 @@ for tests).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from polyformer.model import ModelConfig
 from training.data import Mix
 
+MAY_BE_NONE = ("activation_spread", "range_outside")
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, total, figures (e.g. loss)
 
 
@@ -32,6 +34,10 @@ class Recipe:
     vocab: int = 1024
     length: int = 32
     holdout: int = 9  # every k-th document
+    heldout: int = 0  # held-out windows that quality and ranges are measured on, evenly spread; 0: all of them
+    calibration: int = (
+        512  # windows of training text that choose ranges, beside a quarter as many short and arbitrary ones
+    )
     # model
     width: int = 128
     heads: int = 4
@@ -63,6 +69,8 @@ class Recipe:
     softmax_steps: int = 1200
     power_steps: int = 100
     start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
+    matched: int = 0  # windows on which the powers are matched to the exponentials at that swap; 0: q and k are copied
+    fit_steps: int = 0  # of each layer after that
     continue_steps: int = 100  # after that swap, in place of `power_steps`
     range_steps: int = 50
     tune_steps: int = 1050
@@ -76,6 +84,7 @@ class Recipe:
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
+    cover: bool = False  # fit polynomials on what calibration shows, where that is wider than the targets
     range_outside: float | None = None  # end the range stage early, at this share of values outside their targets
 
     def __post_init__(self) -> None:
@@ -119,9 +128,77 @@ class Recipe:
             checkpoint_every=10,
         )
 
+    @classmethod
+    def adopted(cls, body: ModelConfig, *, steps: int, batch: int) -> Recipe:
+        """A released model, whose `body` this repeats: each stage trains for `steps` at a small rate. Its activations and
+        variances spread more than those of a model that was trained for its polynomials, so degrees and targets are higher.
+        """
+        return cls(
+            vocab=body.vocab,
+            length=body.length,
+            heldout=64,
+            calibration=64,
+            width=body.width,
+            heads=body.heads,
+            hidden=body.hidden,
+            blocks=body.blocks,
+            parallel=body.parallel,
+            power=8,
+            eps=1.0,
+            matched=32,
+            las_decay=0.0,
+            activation=body.activation,
+            exact_norms=body.norms,
+            activation_degree=8,
+            activation_spread=None,
+            norm_degree=4,
+            norm_newton=1,
+            batch=batch,
+            padded=min(1, batch - 1),
+            noise=1,
+            lr=1e-4,
+            tune_lr=1e-4,
+            warmup=10,
+            weight_decay=0.0,
+            softmax_steps=steps,
+            power_steps=0,
+            start="softmax",
+            continue_steps=steps,
+            range_steps=steps,
+            tune_steps=steps,
+            checkpoint_every=50,
+            activation_bound=8.0,
+            variance_ratio=16.0,
+            cover=True,
+        )
+
     def with_(self, **changes: object) -> Recipe:
         """Return a copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+    def changed(self, settings: Sequence[str]) -> Recipe:
+        """Return a copy with fields set as "name=value", as a command line gives them; values are JSON, lists in brackets.
+
+        Raises:
+            ValueError: a field is unknown, or a value is of another type; says what there is.
+        """
+        known = asdict(self)
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name not in known:
+                raise ValueError(f"the recipe has no {name!r}; known: {', '.join(known)}")
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = text
+            value = tuple(value) if isinstance(value, list) else value
+            old = known[name]
+            fits = {type(old), int} if isinstance(old, float) else {type(old)}
+            if old is not None and type(value) not in fits and not (value is None and name in MAY_BE_NONE):
+                raise ValueError(f"{name} is {old!r}; {text!r} is no {type(old).__name__}")
+            changes[name] = value
+        return replace(self, **changes)
 
     def softmax_config(self) -> ModelConfig:
         """The twin: same sizes and parameters, softmax, exact functions."""

@@ -36,7 +36,9 @@ class Stage:
 class Swap(Stage):
     """Replace the mixer of every block; all other parameters stay, and those of the mixer if it takes them.
 
-    `fresh` starts over with new parameters from this seed: the model keeps its shape alone.
+    `fresh` starts over with new parameters from this seed: the model keeps its shape alone. `matched` calibration inputs
+    rewrite queries and keys so that the powers follow the exponentials (`power_match.py`), and `fit` steps a layer go on
+    from there (`distil.py`): without either, a swapped checkpoint has forgotten which keys repelled a query.
     """
 
     mixer: str
@@ -44,6 +46,8 @@ class Swap(Stage):
     eps: float = 1.0
     form: str = "stable"
     fresh: int | None = None
+    matched: int = 0
+    fit: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,8 @@ class Substitute(Stage):
 
     `activation_spread`: fit activations where their inputs are, weighted by a normal density of this deviation, instead
     of evenly over the interval (None). A model that is tuned long afterwards needs the curvature near 0, not the tails.
+    `cover`: where calibration inputs show more than the target, fit on that, widened. The range losses of a few steps do not
+    bring a released model into narrow targets, and outside its interval a polynomial explodes.
     The switches replace one kind alone, to see what each substitution costs.
     """
 
@@ -102,6 +108,7 @@ class Substitute(Stage):
     margin: float
     denominator_interval: tuple[float, float]
     activation_spread: float | None = None
+    cover: bool = False
     division: bool = True
     activation: bool = True
     norm: bool = True
@@ -117,7 +124,14 @@ def powersoftmax(recipe: Recipe) -> tuple[Stage, ...]:
     been trained as such, the first two are not needed (`recipe.start`).
     """
     swap = (
-        Swap(name="swap", mixer="power_softmax", power=recipe.power, eps=recipe.eps),
+        Swap(
+            name="swap",
+            mixer="power_softmax",
+            power=recipe.power,
+            eps=recipe.eps,
+            matched=recipe.matched,
+            fit=recipe.fit_steps,
+        ),
         Continue(name="continue", steps=recipe.continue_steps, lr=recipe.tune_lr, sampler=3, noise=False),
     )
     return (
@@ -190,4 +204,5 @@ def _substitute(recipe: Recipe, name: str) -> Substitute:
         margin=recipe.margin,
         denominator_interval=recipe.denominator_interval,
         activation_spread=recipe.activation_spread,
+        cover=recipe.cover,
     )

@@ -5,19 +5,19 @@ measures.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyformer.activations import EXACT, Activation, fit_activation
 from polyformer.approx import inverse_sqrt, reciprocal
-from polyformer.layers import PolynomialLayer
+from polyformer.layers import PolynomialLayer, Tap
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig
-from polyformer.models import M, Model, body, rebuilt
+from polyformer.models import M, Model, at_once, body, rebuilt
 from polyformer.norms import Norm
 from polyformer.ranges import Collector, Targets, log_mean_rows, measure, taps
 from training.stages import Substitute
@@ -47,7 +47,7 @@ def with_rows(power: M, calibration: Tensor) -> M:
     A model without PowerSoftmax comes back as a copy.
     """
     model = with_config(power, replace(body(power), form="rows")).eval()
-    for name, log_T in log_mean_rows(model, calibration).items():
+    for name, log_T in log_mean_rows(model, calibration, batch=at_once(model)).items():
         mixer = model.get_submodule(name)
         assert isinstance(mixer, PowerSoftmax)
         # multiplying a row's factor by g multiplies its denominators by g^p
@@ -67,28 +67,35 @@ def choose_targets(
 
     The norm that opens a post-norm stack has none: the client computes it, exactly.
     """
+    fixed = {"activation": (-activation_bound, activation_bound), "denominator": denominator_target}
     targets: dict[str, tuple[float, float]] = {}
+    for name, tap in taps(model).items():
+        if tap.kind in fixed:
+            targets[name] = fixed[tap.kind]
+        elif name != "norm" or body(model).order == "pre":
+            targets[name] = (variance_ratio**-0.5, variance_ratio**0.5)
+    logs: dict[str, list[Tensor]] = {}
     with torch.no_grad(), Collector(model) as collector:
-        model(calibration)
-        for name, value in collector.values.items():
-            if name == "norm" and body(model).order == "post":
-                continue
-            if collector.kind(name) == "activation":
-                targets[name] = (-activation_bound, activation_bound)
-            elif collector.kind(name) == "denominator":
-                targets[name] = denominator_target
-            else:
-                centre = math.exp(float(value.log().mean()))
-                targets[name] = (centre * variance_ratio**-0.5, centre * variance_ratio**0.5)
+        for inputs in calibration.split(at_once(model)):
+            model(inputs)
+            for name, value in collector.values.items():
+                if collector.kind(name) == "variance":
+                    logs.setdefault(name, []).append(value.log().flatten())
+    for name in targets.keys() & logs.keys():
+        centre = math.exp(float(torch.cat(logs[name]).mean()))
+        targets[name] = (centre * targets[name][0], centre * targets[name][1])
     return targets
 
 
 def fitted_interval(target: tuple[float, float], stage: Substitute, *, denominator: bool) -> tuple[float, float]:
     """Return the interval of a polynomial: the stage's own for denominators, else the target widened by the margin."""
-    if denominator:
-        return stage.denominator_interval
-    lo, hi = target
-    return (lo * stage.margin, hi * stage.margin) if lo < 0 else (lo / stage.margin, hi * stage.margin)
+    return stage.denominator_interval if denominator else widened(target, stage.margin)
+
+
+def widened(interval: tuple[float, float], margin: float) -> tuple[float, float]:
+    """Return an interval of values or, if it is positive, of scales, wider by the factor `margin` at both ends."""
+    lo, hi = interval
+    return (lo * margin, hi * margin) if lo < 0 else (lo / margin, hi * margin)
 
 
 def polynomial_config(
@@ -119,24 +126,57 @@ def with_polynomials(model: M, config: ModelConfig, intervals: Targets, *, sprea
         ValueError: a polynomial has no interval to be fitted on.
     """
     made = with_config(model, config)
-    exact = body(model).activation
-    for name in taps(made):
-        layer = made.get_submodule(name)
-        if not any(isinstance(part, PolynomialLayer) for part in layer.children()):
-            continue
+    for name in polynomial_taps(made):
         if name not in intervals:
             raise ValueError(f"{name} has no target; put a Ranges stage (steps may be 0) before the substitution")
-        if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
-            layer.reciprocal.set(reciprocal(layer.reciprocal.degree, intervals[name]))
-        elif isinstance(layer, Activation) and layer.polynomial is not None and exact in EXACT:
-            layer.polynomial.set(fit_activation(exact, layer.polynomial.degree, intervals[name], spread=spread))
-        elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
-            layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, intervals[name]))
+        fill(made.get_submodule(name), body(model).activation, intervals[name], spread=spread)
     return made.eval()
 
 
-def substitute(ranged: M, stage: Substitute, targets: Targets) -> M:
-    """Return a copy of a ranged model with the chosen functions replaced by polynomials on its targets, widened.
+def polynomial_taps(model: nn.Module) -> dict[str, Tap]:
+    """Return the taps before a polynomial, by path."""
+    owners = {name: model.get_submodule(name).children() for name in taps(model)}
+    return {n: tap for n, tap in taps(model).items() if any(isinstance(part, PolynomialLayer) for part in owners[n])}
+
+
+def fill(layer: nn.Module, activation: str, interval: tuple[float, float], *, spread: float | None = None) -> None:
+    """Fit the polynomial of a layer on an interval, in place; `activation` is the function that it stands for there."""
+    if isinstance(layer, PowerSoftmax) and layer.reciprocal is not None:
+        layer.reciprocal.set(reciprocal(layer.reciprocal.degree, interval))
+    elif isinstance(layer, Activation) and layer.polynomial is not None and activation in EXACT:
+        layer.polynomial.set(fit_activation(activation, layer.polynomial.degree, interval, spread=spread))
+    elif isinstance(layer, Norm) and layer.inverse_sqrt is not None:
+        layer.inverse_sqrt.set(inverse_sqrt(layer.inverse_sqrt.degree, interval))
+
+
+@torch.no_grad()
+def cover(made: Model, inputs: Tensor, activation: str, margin: float, *, spread: float | None = None) -> None:
+    """Fit the polynomials of a model again, in place, where these inputs leave their intervals, on what they show.
+
+    All happens in one forward pass, so that each is fitted to what it reads once all before it are polynomials: what one
+    errs is in the range of the next. The inputs are thinned out to what one pass may hold.
+    """
+
+    def fit(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def look(tap: nn.Module, args: tuple[Tensor, ...], value: Tensor) -> None:
+            lo, hi = widened((float(value.min()), float(value.max())), margin)
+            old = fitted_intervals(made)[name]
+            if lo < old[0] or hi > old[1]:
+                fill(made.get_submodule(name), activation, (min(lo, old[0]), max(hi, old[1])), spread=spread)
+
+        return look
+
+    handles = [tap.register_forward_hook(fit(name)) for name, tap in polynomial_taps(made).items()]
+    try:
+        made(inputs[:: -(-len(inputs) // at_once(made))])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def substitute(ranged: M, stage: Substitute, targets: Targets, calibration: Tensor) -> M:
+    """Return a copy of a ranged model with the chosen functions replaced by polynomials on its targets, widened, and if
+    the stage says `cover` on what calibration inputs show.
 
     Raises:
         ValueError: a polynomial has no target, so nothing says on which interval to fit it.
@@ -154,10 +194,13 @@ def substitute(ranged: M, stage: Substitute, targets: Targets) -> M:
         name: fitted_interval(target, stage, denominator=kinds.get(name) == "denominator")
         for name, target in targets.items()
     }
-    return with_polynomials(ranged, config, intervals, spread=stage.activation_spread)
+    made = with_polynomials(ranged, config, intervals, spread=stage.activation_spread)
+    if stage.cover:
+        cover(made, calibration, body(ranged).activation, stage.margin, spread=stage.activation_spread)
+    return made
 
 
-def fitted_intervals(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+def fitted_intervals(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Return the interval of every polynomial of a model, by the path of its tap."""
     owners = {name.rpartition(".")[0]: m for name, m in model.named_modules() if isinstance(m, PolynomialLayer)}
     return {name: m.polynomial().interval for name, m in owners.items()}
@@ -167,7 +210,7 @@ def ranges_report(model: Model, inputs: Tensor, intervals: Targets) -> dict[str,
     """Return, as plain data, the range of every tap on inputs and the share of values outside the intervals: by tap,
     and over all values of taps that have one.
     """
-    found = measure(model, inputs, intervals=intervals)
+    found = measure(model, inputs, intervals=intervals, batch=at_once(model))
     bounded = [r for name, r in found.items() if name in intervals]
     count = sum(r.count for r in bounded)
     given = {name: list(interval) for name, interval in intervals.items()}
@@ -192,9 +235,11 @@ def report(model: Model, task: Task) -> dict[str, Any]:
     intervals = fitted_intervals(model)
     figures: dict[str, Any] = {**task.quality(model), "levels": model.levels, "intervals": intervals}
     for name, inputs in (("heldout", task.heldout), ("stress", task.stress())):
-        ranges = measure(model, inputs, intervals=intervals)
+        ranges = measure(model, inputs, intervals=intervals, batch=at_once(model))
         figures[f"ranges_{name}"] = {k: asdict(r) for k, r in ranges.items()}
         figures[f"outside_{name}"] = {k: {"below": r.below, "above": r.above} for k, r in ranges.items()}
         with torch.no_grad():
-            figures[f"largest_logit_{name}"] = max(float(model(rows).abs().max()) for rows in inputs.split(256))
+            figures[f"largest_logit_{name}"] = max(
+                float(model(rows).abs().max()) for rows in inputs.split(at_once(model))
+            )
     return figures

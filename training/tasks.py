@@ -16,17 +16,13 @@ import torch
 from torch import Tensor
 
 from polyformer.model import ModelConfig, Transformer
-from polyformer.models import Model
+from polyformer.models import Model, at_once
 from polyformer.reading import Reading
 from training.data import EOT_ID, Sampler, cut_windows, noise_windows, padded_windows
 from training.evaluate import heldout_loss
 from training.loop import Batches
 from training.recipe import Recipe
 
-CALIBRATION = (
-    512  # inputs of the training side on which ranges are measured; a quarter as many short, and arbitrary ones
-)
-STRESS = 1024  # arbitrary inputs
 CALIBRATION_SEED, STRESS_SEED = 123_456_789, 987_654_321
 
 
@@ -69,19 +65,24 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class NextTokens:
-    """Documents as token ids, one int64 vector each, in windows of `length` tokens; `end` ends a document and pads."""
+    """Documents as token ids, one int64 vector each, in windows of `length` tokens.
+
+    `end` ends a document and pads; `measured` and `chosen` are the `heldout` and `calibration` of the recipe.
+    """
 
     train: tuple[Tensor, ...] = field(repr=False)
     docs: tuple[Tensor, ...] = field(repr=False)  # held out
     length: int
     vocab: int
     end: int = EOT_ID
+    measured: int = 0
+    chosen: int = 512
     file: str = "tokens"
 
     @property
     def windows(self) -> Tensor:
-        """All held-out text in windows [N, S] without overlap, inputs and targets in one."""
-        return cut_windows(self.docs, self.length + 1)
+        """Held-out text in windows [N, S] without overlap, inputs and targets in one."""
+        return spread(cut_windows(self.docs, self.length + 1), self.measured)
 
     @property
     def heldout(self) -> Tensor:
@@ -105,24 +106,25 @@ class NextTokens:
         )
 
     def quality(self, model: Model) -> dict[str, float]:
-        return {"heldout_loss": heldout_loss(model, self.windows)}
+        return {"heldout_loss": heldout_loss(model, self.windows, batch=at_once(model))}
 
     def calibration(self) -> Tensor:
         g = torch.Generator().manual_seed(CALIBRATION_SEED)
         windows = cut_windows(self.train, self.length)
-        text = windows[torch.randperm(len(windows), generator=g)[:CALIBRATION]]
+        text = windows[torch.randperm(len(windows), generator=g)[: self.chosen]]
         short = padded_windows(self.train, self.length, end=self.end)
-        short = short[torch.randperm(len(short), generator=g)[: CALIBRATION // 4]]
-        return torch.cat([text, short, noise_windows(CALIBRATION // 4, self.length, self.vocab, g)])
+        short = short[torch.randperm(len(short), generator=g)[: self.chosen // 4]]
+        return torch.cat([text, short, noise_windows(self.chosen // 4, self.length, self.vocab, g)])
 
     def stress(self) -> Tensor:
         """Short prompts of every length from held-out text, and windows of arbitrary tokens."""
         g = torch.Generator().manual_seed(STRESS_SEED)
-        noise = noise_windows(STRESS, self.length, self.vocab, g)
-        return torch.cat([padded_windows(self.docs, self.length, end=self.end), noise])
+        noise = noise_windows(2 * self.chosen, self.length, self.vocab, g)
+        return torch.cat([spread(padded_windows(self.docs, self.length, end=self.end), self.chosen), noise])
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "next tokens", "length": self.length, "vocab": self.vocab, "end": self.end}
+        names = ("length", "vocab", "end", "measured", "chosen")
+        return {"kind": "next tokens", **{name: getattr(self, name) for name in names}}
 
     def tensors(self) -> dict[str, Tensor]:
         train = {f"train.{i}": d for i, d in enumerate(self.train)}
@@ -139,7 +141,10 @@ class NextTokens:
         return cls(
             train=part("train"),
             docs=part("heldout"),
-            length=int(facts["length"]),
-            vocab=int(facts["vocab"]),
-            end=int(facts["end"]),
+            **{name: int(facts[name]) for name in ("length", "vocab", "end", "measured", "chosen") if name in facts},
         )
+
+
+def spread(rows: Tensor, most: int) -> Tensor:
+    """Return at most `most` rows, evenly spaced; 0 returns all."""
+    return rows[:: -(-len(rows) // most)] if most else rows

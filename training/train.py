@@ -79,6 +79,8 @@ def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer]:
         docs=tuple(encode_documents(tokenizer, heldout_docs)),
         length=recipe.length,
         vocab=recipe.vocab,
+        measured=recipe.heldout,
+        chosen=recipe.calibration,
     )
     return task, tokenizer
 

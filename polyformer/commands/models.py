@@ -1,8 +1,8 @@
-"""train, convert, export: from text to an ONNX file that holds nothing but polynomials."""
+"""train or adopt, convert, export: from text, or from a released checkpoint, to an ONNX file of nothing but polynomials."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,12 @@ from polyformer.commands.console import Advance, Failure, bar, emit, must_exist,
 from polyformer.commands.options import Json
 
 Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
+Text = Annotated[
+    Path | None, typer.Option(help="Text file or folder of .txt files; default: speeches in this package.")
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="A number of the recipe, name=value; as often as wanted.")
+]
 ONNX_TOLERANCE = 1e-4
 STEP_WINDOWS = 4  # of all their places
 
@@ -26,21 +32,49 @@ class Conversion(str, Enum):
 
 def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Model", epilog="Example: polyformer train runs/mine --text essays.txt")(train)
+    app.command(rich_help_panel="Model", epilog="Example: polyformer adopt checkpoints/gpt2 --out runs/gpt2")(adopt)
     app.command(rich_help_panel="Model", epilog="Example: polyformer convert runs/mine")(convert)
     app.command(rich_help_panel="Model", epilog="Example: polyformer export runs/mine")(export)
 
 
 def train(
     out: Out,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file or folder of .txt files; default: speeches in this package.")
-    ] = None,
+    text: Text = None,
     quick: Annotated[bool, typer.Option(help="A tiny model in seconds, for tests.")] = False,
+    changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Train a PowerSoftmax model and its softmax twin on text."""
+    """Train a PowerSoftmax model and its softmax twin on text; in an adopted folder, train the released model on."""
     with bar("train") as advance:
-        finish(train_model(out, text, quick, progress=advance), out, json)
+        finish(train_model(out, text, quick, changes=changes or (), progress=advance), out, json)
+
+
+def adopt(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Hugging Face folder with config.json, tokenizer.json and safetensors, or a .gguf file."),
+    ],
+    to: Annotated[Path, typer.Option("--out", help="New folder of the model.")],
+    text: Text = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Window in tokens; default: the checkpoint's, at most 128.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each stage of training.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
+    changes: Changes = None,
+    end: Annotated[
+        str | None, typer.Option(help="Token, or its id, that ends a document; default: the checkpoint's.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Take a released checkpoint into a folder, with its tokenizer, for train, convert, export and all after them."""
+    from training import adopt as run
+
+    finish(
+        run(checkpoint, to, text=text, length=length, steps=steps, batch=batch, end=end, changes=changes or ()),
+        to,
+        json,
+    )
 
 
 def convert(
@@ -55,12 +89,21 @@ def convert(
         finish(convert_model(out, recipe.value, progress=advance), out, json)
 
 
-def train_model(out: Path, text: Path | None, quick: bool, *, progress: Advance) -> dict[str, Any]:
+def train_model(
+    out: Path, text: Path | None, quick: bool, *, changes: Sequence[str] = (), progress: Advance
+) -> dict[str, Any]:
     """Train into a folder; its metrics."""
-    from training import Recipe
+    from training import Recipe, train_on
     from training import train as run
 
-    return run(out, Recipe.quick() if quick else Recipe.demo(), text=text, progress=staged(progress))
+    if (out / "released.safetensors").exists():
+        if text is not None or quick or changes:
+            raise Failure(
+                f"{out} was adopted, with its own text and recipe: train it without --text, --quick and --set"
+            )
+        return train_on(out, progress=staged(progress))
+    recipe = (Recipe.quick() if quick else Recipe.demo()).changed(changes)
+    return run(out, recipe, text=text, progress=staged(progress))
 
 
 def convert_model(out: Path, recipe: str = "powersoftmax", *, progress: Advance) -> dict[str, Any]:
@@ -83,7 +126,9 @@ def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None
 
 def export(
     out: Out,
-    model: Annotated[str, typer.Option(help="Which model: polynomial, pointwise, power or softmax.")] = "polynomial",
+    model: Annotated[
+        str, typer.Option(help="Which model: polynomial, pointwise, power, softmax or released.")
+    ] = "polynomial",
     step: Annotated[
         bool,
         typer.Option("--step", help="Write step.onnx, one token at a time with kept keys and values, for generate."),
@@ -126,6 +171,7 @@ def export_checked(out: Path, model: str = "polynomial", *, progress: Advance) -
     windows = heldout[:16]
     with torch.no_grad():
         ours = network(torch.from_numpy(windows)).double().numpy()
+    require_finite(ours, out, model)
     theirs = []
     for i, window in enumerate(windows):
         theirs.append(session.run(None, {name: window[None]})[0])
@@ -163,6 +209,7 @@ def export_step_checked(out: Path, model: str = "polynomial", *, progress: Advan
     kept, windows, difference = session.get_inputs()[2:], heldout[:STEP_WINDOWS], 0.0
     with torch.no_grad():
         ours = network(torch.from_numpy(windows)).double().numpy()
+    require_finite(ours, out, model)
     for i, window in enumerate(windows):
         states = [np.zeros(k.shape, dtype=np.float32) for k in kept]
         for t, token in enumerate(window):
@@ -176,6 +223,21 @@ def export_step_checked(out: Path, model: str = "polynomial", *, progress: Advan
             f"onnxruntime and torch differ by {difference:.3g}, more than {ONNX_TOLERANCE}: {path} is not the model"
         )
     return {"path": str(path), "max_difference": difference, "windows": len(windows), "bytes": path.stat().st_size}
+
+
+def require_finite(logits: Any, out: Path, model: str) -> None:
+    """Refuse a model whose values left the intervals of its polynomials.
+
+    Raises:
+        Failure: a logit is NaN or infinite.
+    """
+    import numpy as np
+
+    if not np.isfinite(logits).all():
+        raise Failure(
+            f"the {model} model of {out} gives logits that are not finite on held-out data: values leave the intervals of its "
+            f"polynomials, {out / 'stages.jsonl'} says where; convert with more steps or wider targets"
+        )
 
 
 def finish(metrics: dict[str, Any], out: Path, json: bool) -> None:

@@ -212,7 +212,7 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
         name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()
     }
     stage = stage_of(recipe.with_(denominator_interval=targets["blocks.0.mixer"]), Substitute)
-    model = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), targets)
+    model = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), targets, tokens)
     replaced = {
         "division": ["blocks.0.mixer"],
         "activation": ["blocks.0.mlp.act"],
@@ -235,7 +235,7 @@ def test_a_spread_gives_activations_the_curvature_of_gelu_near_zero(run):
     targets = choose_targets(ranged, tokens, **wanted_of(RECIPE))
     curvatures, intervals = [], []
     for spread in (None, 0.5):
-        model = substitute(ranged, stage_of(RECIPE.with_(activation_spread=spread), Substitute), targets)
+        model = substitute(ranged, stage_of(RECIPE.with_(activation_spread=spread), Substitute), targets, tokens)
         p = model.blocks[0].mlp.act.polynomial.polynomial()
         curvatures.append(float(p(1e-2) - 2 * p(0.0) + p(-1e-2)) / 1e-4)
         intervals.append(fitted_intervals(model)["blocks.0.mlp.act"])

@@ -215,7 +215,7 @@ def test_serve_refuses_to_start_beside_a_secret_key(tmp_path: Path) -> None:
 
 def test_likeliest_tokens_are_those_of_the_last_position() -> None:
     logits = np.array([[9.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
-    rows = infer.likeliest(logits, None, 2)
+    rows = infer.likeliest(logits, str, 2)
     assert [row["id"] for row in rows] == [2, 1]
     assert rows[0]["probability"] == pytest.approx(np.exp(2) / (1 + np.e + np.exp(2)))
 

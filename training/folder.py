@@ -2,13 +2,13 @@
 
 config.json          {"recipe": ..., "task": ..., "models": {name of a model file: its kind and config}}
 tokenizer.json       byte-level BPE, or that of a released checkpoint
-tokens.safetensors   token documents, train.0 ... and heldout.0 ...
+tokens.safetensors   token documents, train.0 ... and heldout.0 ...; of a classifier examples.safetensors instead
 released.safetensors a checkpoint as `adopt` loaded it
 softmax.safetensors  power.safetensors  polynomial.safetensors  pointwise.safetensors
 train.jsonl          one line every ten steps
 stages.jsonl         one line a stage of a conversion: held-out quality, ranges, share outside
 metrics.json         held-out losses, ranges, per-stage quality
-calibration.npz      `tokens` int64 [n, T], windows of training text and of what a user might type
+calibration.npz      `tokens` int64 [n, T] or `inputs` float32 [n, C, H, W], training data and what a user might give
 checkpoints/         of an interrupted run
 """
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from polyformer.models import Model, facts, from_facts
+from training.classes import Classes
 from training.data import EOT_ID
 from training.recipe import Recipe
 from training.tasks import NextTokens, Task
@@ -74,7 +75,8 @@ class Folder:
                 "vocab": recipe.vocab,
                 "end": EOT_ID,
             }
-        return NextTokens.loaded(values, load_file(self.path / f"{values['file']}.safetensors"))
+        tensors = load_file(self.path / f"{values['file']}.safetensors")
+        return Classes.loaded(values, tensors) if values["kind"] == "classes" else NextTokens.loaded(values, tensors)
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").exists()

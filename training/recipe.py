@@ -12,6 +12,7 @@ from typing import Any
 from polyformer.model import ModelConfig
 from training.data import Mix
 
+TASKS = ("next tokens", "texts", "images")
 MAY_BE_NONE = ("activation_spread", "range_outside")
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, total, figures (e.g. loss)
 
@@ -31,6 +32,8 @@ class Recipe:
     seed: int = 0
     threads: int = 2
     # data
+    task: str = "next tokens"  # or the class of texts, of images
+    patch: int = 4  # side in pixels, of images; their tokens are the patches, so `vocab` and `length` are not read
     vocab: int = 1024
     length: int = 32
     holdout: int = 9  # every k-th document
@@ -49,6 +52,8 @@ class Recipe:
     las_decay: float = 1.0  # LaS: the largest decay of scores with distance, of both twins; it costs no level
     activation: str = "gelu"
     exact_norms: tuple[str, ...] = ("affine",) * 5
+    mlp_norm: bool = False  # the BatchNorms that stabilise a vision model, which fold away
+    score_norm: bool = False
     # polynomial form
     activation_degree: int = 2
     activation_spread: float | None = 0.5  # fit activations under a normal density; None: evenly over the interval
@@ -90,6 +95,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.start not in ("power", "softmax"):
             raise ValueError(f"start is {self.start!r}; the conversion starts from 'power' or from 'softmax'")
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
 
     @classmethod
     def demo(cls) -> Recipe:
@@ -127,6 +134,80 @@ class Recipe:
             warmup=5,
             checkpoint_every=10,
         )
+
+    @classmethod
+    def texts(cls, *, quick: bool = False) -> Recipe:
+        """An encoder that tells texts by class: LayerNorm, softmax attention that is swapped on the way."""
+        whole = cls(
+            task="texts",
+            length=64,
+            width=64,
+            hidden=128,
+            las_decay=0.0,
+            exact_norms=("layer",) * 5,
+            activation_spread=None,
+            activation_degree=4,
+            norm_degree=3,
+            batch=32,
+            padded=2,
+            noise=2,
+            lr=2e-3,
+            tune_lr=1e-3,
+            warmup=20,
+            softmax_steps=200,
+            power_steps=0,
+            start="softmax",
+            continue_steps=60,
+            range_steps=60,
+            tune_steps=120,
+            checkpoint_every=50,
+            cover=True,
+            range_outside=0.001,
+        )
+        return whole.short() if quick else whole
+
+    @classmethod
+    def images(cls, *, quick: bool = False) -> Recipe:
+        """A vision transformer whose BatchNorms fold away (methods.md 2.2): nothing is left but one division a row."""
+        whole = cls(
+            task="images",
+            patch=4,
+            width=48,
+            hidden=96,
+            las_decay=0.0,
+            exact_norms=("batch",) * 5,
+            mlp_norm=True,
+            score_norm=True,
+            activation_spread=None,
+            activation_degree=4,
+            power=4,
+            batch=64,
+            padded=0,
+            noise=0,  # arbitrary pixels would be in the statistics of the norms
+            lr=4e-3,
+            tune_lr=1e-3,
+            warmup=30,
+            weight_decay=0.05,
+            softmax_steps=300,
+            power_steps=0,
+            start="softmax",
+            continue_steps=100,
+            range_steps=60,
+            tune_steps=140,
+            checkpoint_every=100,
+            cover=True,
+            range_outside=0.001,
+        )
+        return whole.short() if quick else whole
+
+    def short(self) -> Recipe:
+        """Return the same with one block and some steps a stage, for tests: its quality means nothing."""
+        norms = (*self.exact_norms[:2], self.exact_norms[-1])
+        return replace(
+            self, threads=1, vocab=300, length=8, width=16, heads=2, hidden=16, blocks=1, exact_norms=norms, batch=8,
+            softmax_steps=20, continue_steps=6, range_steps=6, tune_steps=6, warmup=3, checkpoint_every=10, calibration=64,
+            activation_degree=2, reciprocal_degree=2, norm_degree=2, power=2,
+        )  # fmt: skip
 
     @classmethod
     def adopted(cls, body: ModelConfig, *, steps: int, batch: int) -> Recipe:
@@ -223,6 +304,9 @@ class Recipe:
             las_decay=self.las_decay,
             mixer=mixer,
             form=form,
+            causal=self.task == "next tokens",
+            mlp_norm=self.mlp_norm,
+            score_norm=self.score_norm,
         )
 
     def mix(self, *, noise: bool) -> Mix:

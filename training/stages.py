@@ -147,9 +147,10 @@ def pointwise(recipe: Recipe) -> tuple[Stage, ...]:
     """Return the stages of the pointwise recipe: rebuilt with sigma attention scaled by 1/sqrt(L) and trained from
     scratch, as many steps as the other models in all stages together.
     """
+    before = recipe.power_steps if recipe.start == "power" else recipe.softmax_steps + recipe.continue_steps
     return (
         Swap(name="pointwise-swap", mixer="pointwise", fresh=recipe.seed),
-        Continue(name="pointwise-train", steps=recipe.power_steps, lr=recipe.lr, sampler=0, noise=False),
+        Continue(name="pointwise-train", steps=before, lr=recipe.lr, sampler=0, noise=False),
         _ranges(recipe, "pointwise-ranges", 1),
         _substitute(recipe, "pointwise-substitute"),
         Tune(name="pointwise-tune", steps=recipe.tune_steps, lr=recipe.tune_lr, sampler=2),

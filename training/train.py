@@ -4,13 +4,17 @@ the recipe says so. A run that was adopted has a released checkpoint in the plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from training.data import encode_documents, read_documents, split_docs, train_bpe
+from polyformer.reading import Reading
+from training.classes import image_classes, text_classes
+from training.data import EOT_ID, encode_documents, read_documents, split_docs, train_bpe
+from training.examples import parts, read_images, read_texts
 from training.folder import Folder
 from training.loop import Schedule, discard_checkpoint, run_stage
 from training.recipe import Progress, Recipe
@@ -20,7 +24,8 @@ from training.tasks import NextTokens, Task
 def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Train both exact models into folder `out` and return the metrics; an interrupted run goes on where it stopped.
 
-    Args: `text` is a file or a folder of .txt files (None: the State of the Union excerpt of this package).
+    Args: `text` is what the recipe's task asks for: a file or a folder of .txt files (None: the State of the Union excerpt of
+    this package), a folder with a folder of texts for each class, or an .npz of images.
 
     Raises:
         FileExistsError: the folder holds a run of another recipe.
@@ -65,15 +70,29 @@ def train_on(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
     return folder.update_metrics()
 
 
-def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer]:
-    """Return the task of a run from scratch, and the tokenizer that was trained for it."""
+def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer | None]:
+    """Return the task of a run from scratch, and the tokenizer that was trained for it.
+
+    Raises:
+        ValueError: there is nothing to learn classes from, or too little text for the vocabulary.
+    """
+    if recipe.task == "next tokens":
+        return next_tokens(recipe, text)
+    if text is None:
+        raise ValueError(f"a run on classes of {recipe.task} needs data: give their folder or file")
+    if recipe.task == "images":
+        return image_classes(recipe, read_images(text)), None
+    found = read_texts(text)
+    train, _ = parts(len(found.labels), recipe.holdout)
+    tokenizer = trained_bpe([found.examples[i] for i in train], recipe.vocab)
+    reading = Reading(pad=EOT_ID, side="right", classes=found.names)
+    return text_classes(recipe, found, tokenizer, reading), tokenizer
+
+
+def next_tokens(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer]:
+    """Return the documents of a text, and a tokenizer that was trained on those that are not held out."""
     train_docs, heldout_docs = split_docs(read_documents(text), recipe.holdout)
-    tokenizer = train_bpe(train_docs, recipe.vocab)
-    if tokenizer.get_vocab_size() != recipe.vocab:
-        raise ValueError(
-            f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {recipe.vocab}; give more text, "
-            "or call training.train with a recipe of a smaller `vocab`"
-        )
+    tokenizer = trained_bpe(train_docs, recipe.vocab)
     task = NextTokens(
         train=tuple(encode_documents(tokenizer, train_docs)),
         docs=tuple(encode_documents(tokenizer, heldout_docs)),
@@ -83,6 +102,17 @@ def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer]:
         chosen=recipe.calibration,
     )
     return task, tokenizer
+
+
+def trained_bpe(texts: Sequence[str], vocab: int) -> Tokenizer:
+    """Return a byte-level BPE of `vocab` tokens; raises ValueError if the texts do not give as many."""
+    tokenizer = train_bpe(texts, vocab)
+    if tokenizer.get_vocab_size() != vocab:
+        raise ValueError(
+            f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {vocab}; give more text, or a smaller "
+            "vocabulary (--set vocab=...)"
+        )
+    return tokenizer
 
 
 def schedule(recipe: Recipe, steps: int, lr: float) -> Schedule:

@@ -306,7 +306,7 @@ def compare(options: Options, story: Story, prompt: str, encrypted: Any, clear: 
     error = np.abs(exact - clear)
     top2 = np.sort(clear[-1])[-2:]
     tokenizer = infer.load_tokenizer(options.model / "model.client", None)
-    rows, reference = infer.likeliest(rounded, tokenizer, 5), infer.likeliest(clear, tokenizer, 5)
+    rows, reference = (infer.likeliest(logits, infer.spelled(tokenizer), 5) for logits in (rounded, clear))
     story.facts |= {
         "max_abs_error": float(error.max()),
         "mean_abs_error": float(error.mean()),

@@ -40,13 +40,26 @@ def register(app: typer.Typer) -> None:
 def train(
     out: Out,
     text: Text = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a folder of .txt files for each class: train an encoder to tell them."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help=".npz with `images` [n, (C,) H, W] and `labels` [n]: train a vision transformer."),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A tiny model in seconds, for tests.")] = False,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Train a PowerSoftmax model and its softmax twin on text; in an adopted folder, train the released model on."""
+    """Train a PowerSoftmax model and its softmax twin on text, or a classifier; in an adopted folder, the released model."""
+    given = {"next tokens": text, "texts": classes, "images": images}
+    asked = [task for task, path in given.items() if path is not None]
+    if len(asked) > 1:
+        raise Failure("give one of --text, --classes and --images")
+    task = asked[0] if asked else "next tokens"
     with bar("train") as advance:
-        finish(train_model(out, text, quick, changes=changes or (), progress=advance), out, json)
+        finish(train_model(out, given[task], quick, task=task, changes=changes or (), progress=advance), out, json)
 
 
 def adopt(
@@ -90,7 +103,13 @@ def convert(
 
 
 def train_model(
-    out: Path, text: Path | None, quick: bool, *, changes: Sequence[str] = (), progress: Advance
+    out: Path,
+    text: Path | None,
+    quick: bool,
+    *,
+    task: str = "next tokens",
+    changes: Sequence[str] = (),
+    progress: Advance,
 ) -> dict[str, Any]:
     """Train into a folder; its metrics."""
     from training import Recipe, train_on
@@ -98,12 +117,11 @@ def train_model(
 
     if (out / "released.safetensors").exists():
         if text is not None or quick or changes:
-            raise Failure(
-                f"{out} was adopted, with its own text and recipe: train it without --text, --quick and --set"
-            )
+            raise Failure(f"{out} was adopted, with its own text and recipe: train it without further options")
         return train_on(out, progress=staged(progress))
-    recipe = (Recipe.quick() if quick else Recipe.demo()).changed(changes)
-    return run(out, recipe, text=text, progress=staged(progress))
+    presets = {"texts": Recipe.texts, "images": Recipe.images}
+    recipe = presets[task](quick=quick) if task in presets else Recipe.quick() if quick else Recipe.demo()
+    return run(out, recipe.changed(changes), text=text, progress=staged(progress))
 
 
 def convert_model(out: Path, recipe: str = "powersoftmax", *, progress: Advance) -> dict[str, Any]:

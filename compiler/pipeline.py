@@ -83,7 +83,7 @@ def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tup
         graph = after
     split, embedding = split_client(graph)
     if embedding is not None and isinstance(sample, Mapping):
-        x = embedding.table[sample[graph.input]] + embedding.positions[int(sample[STEP])]
+        x = embedding.step(sample[graph.input], int(sample[STEP]))
         verify.same_meaning(graph, split, sample, {**sample, split.input: x}, "split_client")
     elif embedding is not None and not isinstance(sample, Mapping):
         verify.same_meaning(graph, split, sample, embedding(sample[0])[None], "split_client")
@@ -230,6 +230,9 @@ def _finish(
     if embedding is not None:
         client["embedding"] = embedding.table.astype(np.float32)
         client["positions"] = embedding.positions.astype(np.float32)
+        if embedding.norm is not None:
+            scale, shift, eps = embedding.norm
+            client |= {"norm": np.stack([scale, shift]).astype(np.float32), "norm_eps": np.array([eps])}
     predicted = {
         "evaluate_s": f.evaluate,
         "prepare_s": f.prepare,

@@ -50,7 +50,7 @@ class Sequences:
         token = self.tokens[row, step]
         if self.embedding is None:
             return np.asarray(token).reshape(self.graph.input_shape)
-        return (self.embedding.table[token] + self.embedding.positions[step]).reshape(self.graph.input_shape)
+        return self.embedding.step(token, step).reshape(self.graph.input_shape)
 
     def steps(self, row: int) -> Iterator[tuple[Sample, Sample]]:
         """Inputs and all tensors of each step of a sequence, from empty states on."""

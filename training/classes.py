@@ -32,7 +32,8 @@ class Classes:
     """Inputs x, token ids [N, T] or images [N, C, H, W], and their classes y [N].
 
     `reading` holds the names of the classes, and for texts how they become tokens; `vocab` is 0 for images, `patch` for texts.
-    `measured` and `chosen` are the `heldout` and `calibration` of the recipe.
+    `measured` and `chosen` are the `heldout` and `calibration` of the recipe. Only a model whose batches hold arbitrary inputs
+    (`noise`) has intervals for them.
     """
 
     train_x: Tensor = field(repr=False)
@@ -44,6 +45,7 @@ class Classes:
     patch: int = 0
     measured: int = 0
     chosen: int = 512
+    noise: int = 0
     file: str = "examples"
 
     @property
@@ -75,8 +77,8 @@ class Classes:
         g = torch.Generator().manual_seed(CALIBRATION_SEED)
         order = torch.randperm(len(self.train_x), generator=g)
         few = self.chosen // 4
-        whole = self.train_x[order[: self.chosen]]
-        return torch.cat([whole, self.short(self.train_x[order[-few:]], g), self.arbitrary(few, g)])
+        whole, short = self.train_x[order[: self.chosen]], self.short(self.train_x[order[-few:]], g)
+        return torch.cat([whole, short, self.arbitrary(few if self.noise else 0, g)])
 
     def stress(self) -> Tensor:
         g = torch.Generator().manual_seed(STRESS_SEED)
@@ -99,8 +101,7 @@ class Classes:
         return low + (high - low) * x
 
     def facts(self) -> dict[str, Any]:
-        names = ("vocab", "patch", "measured", "chosen")
-        return {"kind": "classes", **{name: getattr(self, name) for name in names}, **self.reading.metadata()}
+        return {"kind": "classes", **{name: getattr(self, name) for name in NUMBERS}, **self.reading.metadata()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in PARTS}
@@ -108,7 +109,7 @@ class Classes:
     @classmethod
     def loaded(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classes:
         """Return the task of a folder."""
-        numbers = {name: int(facts[name]) for name in ("vocab", "patch", "measured", "chosen")}
+        numbers = {name: int(facts[name]) for name in NUMBERS}
         return cls(**{name: tensors[name] for name in PARTS}, reading=Reading.of(facts), **numbers)  # type: ignore[arg-type]
 
 
@@ -150,10 +151,12 @@ def _split(
         patch=patch,
         measured=recipe.heldout,
         chosen=recipe.calibration,
+        noise=recipe.noise,
     )
 
 
 LARGEST_PIXEL = 16.0
+NUMBERS = ("vocab", "patch", "measured", "chosen", "noise")
 PARTS = ("train_x", "train_y", "heldout_x", "heldout_y")
 
 

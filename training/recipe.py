@@ -140,7 +140,7 @@ class Recipe:
         """An encoder that tells texts by class: LayerNorm, softmax attention that is swapped on the way."""
         whole = cls(
             task="texts",
-            length=64,
+            length=128,
             width=64,
             hidden=128,
             las_decay=0.0,
@@ -154,13 +154,13 @@ class Recipe:
             lr=2e-3,
             tune_lr=1e-3,
             warmup=20,
-            softmax_steps=200,
+            softmax_steps=500,
             power_steps=0,
             start="softmax",
-            continue_steps=60,
-            range_steps=60,
-            tune_steps=120,
-            checkpoint_every=50,
+            continue_steps=150,
+            range_steps=100,
+            tune_steps=250,
+            checkpoint_every=100,
             cover=True,
             range_outside=0.001,
         )
@@ -215,9 +215,10 @@ class Recipe:
         variances spread more than those of a model that was trained for its polynomials, so degrees and targets are higher.
         """
         return cls(
+            task="next tokens" if body.causal else "texts",
             vocab=body.vocab,
             length=body.length,
-            heldout=64,
+            heldout=64 if body.causal else 256,
             calibration=64,
             width=body.width,
             heads=body.heads,

@@ -8,7 +8,7 @@ Shapes: N examples, T positions, S = T + 1, CHW channels, height and width of im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,6 +143,19 @@ class NextTokens:
             docs=part("heldout"),
             **{name: int(facts[name]) for name in ("length", "vocab", "end", "measured", "chosen") if name in facts},
         )
+
+
+def next_tokens(recipe: Recipe, train: Sequence[Tensor], heldout: Sequence[Tensor], *, end: int = EOT_ID) -> NextTokens:
+    """Return the task of token documents, measured as the recipe says."""
+    return NextTokens(
+        train=tuple(train),
+        docs=tuple(heldout),
+        length=recipe.length,
+        vocab=recipe.vocab,
+        end=end,
+        measured=recipe.heldout,
+        chosen=recipe.calibration,
+    )
 
 
 def spread(rows: Tensor, most: int) -> Tensor:

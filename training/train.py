@@ -18,7 +18,7 @@ from training.examples import parts, read_images, read_texts
 from training.folder import Folder
 from training.loop import Schedule, discard_checkpoint, run_stage
 from training.recipe import Progress, Recipe
-from training.tasks import NextTokens, Task
+from training.tasks import Task, next_tokens
 
 
 def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -77,7 +77,9 @@ def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer | None]
         ValueError: there is nothing to learn classes from, or too little text for the vocabulary.
     """
     if recipe.task == "next tokens":
-        return next_tokens(recipe, text)
+        docs, heldout = split_docs(read_documents(text), recipe.holdout)
+        tokenizer = trained_bpe(docs, recipe.vocab)
+        return next_tokens(recipe, encode_documents(tokenizer, docs), encode_documents(tokenizer, heldout)), tokenizer
     if text is None:
         raise ValueError(f"a run on classes of {recipe.task} needs data: give their folder or file")
     if recipe.task == "images":
@@ -87,21 +89,6 @@ def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer | None]
     tokenizer = trained_bpe([found.examples[i] for i in train], recipe.vocab)
     reading = Reading(pad=EOT_ID, side="right", classes=found.names)
     return text_classes(recipe, found, tokenizer, reading), tokenizer
-
-
-def next_tokens(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer]:
-    """Return the documents of a text, and a tokenizer that was trained on those that are not held out."""
-    train_docs, heldout_docs = split_docs(read_documents(text), recipe.holdout)
-    tokenizer = trained_bpe(train_docs, recipe.vocab)
-    task = NextTokens(
-        train=tuple(encode_documents(tokenizer, train_docs)),
-        docs=tuple(encode_documents(tokenizer, heldout_docs)),
-        length=recipe.length,
-        vocab=recipe.vocab,
-        measured=recipe.heldout,
-        chosen=recipe.calibration,
-    )
-    return task, tokenizer
 
 
 def trained_bpe(texts: Sequence[str], vocab: int) -> Tokenizer:

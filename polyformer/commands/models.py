@@ -16,6 +16,9 @@ Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
 Text = Annotated[
     Path | None, typer.Option(help="Text file or folder of .txt files; default: speeches in this package.")
 ]
+Classes = Annotated[
+    Path | None, typer.Option(help="Folder with a folder of .txt files for each class, which an encoder is to tell.")
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="A number of the recipe, name=value; as often as wanted.")
 ]
@@ -40,10 +43,7 @@ def register(app: typer.Typer) -> None:
 def train(
     out: Out,
     text: Text = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="Folder with a folder of .txt files for each class: train an encoder to tell them."),
-    ] = None,
+    classes: Classes = None,
     images: Annotated[
         Path | None,
         typer.Option(help=".npz with `images` [n, (C,) H, W] and `labels` [n]: train a vision transformer."),
@@ -69,6 +69,7 @@ def adopt(
     ],
     to: Annotated[Path, typer.Option("--out", help="New folder of the model.")],
     text: Text = None,
+    classes: Classes = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Window in tokens; default: the checkpoint's, at most 128.")
     ] = None,
@@ -83,11 +84,8 @@ def adopt(
     """Take a released checkpoint into a folder, with its tokenizer, for train, convert, export and all after them."""
     from training import adopt as run
 
-    finish(
-        run(checkpoint, to, text=text, length=length, steps=steps, batch=batch, end=end, changes=changes or ()),
-        to,
-        json,
-    )
+    numbers = {"length": length, "steps": steps, "batch": batch, "changes": changes or ()}
+    finish(run(checkpoint, to, text=text, classes=classes, end=end, **numbers), to, json)  # type: ignore[arg-type]
 
 
 def convert(

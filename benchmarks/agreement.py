@@ -13,7 +13,7 @@ import onnxruntime
 from compiler import Target, compile_onnx
 from he_backend import security
 from polyformer.export import export_onnx
-from training import calibration_tokens, heldout_tokens, load_model
+from training import load_model, load_task
 
 from . import records
 from .parties import parties
@@ -39,7 +39,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         folder = demo_model(settings, Path(place))
         path = Path(place) / "model.onnx"
         export_onnx(load_model(folder, "polynomial"), path)
-        windows = heldout_tokens(folder)
+        windows = load_task(folder).heldout.numpy()
         length = windows.shape[1]
         count = 1 if settings.quick else max(PROMPTS, -(-PREDICTIONS // length))
         # Windows without overlap from all over the held-out text.
@@ -47,7 +47,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         settings.progress(0, count + 2, "compile")
         target = Target(insecure_log_n=QUICK_RING) if settings.quick else TARGET
         start = time.perf_counter()
-        circuit = compile_onnx(path, calibration_tokens(folder), target=target).circuit
+        circuit = compile_onnx(path, load_task(folder).calibration().numpy(), target=target).circuit
         compile_s = time.perf_counter() - start
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         clear = np.concatenate([session.run(None, {"tokens": p[None]})[0] for p in prompts]).astype(np.float64)

@@ -17,7 +17,8 @@ from he_backend import security
 from he_backend.execute import Timing
 from he_backend.owner import embed_step
 from polyformer.export_step import export_step
-from training import calibration_tokens, heldout_tokens, load_model
+from polyformer.model import Transformer
+from training import load_model, load_task
 
 from . import records, requests
 from .parties import parties
@@ -41,13 +42,15 @@ def measure(name: str, settings: Settings, *, steps: int = STEPS) -> dict[str, A
     """
     with tempfile.TemporaryDirectory() as place:
         folder = demo_model(settings, Path(place))
-        model, tokens = load_model(folder, "polynomial"), heldout_tokens(folder)[0]
+        model, task = load_model(folder, "polynomial"), load_task(folder)
+        assert isinstance(model, Transformer)
+        tokens = task.heldout[0].numpy()
         path = Path(place) / "step.onnx"
         export_step(model, path)
         settings.progress(0, steps + 2, "compile")
         target = Target(insecure_log_n=QUICK_RING) if settings.quick else TARGET
         start = time.perf_counter()
-        compiled = compile_onnx(path, calibration_tokens(folder), target=target)
+        compiled = compile_onnx(path, task.calibration().numpy(), target=target)
         compile_s = time.perf_counter() - start
     circuit = compiled.circuit
     steps = min(steps, circuit.steps)

@@ -27,8 +27,8 @@ from polyformer.pretrained import load_pretrained
 from training.data import cut_windows, encode_documents, read_documents, split_docs, train_bpe
 from training.datasets import brown, sotu
 from training.distil import Fit, distil_layers
+from training.evaluate import heldout_loss
 from training.swap import recover, swap_attention
-from training.train import heldout_loss
 from training.vocabulary import checkpoint_tokenizer
 
 from . import records

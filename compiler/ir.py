@@ -16,6 +16,7 @@
     reshape       a        (shape of the node)
     sparse        a        `matrix` scipy.sparse.csr_matrix [size out, size in], bias [size out] or None: any plaintext-linear
                            op (conv, pool, slice, concat, ...) on the flattened tensor, its leading axis of length 1 included
+    client_norm   a        const [D] scale, bias [D], eps: the exact LayerNorm of an embedding, only up to `split_client`
     mul_step      a, step  const [T, ...]: a * const[step], broadcast; add_step likewise
     function      a        `call` in NumPy, `kind`: not a polynomial, only between the importer and the pass `approximate`
 
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from he_backend.base import Array, UnsupportedOpError
+from he_backend.circuit import layer_norm
 
 STEP = "step"  # the input that holds the number of a step
 
@@ -170,5 +172,6 @@ OPS: dict[str, Callable[..., Array]] = {
     "sparse": _sparse,
     "mul_step": lambda n, a, step: a * n.const[int(step)],
     "add_step": lambda n, a, step: a + n.const[int(step)],
+    "client_norm": lambda n, a: layer_norm(a, n.const, n.bias, n.attrs["eps"]),
     "function": lambda n, a: n.attrs["call"](a),
 }

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from he_backend.base import UnsupportedOpError
 
 from .ir import Graph
-from .ops import arithmetic, functions, moves, products, sums, windows
+from .ops import arithmetic, functions, moves, norms, products, sums, windows
 from .ops.reading import Call, Handler, Reading
 from .ops.refuse import INSTEAD, refusal
 
@@ -27,11 +27,12 @@ TABLE: dict[str, Handler] = {
     **arithmetic.TABLE,
     **functions.TABLE,
     **moves.TABLE,
+    **norms.TABLE,
     **products.TABLE,
     **sums.TABLE,
     **windows.TABLE,
 }
-POLYNOMIAL = tuple(sorted({*TABLE, "Constant", "Shape", "Size"} - set(functions.TABLE)))
+POLYNOMIAL = tuple(sorted({*TABLE, "Constant", "Shape", "Size"} - set(functions.TABLE) - set(norms.TABLE)))
 DOMAINS = ("", "ai.onnx")
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 

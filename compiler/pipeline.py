@@ -88,7 +88,7 @@ def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tup
         graph = after
     split, embedding = split_client(graph)
     if embedding is not None and isinstance(sample, Mapping):
-        x = embedding.table[sample[graph.input]] + embedding.positions[int(sample[STEP])]
+        x = embedding.step(sample[graph.input], int(sample[STEP]))
         verify.same_meaning(graph, split, sample, {**sample, split.input: x}, "split_client")
     elif embedding is not None and not isinstance(sample, Mapping):
         verify.same_meaning(graph, split, sample, embedding(sample[0])[None], "split_client")
@@ -216,6 +216,9 @@ def finish(found: Found, samples: Samples, embedding: Embedding | None, path: Pa
     if embedding is not None:
         client["embedding"] = embedding.table.astype(np.float32)
         client["positions"] = embedding.positions.astype(np.float32)
+        if embedding.norm is not None:
+            scale, shift, eps = embedding.norm
+            client |= {"norm": np.stack([scale, shift]).astype(np.float32), "norm_eps": np.array([eps])}
     outputs = found.noise.outputs
     first = error - ERROR_MARGIN * (max(outputs.values()) - outputs[0])
     predicted = {  # of one request; of a step, but error and chance to fail are those of a whole sequence

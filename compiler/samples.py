@@ -84,7 +84,7 @@ class Sequences:
         token = self.tokens[row, step]
         if self.embedding is None:
             return np.asarray(token).reshape(self.graph.input_shape)
-        return (self.embedding.table[token] + self.embedding.positions[step]).reshape(self.graph.input_shape)
+        return self.embedding.step(token, step).reshape(self.graph.input_shape)
 
     def steps(self, row: int) -> Iterator[tuple[dict[str, np.ndarray], Mapping[str, Array]]]:
         """Inputs and all tensors of the graph at each step of a sequence, from empty states on."""

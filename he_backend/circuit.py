@@ -114,7 +114,8 @@ class ClientSpec:
     keys         rotation k -> highest level at which it is used
     relin_level  highest level of a ciphertext product, or -1
     error_bound  promised largest |encrypted - clear| of an output element, in the model's units
-    embedding    whether arrays "embedding" [vocabulary, D] and "positions" [T, D] turn token ids into the input
+    embedding    whether arrays "embedding" [vocabulary, D] and "positions" [T, D] turn token ids into the input; where there are
+                 arrays "norm" [2, D], scale and shift, and "norm_eps" [1], a LayerNorm follows
     steps        most steps of a sequence, 0 for a circuit that is run once; states: what the server keeps between steps
     """
 
@@ -134,8 +135,17 @@ class ClientSpec:
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """[T] token ids -> [T, D] float64, the circuit's input tensor."""
-        table, positions = self.arrays["embedding"], self.arrays["positions"]
-        return table[np.asarray(tokens)].astype(np.float64) + positions
+        return self._opened(self.arrays["embedding"][np.asarray(tokens)].astype(np.float64) + self.arrays["positions"])
+
+    def embed_step(self, token: int, step: int) -> np.ndarray:
+        """One token id at its place in a sequence -> [D] float64."""
+        return self._opened(self.arrays["embedding"][token].astype(np.float64) + self.arrays["positions"][step])
+
+    def _opened(self, x: np.ndarray) -> np.ndarray:
+        if "norm" not in self.arrays:
+            return x
+        scale, shift = self.arrays["norm"]
+        return layer_norm(x, scale, shift, float(self.arrays["norm_eps"][0]))
 
     def save(self, path: Path) -> str:
         header = {"format": "client-spec", "version": VERSION, **asdict(self, dict_factory=_plain)}
@@ -309,6 +319,12 @@ class Circuit:
     def state_bytes(self) -> int:
         """Memory of one sequence's states."""
         return sum(self.params.ciphertext_bytes(level) for level in self.state_parts.values())
+
+
+def layer_norm(x: np.ndarray, scale: np.ndarray, shift: np.ndarray, eps: float) -> np.ndarray:
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift it (Ba et al. 2016, arXiv 1607.06450)."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps) * scale + shift
 
 
 def pack(tensor: np.ndarray, signature: Signature, layout: np.ndarray) -> np.ndarray:

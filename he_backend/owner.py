@@ -101,8 +101,7 @@ def embed_step(spec: ClientSpec, token: int, step: int) -> dict[str, Array]:
         raise RangeError(f"token id {token}; the vocabulary has 0 to {len(table) - 1}")
     if not 0 <= step < min(spec.steps, len(positions)):
         raise RangeError(f"step {step}; the window has {spec.steps} places, 0 to {spec.steps - 1}")
-    row = table[token].astype(np.float64) + positions[step]
-    return {spec.inputs[0].name: row.reshape(spec.inputs[0].shape)}
+    return {spec.inputs[0].name: spec.embed_step(token, step).reshape(spec.inputs[0].shape)}
 
 
 def seal(spec: ClientSpec, owner: Owner, tensors: Mapping[str, Array]) -> bytes:

@@ -39,7 +39,7 @@ class ClassifierConfig:
             raise ValueError("the body is causal; an encoder sees both sides, set causal=False in its ModelConfig")
         if self.body.causal and self.pool == "first":
             raise ValueError("pool is 'first', and the first position of a causal body sees no other one; use 'mean'")
-        for name, known in (("order", "pre"), ("positions", "learned"), ("token_types", 0), ("head", "linear")):
+        for name, known in (("positions", "learned"), ("token_types", 0), ("head", "linear")):
             if getattr(self.body, name) != known:
                 raise ValueError(f"{name} of the body is {getattr(self.body, name)!r}; a classifier has {known!r}")
 
@@ -56,7 +56,7 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """Blocks, final norm, pooling and head on embedded positions: x_BTD -> logits_BC."""
+    """Blocks, the norm around them, pooling and head on embedded positions: x_BTD -> logits_BC."""
 
     def __init__(self, config: ClassifierConfig, layers: list[mixers.Mixer]) -> None:
         super().__init__()
@@ -77,15 +77,19 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"{x_BTD.shape[1]} positions given, the model reads windows of {self.config.body.length}; pad or cut"
             )
+        post = self.config.body.order == "post"
+        x_BTD = self.norm(x_BTD) if post else x_BTD
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        x_BTD = self.norm(x_BTD)
+        x_BTD = x_BTD if post else self.norm(x_BTD)
         return self.head(x_BTD.mean(1) if self.config.pool == "mean" else x_BTD[:, 0])
 
     @property
     def levels(self) -> int:
-        """Multiplicative levels from x0 to the logits; raises ValueError if a part is not polynomial."""
-        return stack_levels(self.blocks, self.norm)
+        """Multiplicative levels from x0 to the logits; raises ValueError if a part is not polynomial. The norm that opens a
+        post-norm stack belongs to the client, who embeds.
+        """
+        return stack_levels(self.blocks, None if self.config.body.order == "post" else self.norm)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -15,9 +15,10 @@ and calls of local functions of the domain "polyformer":
 Node and value names are layer paths, `blocks.0.mixer.q`; a layer of several nodes gives its last value the path itself
 and the others a suffix, `blocks.0.mixer.q.matmul`. Newton steps and Goldschmidt steps are plain Mul, Add and Sub.
 Exact functions are exported as Softmax, Sqrt, Div, Erf, Tanh, Sigmoid and Relu, so that a compiler can refuse them by
-name. What released checkpoints have besides is written with the same operators: rotary positions as one Gather of each
-head's channels and products by constants, shared key heads as repeated columns of the projections, token types as the
-row of type 0, a tied head as the transposed table.
+name; the exact LayerNorm that opens a post-norm stack is a LayerNormalization, which the client computes. What released
+checkpoints have besides is written with the same operators: rotary positions as one Gather of each head's channels and
+products by constants, shared key heads as repeated columns of the projections, token types as the row of type 0, a tied
+head as the transposed table.
 
 PowerSoftmax in the forms exact, stable and mean is one function; it is exported with the row factors of its form
 (stable, whose factors depend on the data, as exact).
@@ -38,10 +39,11 @@ from polyformer.encoder import Classifier, Encoder
 from polyformer.export_attention import power_of
 from polyformer.export_blocks import block, head, positioned
 from polyformer.export_graph import DOMAIN, OPSET, Graph, polynomial_function
-from polyformer.export_layers import activation, linear, mlp, norm
+from polyformer.export_layers import activation, linear, mlp, norm, opening
 from polyformer.export_mixers import mixer
 from polyformer.fold import folded
 from polyformer.model import Transformer
+from polyformer.models import Model
 from polyformer.norms import BatchNorm
 from polyformer.vision import ViT
 
@@ -59,8 +61,6 @@ __all__ = [
     "polynomial_function",
     "power_of",
 ]
-
-Model = Transformer | Encoder | ViT
 
 
 def export_onnx(model: Model, path: Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -92,7 +92,7 @@ def build(model: Model) -> onnx.ModelProto:
         x = g.node("Gather", [g.constant("token.weight", model.token.weight), "tokens"], "token", axis=0)
     x = positioned(g, model, x)
     post = body.order == "post"
-    x = norm(g, model.norm, "norm", x) if post else x  # type: ignore[arg-type]
+    x = opening(g, model.norm, "norm", x) if post else x  # type: ignore[arg-type]
     for i, layer in enumerate(model.blocks):
         x = block(g, layer, f"blocks.{i}", x)  # type: ignore[arg-type]
     x = x if post else norm(g, model.norm, "norm", x)  # type: ignore[arg-type]

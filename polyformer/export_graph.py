@@ -29,7 +29,7 @@ class Graph:
         *,
         output: str | None = None,
         domain: str = "",
-        **attributes: int | list[int],
+        **attributes: int | float | list[int],
     ) -> str:
         """Append a node called `name`, whose value has the same name unless `output` says otherwise; return the
         value's name.

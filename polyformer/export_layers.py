@@ -36,6 +36,15 @@ def norm(g: Graph, layer: Norm, name: str, x: str) -> str:
     return g.node("Add", [x, g.constant(f"{name}.beta", layer.beta)], name)
 
 
+def opening(g: Graph, layer: Norm, name: str, x: str) -> str:
+    """The norm behind an embedding: one node where it is an exact LayerNorm, else as any other."""
+    if layer.kind != "layer":
+        return norm(g, layer, name, x)
+    assert layer.beta is not None
+    inputs = [x, g.constant(f"{name}.gamma", layer.gamma), g.constant(f"{name}.beta", layer.beta)]
+    return g.node("LayerNormalization", inputs, name, axis=-1, epsilon=layer.eps)
+
+
 def _inverse_root(g: Graph, layer: Norm, name: str, s: str) -> str:
     if layer.inverse_sqrt is None:
         root = g.node(

@@ -300,9 +300,9 @@ def lone_norm(config: ModelConfig) -> Norm | BatchNorm:
     return _norm(config, config.norms[0] if config.order == "post" else config.norms[-1])
 
 
-def stack_levels(blocks: nn.ModuleList, norm: Norm | BatchNorm) -> int:
-    """Return the levels of blocks, final norm and head."""
-    return sum(block.depth for block in blocks) + _joined(norm, 1)  # type: ignore[misc]
+def stack_levels(blocks: nn.ModuleList, norm: Norm | BatchNorm | None) -> int:
+    """Return the levels of blocks, final norm if there is one, and head."""
+    return sum(block.depth for block in blocks) + (1 if norm is None else _joined(norm, 1))  # type: ignore[misc]
 
 
 def reset_linears(model: nn.Module, blocks: int) -> None:

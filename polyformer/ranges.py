@@ -77,12 +77,12 @@ class Range:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, tokens_NT: Tensor, *, intervals: Targets | None = None, batch: int = 256
+    model: nn.Module, inputs: Tensor, *, intervals: Targets | None = None, batch: int = 256
 ) -> dict[str, Range]:
-    """Run a model over token windows and return the range of every tap and the share of values outside `intervals`."""
+    """Run a model over inputs [N, ...] and return the range of every tap and the share of values outside `intervals`."""
     found: dict[str, Range] = {}
     with Collector(model) as collector:
-        for rows in tokens_NT.split(batch):
+        for rows in inputs.split(batch):
             model(rows)
             for name, value in collector.values.items():
                 lo, hi = (intervals or {}).get(name, (-torch.inf, torch.inf))
@@ -125,16 +125,16 @@ def range_loss(
 
 
 @torch.no_grad()
-def log_mean_rows(model: nn.Module, tokens_NT: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
+def log_mean_rows(model: nn.Module, inputs: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
     """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and
-    windows.
+    inputs [N, ...].
     """
     sums: dict[str, Tensor] = {}
     with Collector(model) as collector:
-        for rows in tokens_NT.split(batch):
+        for rows in inputs.split(batch):
             model(rows)
             for name, value in collector.values.items():
                 if collector.kind(name) == "denominator":
-                    part = value.double().log().mean(1)[..., 0].sum(0) / len(tokens_NT)
+                    part = value.double().log().mean(1)[..., 0].sum(0) / len(inputs)
                     sums[name] = sums[name] + part if name in sums else part
     return sums

@@ -35,8 +35,8 @@ class SwinConfig(VisionConfig):
             raise ValueError(f"stages {self.stages} have {sum(self.stages)} blocks, the body has {self.body.blocks}")
         if self.pool != "mean":
             raise ValueError(f"pool is {self.pool!r}; merging has no place for a class token, use 'mean'")
-        if self.body.parallel:
-            raise ValueError("stages split norms two a block; set parallel=False")
+        if self.body.parallel or self.body.order == "post":
+            raise ValueError("stages split norms two a block, before its parts; set parallel=False and order='pre'")
         times = 2 ** (len(self.stages) - 1)
         if self.grid[0] % times or self.grid[1] % times:
             raise ValueError(

@@ -23,7 +23,20 @@ from tests.he_backend.small_circuit import SECURE_PARAMS, TEST_PARAMS, WIDTH, ml
 from tests.he_backend.stub import StubEngine, StubOwner
 
 COMMANDS = (
-    *("train", "convert", "export", "plan", "compile", "keygen", "serve", "encrypt", "evaluate", "decrypt", "infer"),
+    *(
+        "train",
+        "adopt",
+        "convert",
+        "export",
+        "plan",
+        "compile",
+        "keygen",
+        "serve",
+        "encrypt",
+        "evaluate",
+        "decrypt",
+        "infer",
+    ),
     *("generate", "report", "inspect", "bench", "demo"),
 )
 
@@ -200,14 +213,9 @@ def test_serve_refuses_to_start_beside_a_secret_key(tmp_path: Path) -> None:
     assert "must never hold one" in " ".join(done.stderr.split())
 
 
-def test_a_short_prompt_is_padded_on_the_left_and_a_long_one_cut() -> None:
-    assert infer.window([7, 8], 4).tolist() == [0, 0, 7, 8]
-    assert infer.window([5, 6, 7, 8], 3).tolist() == [6, 7, 8]
-
-
 def test_likeliest_tokens_are_those_of_the_last_position() -> None:
     logits = np.array([[9.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
-    rows = infer.likeliest(logits, None, 2)
+    rows = infer.likeliest(logits, str, 2)
     assert [row["id"] for row in rows] == [2, 1]
     assert rows[0]["probability"] == pytest.approx(np.exp(2) / (1 + np.e + np.exp(2)))
 

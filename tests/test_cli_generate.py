@@ -22,6 +22,7 @@ from tests.compiler.test_step import CASES, sane
 from tests.he_backend.running import free_port, running
 from tests.he_backend.small_circuit import TEST_PARAMS, mlp
 from tests.he_backend.small_step import running_sum
+from training.tasks import NextTokens
 
 CONFIG, LOG_N = CASES["LaS decay, 4 heads"]
 PROMPT = "w7 w3 w21"
@@ -78,16 +79,19 @@ def test_text_from_an_encrypted_prompt(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_export_holds_the_step_against_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """export --step: the file is the model at every place, or there is a sentence that says by how much it is not."""
-    model, windows = sane(CONFIG), np.random.default_rng(0).integers(0, CONFIG.vocab, (5, CONFIG.length))
+    model = sane(CONFIG)
+    docs = torch.randint(0, CONFIG.vocab, (5, CONFIG.length + 1), generator=torch.Generator().manual_seed(0)).unbind()
+    task = NextTokens(train=docs, docs=docs, length=CONFIG.length, vocab=CONFIG.vocab)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("training.load_model", lambda out, name: model)
-    monkeypatch.setattr("training.heldout_tokens", lambda out: windows)
-    monkeypatch.setattr("training.calibration_tokens", lambda out: windows)
+    monkeypatch.setattr("training.load_task", lambda out: task)
     assert cli.run(["export", str(tmp_path), "--step"]) == 0
-    assert np.load(tmp_path / "calibration.npz")["tokens"].shape == windows.shape
+    assert np.array_equal(np.load(tmp_path / "calibration.npz")["tokens"], task.calibration())
     other = sane(CONFIG)
     other.get_parameter("head.bias").data.add_(1e-3)
-    monkeypatch.setattr("polyformer.export_step.export_step", lambda network, path: export_step(other, path))
+    monkeypatch.setattr(
+        "polyformer.export_step.export_step", lambda network, path, **kw: export_step(other, path, **kw)
+    )
     with pytest.raises(Failure, match="is not the model"):
         models_command.export_step_checked(tmp_path, progress=lambda done, total, what: None)
 

@@ -1,8 +1,9 @@
 """Convert the model of a run into polynomials, by a recipe of stages (`stages.py`); what comes out stays in the folder.
 
-powersoftmax   the PowerSoftmax model, or the softmax checkpoint with its attention swapped -> polynomial.safetensors
+powersoftmax   the PowerSoftmax model, or a softmax checkpoint with its attention swapped   -> polynomial.safetensors
 pointwise      a model with sigma attention and no division, trained from scratch           -> pointwise.safetensors
 
+The model is whatever the folder holds: a language model, trained here or released, an encoder with classes or a ViT.
 stages.jsonl holds one report a stage (`machine.py`), metrics.json the figures of the result.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from training import machine
-from training.folder import Folder, calibration_tokens, heldout_windows, stress_tokens
+from training.folder import Folder
 from training.recipe import Progress
 from training.stages import conversion
 from training.substitution import report
@@ -29,20 +30,20 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
     """
     kind = conversion(recipe)
     folder = Folder(out)
-    numbers = folder.recipe()
+    numbers, task = folder.recipe(), folder.task()
     torch.set_num_threads(numbers.threads)
     torch.manual_seed(numbers.seed)
-    windows = heldout_windows(out)
     place = folder.checkpoints / recipe
     if not folder.has(kind.result):
         model, reports = machine.run(
-            folder.load_model(kind.start(numbers)),
+            folder.load_model(folder.start_of(kind.start(numbers))),
             kind.stages(numbers),
             machine.Material(
-                sampler=lambda stage: folder.sampler(numbers, numbers.mix(noise=stage.noise), stage.sampler),
+                sampler=lambda stage: task.sampler(numbers, stage=stage.sampler, noise=stage.noise),
                 schedule=lambda stage: schedule(numbers, stage.steps, stage.lr),
-                heldout_NS=windows,
-                calibration_NT=torch.from_numpy(calibration_tokens(out)),
+                quality=task.quality,
+                heldout=task.heldout,
+                calibration=task.calibration(),
             ),
             place=place,
             log=folder.log,
@@ -53,8 +54,9 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
         folder.update_metrics(**{_key("quality", kind.result): quality(reports)})
         folder.save_model(kind.result, model)
     machine.finish(place)
-    figures = report(folder.load_model(kind.result), windows, torch.from_numpy(stress_tokens(out)))
-    figures[f"heldout_loss_{kind.result}"] = figures.pop("heldout_loss_polynomial")
+    figures = report(folder.load_model(kind.result), task)
+    for name in [name for name in figures if name.startswith("heldout_")]:
+        figures[f"{name}_{kind.result}"] = figures.pop(name)
     return folder.update_metrics(**{_key(name, kind.result): value for name, value in figures.items()})
 
 
@@ -62,7 +64,7 @@ def quality(reports: list[dict[str, Any]]) -> dict[str, float]:
     """Return the held-out loss after every stage and every single substitution, from the reports."""
     losses: dict[str, float] = {}
     for facts in reports:
-        losses |= {f"{facts['stage']} {kind}": loss for kind, loss in facts.get("alone", {}).items()}
+        losses |= {f"{facts['stage']} {kind}": q["heldout_loss"] for kind, q in facts.get("alone", {}).items()}
         losses[facts["stage"] + (" all" if "alone" in facts else "")] = facts["heldout_loss"]
     return losses
 

@@ -2,8 +2,9 @@
 resume.
 
 A window has T + 1 tokens: T inputs and the same shifted by one as targets. Prompts shorter than T are padded on the
-*left* with <|eot|> (`prompt_window`), so training mixes in windows that start a document behind such padding. Windows
-of arbitrary tokens (`noise`) carry no targets (-100): they exist so that range losses see what a user may type.
+*left* with the id that ends documents (`Reading.window`), so training mixes in windows that start a document behind such
+padding. That id is 0 in our own tokenizers and another one in released ones, where 0 may be text. Windows of arbitrary
+tokens (`noise`) carry no targets (-100): they exist so that range losses see what a user may type.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from polyformer.reading import Reading
+
 EOT = "<|eot|>"
-EOT_ID = 0
+EOT_ID = 0  # of the tokenizers that are trained here
 IGNORE = -100
 OWN_TEXT = Path(__file__).parent / "text" / "sotu"
 
@@ -68,16 +71,9 @@ def train_bpe(texts: Sequence[str], vocab: int) -> Tokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, docs: Sequence[str]) -> list[Tensor]:
-    """Return one int64 vector of ids a document, without end marks."""
-    return [torch.tensor(e.ids, dtype=torch.int64) for e in tokenizer.encode_batch(list(docs))]
-
-
-def prompt_window(ids: Sequence[int], length: int) -> list[int]:
-    """Return exactly `length` ids: the last ones of a longer prompt, or <|eot|> padding on the left of a shorter
-    one.
-    """
-    kept = list(ids)[-length:]
-    return [EOT_ID] * (length - len(kept)) + kept
+    """Return one int64 vector of ids a document, without end marks and without a tokenizer's own marks."""
+    encoded = tokenizer.encode_batch(list(docs), add_special_tokens=False)
+    return [torch.tensor(e.ids, dtype=torch.int64) for e in encoded]
 
 
 def cut_windows(docs: Sequence[Tensor], size: int) -> Tensor:
@@ -97,9 +93,10 @@ def noise_windows(count: int, size: int, vocab: int, generator: torch.Generator)
     return rows
 
 
-def padded_windows(docs: Sequence[Tensor], size: int) -> Tensor:
-    """Return windows [n, size] that hold the first 1 .. size - 1 tokens of each document, padded on the left."""
-    return torch.tensor([prompt_window(d[:n].tolist(), size) for d in docs for n in range(1, min(size, len(d)))])
+def padded_windows(docs: Sequence[Tensor], size: int, *, end: int = EOT_ID) -> Tensor:
+    """Return windows [n, size] that hold the first 1 .. size - 1 tokens of each document, padded on the left with `end`."""
+    window = Reading(pad=end).window
+    return torch.tensor([window(d[:n].tolist(), size) for d in docs for n in range(1, min(size, len(d)))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +111,20 @@ class Mix:
 
 
 class Sampler:
-    """Draws batches of windows from token documents; the whole state is one generator, so a run can resume exactly."""
+    """Draws batches of windows from token documents; the whole state is one generator, so a run can resume exactly.
 
-    def __init__(self, docs: Sequence[Tensor], *, length: int, vocab: int, mix: Mix, seed: int) -> None:
+    Args: `end` is the id that ends a document and pads a short one.
+    """
+
+    def __init__(
+        self, docs: Sequence[Tensor], *, length: int, vocab: int, mix: Mix, seed: int, end: int = EOT_ID
+    ) -> None:
         self.docs = [d for d in docs if len(d) > length]
         if not self.docs:
             raise ValueError(f"no document has more than {length} tokens")
-        eot = torch.tensor([EOT_ID])
-        self.stream = torch.cat([t for d in docs for t in (d, eot)])
+        mark = torch.tensor([end])
+        self.stream = torch.cat([t for d in docs for t in (d, mark)])
+        self.reading = Reading(pad=end)
         self.size, self.vocab, self.mix = length + 1, vocab, mix
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -138,7 +141,7 @@ class Sampler:
         for i in range(noise, noise + padded):
             doc = self.docs[int(torch.randint(0, len(self.docs), (1,), generator=g))]
             pad = int(torch.randint(1, size - 1, (1,), generator=g))
-            rows[i] = torch.tensor(prompt_window(doc[: size - pad].tolist(), size))
+            rows[i] = torch.tensor(self.reading.window(doc[: size - pad].tolist(), size))
             targets[i] = rows[i, 1:]
             targets[i, : pad - 1] = IGNORE
         return rows[:, :-1].contiguous(), targets

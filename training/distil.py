@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import Block, Transformer
+from polyformer.models import Model, body
 from training.power_match import match_powers
 
 Watch = Callable[[int, int, str], None]  # done, total, what
@@ -53,9 +54,9 @@ class LayerFit:
 
 
 def distil_layers(
-    original: Transformer,
-    swapped: Transformer,
-    tokens_NT: Tensor,
+    original: Model,
+    swapped: Model,
+    inputs: Tensor,
     visible_NT: Tensor | None = None,
     *,
     fit: Fit,
@@ -67,14 +68,15 @@ def distil_layers(
     Args:
         original: released model, softmax attention.
         swapped: what `swap_attention` made of it; blocks that kept softmax are left alone.
-        tokens_NT, visible_NT: windows, and False where one is padding.
+        inputs: windows [N, T] or images.
+        visible_NT: False where a token is padding.
         fit: of each layer.
         match: start from `match_powers` (needs biases) instead of the copied parameters.
     """
-    held = max(1, len(tokens_NT) // 8)
-    if held == len(tokens_NT):
+    held = max(1, len(inputs) // 8)
+    if held == len(inputs):
         raise ValueError(f"{held} window given; at least 2 are needed, one of them to measure on")
-    x_NTD, found = first_states(original, tokens_NT), []
+    x_NTD, found = first_states(original, inputs), []
     for i, (theirs, ours) in enumerate(zip(original.blocks, swapped.blocks, strict=True)):
         read_NTD, answer_NTD, x_NTD = run_block(theirs, x_NTD, visible_NT)  # type: ignore[arg-type]
         if not isinstance(theirs.mixer, Softmax) or not isinstance(ours.mixer, PowerSoftmax):
@@ -98,10 +100,10 @@ MATCHED = 16  # windows on which powers are matched
 
 
 @torch.no_grad()
-def first_states(model: Transformer, tokens_NT: Tensor) -> Tensor:
+def first_states(model: Model, inputs: Tensor) -> Tensor:
     """Return what the first block reads [N, T, D]."""
-    x_NTD = model.embed(tokens_NT)
-    return model.norm(x_NTD) if model.config.order == "post" else x_NTD
+    x_NTD = model.embed(inputs)
+    return model.norm(x_NTD) if body(model).order == "post" else x_NTD
 
 
 @torch.no_grad()

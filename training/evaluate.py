@@ -16,9 +16,16 @@ from torch import Tensor, nn
 
 from polyformer.model import Transformer
 from training.data import IGNORE
-from training.train import heldout_loss
+from training.loop import token_loss
 
 LARGEST_EXPONENT = 700.0  # exp of more than this is inf in a double
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, windows_NS: Tensor, *, batch: int = 256) -> float:
+    """Return the mean cross entropy in nats a token over windows [n, T + 1]."""
+    total = sum(float(token_loss(model(w[:, :-1]), w[:, 1:])) * len(w) for w in windows_NS.split(batch))
+    return total / len(windows_NS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ def language(model: Transformer, windows_NS: Tensor, *, bytes_per_token: float, 
 
 def bytes_per_token(tokenizer: Tokenizer, docs: Sequence[str]) -> float:
     """Return the mean UTF-8 bytes of a token over documents."""
-    tokens = sum(len(e.ids) for e in tokenizer.encode_batch(list(docs)))
+    tokens = sum(len(e.ids) for e in tokenizer.encode_batch(list(docs), add_special_tokens=False))
     if not tokens:
         raise ValueError(f"{len(docs)} documents hold no token; give the held-out text")
     return sum(len(d.encode()) for d in docs) / tokens

@@ -1,46 +1,34 @@
 """The folder of a run: what lies where, and how to read it back.
 
-config.json          {"recipe": ..., "models": {name of a model file: ModelConfig}}
-tokenizer.json       byte-level BPE
-tokens.safetensors   token documents, train.0 ... and heldout.0 ...
+config.json          {"recipe": ..., "task": ..., "models": {name of a model file: its kind and config}}
+tokenizer.json       byte-level BPE, or that of a released checkpoint
+tokens.safetensors   token documents, train.0 ... and heldout.0 ...; of a classifier examples.safetensors instead
+released.safetensors a checkpoint as `adopt` loaded it
 softmax.safetensors  power.safetensors  polynomial.safetensors  pointwise.safetensors
 train.jsonl          one line every ten steps
-stages.jsonl         one line a stage of a conversion: held-out loss, ranges, share outside
+stages.jsonl         one line a stage of a conversion: held-out quality, ranges, share outside
 metrics.json         held-out losses, ranges, per-stage quality
-calibration.npz      `tokens` int64 [n, T], windows of training text and of what a user might type
+calibration.npz      `tokens` int64 [n, T] or `inputs` float32 [n, C, H, W], training data and what a user might give
 checkpoints/         of an interrupted run
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import torch as safetensors
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from polyformer.model import ModelConfig, Transformer
-from training.data import (
-    Mix,
-    Sampler,
-    cut_windows,
-    encode_documents,
-    noise_windows,
-    padded_windows,
-    read_documents,
-    split_docs,
-    train_bpe,
-)
+from polyformer.models import Model, facts, from_facts
+from training.classes import Classes
+from training.data import EOT_ID
 from training.recipe import Recipe
+from training.tasks import NextTokens, Task
 
-MODELS = ("softmax", "power", "polynomial", "pointwise")
-CALIBRATION_WINDOWS = 512
+MODELS = ("released", "softmax", "power", "polynomial", "pointwise")
 
 
 class Folder:
@@ -57,60 +45,64 @@ class Folder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def start(self, recipe: Recipe, text: Path | None) -> None:
-        """Write config, tokenizer and tokens of a new run; accept a folder that holds the same recipe, refuse
-        another.
-        """
+    @property
+    def started(self) -> bool:
+        """Whether recipe, task and data are there: config.json is written last."""
+        return (self.path / "config.json").exists()
+
+    def start(self, recipe: Recipe, task: Task, tokenizer: Tokenizer | None) -> None:
+        """Write tokenizer, data and config of a new run."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "config.json").exists():
-            if self.recipe() != recipe:
-                raise FileExistsError(f"{self.path} holds a run of another recipe; choose an empty folder")
-            return
-        train_docs, heldout_docs = split_docs(read_documents(text), recipe.holdout)
-        tokenizer = train_bpe(train_docs, recipe.vocab)
-        if tokenizer.get_vocab_size() != recipe.vocab:
-            raise ValueError(
-                f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {recipe.vocab}; give more text, "
-                "or call training.train with a recipe of a smaller `vocab`"
-            )
-        tokenizer.save(str(self.path / "tokenizer.json"))
-        tokens = {f"train.{i}": d for i, d in enumerate(encode_documents(tokenizer, train_docs))}
-        tokens.update({f"heldout.{i}": d for i, d in enumerate(encode_documents(tokenizer, heldout_docs))})
-        save_file(tokens, self.path / "tokens.safetensors")
-        self._write("config.json", {"recipe": json.loads(recipe.to_json()), "models": {}})
+        if tokenizer is not None:
+            tokenizer.save(str(self.path / "tokenizer.json"))
+        save_file({k: v.contiguous() for k, v in task.tensors().items()}, self.path / f"{task.file}.safetensors")
+        self._write(
+            "config.json",
+            {"recipe": json.loads(recipe.to_json()), "task": {"file": task.file, **task.facts()}, "models": {}},
+        )
 
     def recipe(self) -> Recipe:
         return Recipe.from_json(json.dumps(self._read("config.json")["recipe"]))
 
-    def documents(self, part: str) -> list[Tensor]:
-        """Return the token documents of `train` or `heldout`, in order."""
-        found = {k: v for k, v in load_file(self.path / "tokens.safetensors").items() if k.startswith(f"{part}.")}
-        return [found[f"{part}.{i}"] for i in range(len(found))]
-
-    def sampler(self, recipe: Recipe, mix: Mix, stage: int) -> Sampler:
-        return Sampler(
-            self.documents("train"), length=recipe.length, vocab=recipe.vocab, mix=mix, seed=recipe.seed * 1000 + stage
-        )
+    def task(self) -> Task:
+        """Return what the run is trained on; in folders from before there were several, the next tokens."""
+        recipe, values = self.recipe(), self._read("config.json").get("task")
+        if values is None:
+            values = {
+                "file": "tokens",
+                "kind": "next tokens",
+                "length": recipe.length,
+                "vocab": recipe.vocab,
+                "end": EOT_ID,
+            }
+        tensors = load_file(self.path / f"{values['file']}.safetensors")
+        return Classes.loaded(values, tensors) if values["kind"] == "classes" else NextTokens.loaded(values, tensors)
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").exists()
 
-    def save_model(self, name: str, model: Transformer) -> None:
+    def start_of(self, name: str) -> str:
+        """Return the model that stands for `name` at the start of a conversion: the released one until it is trained on."""
+        return "released" if name == "softmax" and not self.has(name) and self.has("released") else name
+
+    def save_model(self, name: str, model: Model) -> None:
         config = self._read("config.json")
-        config["models"][name] = asdict(model.config)
+        config["models"][name] = facts(model)
         self._write("config.json", config)
         temporary = self.path / f"{name}.tmp"
         # a tied head is the embedding: this writes it once, where `save_file` refuses shared memory
         safetensors.save_model(model, str(temporary))
         temporary.replace(self.path / f"{name}.safetensors")
 
-    def load_model(self, name: str) -> Transformer:
+    def load_model(self, name: str) -> Model:
         if name not in MODELS:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
         if not self.has(name):
-            step = {"polynomial": "convert", "pointwise": "convert --recipe pointwise"}.get(name, "train")
+            step = {
+                "polynomial": "convert", "pointwise": "convert --recipe pointwise", "released": "adopt"
+            }.get(name, "train")  # fmt: skip
             raise FileNotFoundError(f"{self.path} has no {name}.safetensors yet; run `{step}` first")
-        model = Transformer(ModelConfig.from_json(json.dumps(self._read("config.json")["models"][name])))
+        model = from_facts(self._read("config.json")["models"][name])
         safetensors.load_model(model, str(self.path / f"{name}.safetensors"))
         return model.eval()
 
@@ -132,8 +124,8 @@ class Folder:
         temporary.replace(self.path / name)
 
 
-def load_model(out: Path, name: str) -> Transformer:
-    """Return the `softmax`, `power` or `polynomial` model of a run, in evaluation mode."""
+def load_model(out: Path, name: str) -> Model:
+    """Return the `released`, `softmax`, `power` or `polynomial` model of a run, in evaluation mode."""
     return Folder(out).load_model(name)
 
 
@@ -142,37 +134,6 @@ def load_tokenizer(out: Path) -> Tokenizer:
     return Tokenizer.from_file(str(Path(out) / "tokenizer.json"))
 
 
-def heldout_windows(out: Path) -> Tensor:
-    """Return int64 [n, T + 1]: all held-out text in windows without overlap, inputs and targets in one."""
-    folder = Folder(out)
-    return cut_windows(folder.documents("heldout"), folder.recipe().length + 1)
-
-
-def heldout_tokens(out: Path) -> np.ndarray:
-    """Return int64 [n, T], the inputs of all held-out windows."""
-    return heldout_windows(out)[:, :-1].numpy().copy()
-
-
-def stress_tokens(out: Path) -> np.ndarray:
-    """Return int64 [n, T]: short prompts of every length from held-out text, and 1024 windows of arbitrary tokens, all
-    unseen.
-    """
-    folder = Folder(out)
-    recipe = folder.recipe()
-    noise = noise_windows(1024, recipe.length, recipe.vocab, torch.Generator().manual_seed(987_654_321))
-    return torch.cat([padded_windows(folder.documents("heldout"), recipe.length), noise]).numpy()
-
-
-def calibration_tokens(out: Path) -> np.ndarray:
-    """Return int64 [n, T] for fitting and checking ranges: windows of training text, short prompts and arbitrary
-    tokens.
-    """
-    folder = Folder(out)
-    recipe = folder.recipe()
-    g = torch.Generator().manual_seed(123_456_789)
-    docs = folder.documents("train")
-    windows = cut_windows(docs, recipe.length)
-    text = windows[torch.randperm(len(windows), generator=g)[:CALIBRATION_WINDOWS]]
-    short = padded_windows(docs, recipe.length)
-    short = short[torch.randperm(len(short), generator=g)[: CALIBRATION_WINDOWS // 4]]
-    return torch.cat([text, short, noise_windows(CALIBRATION_WINDOWS // 4, recipe.length, recipe.vocab, g)]).numpy()
+def load_task(out: Path) -> Task:
+    """Return what a run is trained on and judged by."""
+    return Folder(out).task()

@@ -22,7 +22,9 @@ from training.trackers import keep_lines
 
 
 class Batches(Protocol):
-    """What the loop draws from: inputs and targets [B, T] (-100 is not scored), the whole state in one generator."""
+    """What the loop draws from: inputs [B, ...] and targets [B, T] or [B] (-100 is not scored), the whole state in one
+    generator.
+    """
 
     generator: torch.Generator
 
@@ -50,9 +52,11 @@ class Schedule:
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross entropy in nats a token over targets that are not -100."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE)
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy in nats over targets that are not -100: logits [B, T, V] of tokens and targets
+    [B, T], or logits [B, C] of classes and targets [B].
+    """
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)
 
 
 def run_stage(
@@ -83,8 +87,8 @@ def run_stage(
         for step in range(first, schedule.steps):
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(step)
-            tokens_BT, targets_BT = sampler.batch()
-            task = token_loss(model(tokens_BT), targets_BT)
+            inputs, targets = sampler.batch()
+            task = token_loss(model(inputs), targets)
             ranges = extra() if extra is not None else torch.zeros(())
             optimiser.zero_grad(set_to_none=True)
             (task + ranges).backward()

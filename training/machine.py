@@ -4,10 +4,12 @@ After every stage the state (model, targets of ranges, reports so far) is writte
 reports to a JSON-lines file. Inside a training stage the loop's own checkpoint counts. A resumed run ends bit for bit
 where an uninterrupted one does: each stage is a function of the state before it, of its own data and of its sampler.
 
-A report holds: stage (name), kind, steps done, heldout_loss (nats a token), levels (null while a part is not
-polynomial), ranges (of every tap on held-out windows, with the interval it is held against), outside (the share of all
-those values outside), met (Ranges alone: whether the wanted share was reached, null if none was wanted), alone
-(Substitute alone: the held-out loss after replacing one kind of function and nothing else).
+A report holds: stage (name), kind, steps done, the quality that the task measures on what was held out (heldout_loss in
+nats, of classes also heldout_accuracy), levels (null while a part is not polynomial), ranges (of every tap on held-out
+inputs, with the interval it is held against), outside (the share of all those values outside), met (Ranges alone:
+whether the wanted share was reached, null if none was wanted), layers (of a matched Swap: relative errors of every
+attention as copied, matched and fitted), alone (Substitute alone: the quality after replacing one kind of function and
+nothing else).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
-from polyformer.model import ModelConfig, Transformer
+from polyformer.models import Model, at_once, body, facts, from_facts, rebuilt
 from polyformer.ranges import Collector, measure, range_loss
-from training.data import Sampler
-from training.loop import Schedule, discard_checkpoint, run_stage
+from training.distil import Fit, Watch, distil_layers
+from training.loop import Batches, Schedule, discard_checkpoint, run_stage
 from training.recipe import Progress
 from training.stages import Continue, Ranges, Rows, Stage, Substitute, Swap, Training, Tune
 from training.substitution import (
@@ -39,7 +41,6 @@ from training.substitution import (
     with_rows,
 )
 from training.swap import swap_attention
-from training.train import heldout_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +50,30 @@ class Material:
     Args:
         sampler: of a training stage, new each time it is asked for.
         schedule: of a training stage.
-        heldout_NS: windows [n, T + 1] on which every stage is reported.
-        calibration_NT: windows [n, T] that choose row factors, targets and the end of a range stage.
+        quality: of a model in evaluation mode, figures by name, `heldout_loss` among them.
+        heldout: inputs [n, ...] on which the ranges of every stage are reported.
+        calibration: inputs [n, ...] that choose row factors, targets and the end of a range stage.
     """
 
-    sampler: Callable[[Training], Sampler]
+    sampler: Callable[[Training], Batches]
     schedule: Callable[[Training], Schedule]
-    heldout_NS: Tensor
-    calibration_NT: Tensor
+    quality: Callable[[Model], dict[str, float]]
+    heldout: Tensor
+    calibration: Tensor
 
 
 @dataclass
 class State:
     """What one stage hands to the next."""
 
-    model: Transformer
+    model: Model
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
     weights: Ranges | None = None  # the last Ranges, whose losses stay on while tuning
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(
-    start: Transformer,
+    start: Model,
     stages: Sequence[Stage],
     material: Material,
     *,
@@ -78,10 +81,10 @@ def run(
     log: Path,
     reports: Path,
     progress: Progress | None = None,
-) -> tuple[Transformer, list[dict[str, Any]]]:
+) -> tuple[Model, list[dict[str, Any]]]:
     """Run the stages from a checkpoint; return the last model and the reports. The start is left alone.
 
-    Args: `place` is the folder of the states, removed at the end; `log` takes the lines of the training loop and
+    Args: `place` is the folder of the states, which `finish` removes; `log` takes the lines of the training loop and
     `reports` one line a stage.
 
     Raises:
@@ -93,8 +96,8 @@ def run(
     state = _resume(place, stages) or State(model=_copy(start))
     for index in range(len(state.reports), len(stages)):
         stage = stages[index]
-        facts = _apply(state, stage, material, place, log, progress)
-        state.reports.append(_report(state, stage, material, facts))
+        found = _apply(state, stage, material, place, log, progress)
+        state.reports.append(_report(state, stage, material, found))
         _save(place, state, stages)
         discard_checkpoint(place, stage.name)
         _write_reports(reports, state.reports)
@@ -112,28 +115,37 @@ def _apply(
 ) -> dict[str, Any]:
     """Do one stage to the state; return what only this stage knows for its report."""
     if isinstance(stage, Swap):
-        state.model, state.targets = _swapped(state.model, stage), {}
+        original, state.targets = state.model, {}
+        state.model = _swapped(original, stage)
+        if stage.matched:
+            windows = material.calibration[: stage.matched]
+            fits = distil_layers(
+                original, state.model, windows, fit=Fit(steps=stage.fit), watch=watched(stage, progress)
+            )
+            return {"layers": [asdict(fit) for fit in fits]}
     elif isinstance(stage, Rows):
-        state.model = with_rows(state.model, material.calibration_NT)
+        state.model = with_rows(state.model, material.calibration)
     elif isinstance(stage, Ranges):
         state.weights = stage
         state.targets = choose_targets(
             state.model,
-            material.calibration_NT,
+            material.calibration,
             activation_bound=stage.activation_bound,
             variance_ratio=stage.variance_ratio,
             denominator_target=stage.denominator_target,
         )
         steps = _train(state, stage, material, place, log, progress, ranges=True)
-        share = _outside(state, material.calibration_NT)
+        share = _outside(state, material.calibration)
         return {"steps": steps, "met": None if stage.outside is None else share <= stage.outside}
     elif isinstance(stage, Substitute):
         ranged, alone = state.model, {}
         for kind in KINDS:
             if getattr(stage, kind):
-                only = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), state.targets)  # type: ignore[arg-type]
-                alone[kind] = heldout_loss(only, material.heldout_NS)
-        state.model = substitute(ranged, stage, state.targets)
+                only = substitute(
+                    ranged, replace(stage, **{k: k == kind for k in KINDS}), state.targets, material.calibration
+                )  # type: ignore[arg-type]
+                alone[kind] = material.quality(only)
+        state.model = substitute(ranged, stage, state.targets, material.calibration)
         return {"alone": alone}
     elif isinstance(stage, (Continue, Tune)):
         return {"steps": _train(state, stage, material, place, log, progress, ranges=isinstance(stage, Tune))}
@@ -142,12 +154,19 @@ def _apply(
     return {}
 
 
-def _swapped(model: Transformer, stage: Swap) -> Transformer:
+def watched(stage: Stage, progress: Progress | None) -> Watch | None:
+    """Return the call of `distil_layers` that reports one layer after the other as steps of the stage."""
+    return None if progress is None else lambda done, total, what: progress(stage.name, done, total, {})
+
+
+def _swapped(model: Model, stage: Swap) -> Model:
     if stage.fresh is None:
-        return swap_attention(model, mixer=stage.mixer, power=stage.power, eps=stage.eps, form=stage.form)
+        return swap_attention(
+            model, mixer=stage.mixer, power=stage.power, eps=stage.eps, form=stage.form, biases=stage.matched > 0
+        )
     torch.manual_seed(stage.fresh)
-    config = replace(
-        model.config,
+    changed = replace(
+        body(model),
         mixer=stage.mixer,
         mixers=(),
         power=stage.power,
@@ -155,7 +174,7 @@ def _swapped(model: Transformer, stage: Swap) -> Transformer:
         form=stage.form,
         reciprocal="exact",
     )
-    return Transformer(config)
+    return rebuilt(model, changed)
 
 
 def _train(
@@ -186,7 +205,7 @@ def _train(
 
         def met(done: int) -> bool:
             assert isinstance(stage, Ranges) and stage.outside is not None
-            return done % stage.every == 0 and _outside(state, material.calibration_NT) <= stage.outside
+            return done % stage.every == 0 and _outside(state, material.calibration) <= stage.outside
 
         return run_stage(
             state.model,
@@ -201,29 +220,30 @@ def _train(
         )
 
 
-def _outside(state: State, tokens_NT: Tensor) -> float:
+def _outside(state: State, inputs: Tensor) -> float:
     """Return the share of all values outside the targets, in evaluation mode; the mode stays as it was."""
     training = state.model.training
-    found = measure(state.model.eval(), tokens_NT, intervals=state.targets).values()
+    model = state.model.eval()
+    found = measure(model, inputs, intervals=state.targets, batch=at_once(model)).values()
     state.model.train(training)
     return sum((r.below + r.above) * r.count for r in found) / max(1, sum(r.count for r in found))
 
 
-def _report(state: State, stage: Stage, material: Material, facts: dict[str, Any]) -> dict[str, Any]:
+def _report(state: State, stage: Stage, material: Material, found: dict[str, Any]) -> dict[str, Any]:
     state.model.eval()
     intervals = state.targets | fitted_intervals(state.model)
     return {
         "stage": stage.name,
         "kind": stage.facts()["kind"],
-        **facts,
-        "heldout_loss": heldout_loss(state.model, material.heldout_NS),
+        **found,
+        **material.quality(state.model),
         "levels": levels(state.model),
-        **ranges_report(state.model, material.heldout_NS[:, :-1], intervals),
+        **ranges_report(state.model, material.heldout, intervals),
     }
 
 
-def _copy(model: Transformer) -> Transformer:
-    copy = Transformer(model.config)
+def _copy(model: Model) -> Model:
+    copy = rebuilt(model, body(model))
     copy.load_state_dict(model.state_dict())
     return copy.eval()
 
@@ -233,14 +253,14 @@ def _save(place: Path, state: State, stages: Sequence[Stage]) -> None:
     done = len(state.reports)
     place.mkdir(parents=True, exist_ok=True)
     save_model(state.model, str(place / f"state-{done}.safetensors"))
-    facts = {
+    values = {
         "stages": [stage.facts() for stage in stages[:done]],
-        "config": json.loads(state.model.config.to_json()),
+        "model": facts(state.model),
         "targets": state.targets,
         "reports": state.reports,
     }
     temporary = place / "state.tmp"
-    temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
     temporary.replace(place / "state.json")
     (place / f"state-{done - 1}.safetensors").unlink(missing_ok=True)
 
@@ -249,22 +269,22 @@ def _resume(place: Path, stages: Sequence[Stage]) -> State | None:
     path = place / "state.json"
     if not path.exists():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    done = len(facts["reports"])
+    values = json.loads(path.read_text(encoding="utf-8"))
+    done = len(values["reports"])
     wanted = json.loads(json.dumps([stage.facts() for stage in stages[:done]]))
-    if facts["stages"] != wanted:
-        i = next((i for i, (a, b) in enumerate(zip(facts["stages"], wanted, strict=False)) if a != b), len(wanted))
+    if values["stages"] != wanted:
+        i = next((i for i, (a, b) in enumerate(zip(values["stages"], wanted, strict=False)) if a != b), len(wanted))
         raise ValueError(
             f"{place} holds a conversion whose stage {i + 1} is another; remove that folder to start again"
         )
-    model = Transformer(ModelConfig.from_json(json.dumps(facts["config"])))
+    model = from_facts(values["model"])
     load_model(model, str(place / f"state-{done}.safetensors"))
     ranges = [stage for stage in stages[:done] if isinstance(stage, Ranges)]
     return State(
         model=model.eval(),
-        targets={name: (lo, hi) for name, (lo, hi) in facts["targets"].items()},
+        targets={name: (lo, hi) for name, (lo, hi) in values["targets"].items()},
         weights=ranges[-1] if ranges else None,
-        reports=facts["reports"],
+        reports=values["reports"],
     )
 
 

@@ -5,12 +5,15 @@ for tests).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from polyformer.model import ModelConfig
 from training.data import Mix
 
+TASKS = ("next tokens", "texts", "images")
+MAY_BE_NONE = ("activation_spread", "range_outside")
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, total, figures (e.g. loss)
 
 
@@ -29,9 +32,15 @@ class Recipe:
     seed: int = 0
     threads: int = 2
     # data
+    task: str = "next tokens"  # or the class of texts, of images
+    patch: int = 4  # side in pixels, of images; their tokens are the patches, so `vocab` and `length` are not read
     vocab: int = 1024
     length: int = 32
     holdout: int = 9  # every k-th document
+    heldout: int = 0  # held-out windows that quality and ranges are measured on, evenly spread; 0: all of them
+    calibration: int = (
+        512  # windows of training text that choose ranges, beside a quarter as many short and arbitrary ones
+    )
     # model
     width: int = 128
     heads: int = 4
@@ -43,6 +52,8 @@ class Recipe:
     las_decay: float = 1.0  # LaS: the largest decay of scores with distance, of both twins; it costs no level
     activation: str = "gelu"
     exact_norms: tuple[str, ...] = ("affine",) * 5
+    mlp_norm: bool = False  # the BatchNorms that stabilise a vision model, which fold away
+    score_norm: bool = False
     # polynomial form
     activation_degree: int = 2
     activation_spread: float | None = 0.5  # fit activations under a normal density; None: evenly over the interval
@@ -63,6 +74,8 @@ class Recipe:
     softmax_steps: int = 1200
     power_steps: int = 100
     start: str = "power"  # what the conversion starts from: power, or softmax with its attention swapped
+    matched: int = 0  # windows on which the powers are matched to the exponentials at that swap; 0: q and k are copied
+    fit_steps: int = 0  # of each layer after that
     continue_steps: int = 100  # after that swap, in place of `power_steps`
     range_steps: int = 50
     tune_steps: int = 1050
@@ -76,11 +89,14 @@ class Recipe:
     activation_weight: float = 0.3
     variance_weight: float = 0.3
     denominator_weight: float = 0.3
+    cover: bool = False  # fit polynomials on what calibration shows, where that is wider than the targets
     range_outside: float | None = None  # end the range stage early, at this share of values outside their targets
 
     def __post_init__(self) -> None:
         if self.start not in ("power", "softmax"):
             raise ValueError(f"start is {self.start!r}; the conversion starts from 'power' or from 'softmax'")
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
 
     @classmethod
     def demo(cls) -> Recipe:
@@ -119,9 +135,152 @@ class Recipe:
             checkpoint_every=10,
         )
 
+    @classmethod
+    def texts(cls, *, quick: bool = False) -> Recipe:
+        """An encoder that tells texts by class: LayerNorm, softmax attention that is swapped on the way."""
+        whole = cls(
+            task="texts",
+            length=128,
+            width=64,
+            hidden=128,
+            las_decay=0.0,
+            exact_norms=("layer",) * 5,
+            activation_spread=None,
+            activation_degree=4,
+            norm_degree=3,
+            batch=32,
+            padded=2,
+            noise=2,
+            lr=2e-3,
+            tune_lr=1e-3,
+            warmup=20,
+            softmax_steps=500,
+            power_steps=0,
+            start="softmax",
+            continue_steps=150,
+            range_steps=100,
+            tune_steps=250,
+            checkpoint_every=100,
+            cover=True,
+            range_outside=0.001,
+        )
+        return whole.short() if quick else whole
+
+    @classmethod
+    def images(cls, *, quick: bool = False) -> Recipe:
+        """A vision transformer whose BatchNorms fold away (methods.md 2.2): nothing is left but one division a row."""
+        whole = cls(
+            task="images",
+            patch=4,
+            width=48,
+            hidden=96,
+            las_decay=0.0,
+            exact_norms=("batch",) * 5,
+            mlp_norm=True,
+            score_norm=True,
+            activation_spread=None,
+            activation_degree=4,
+            power=4,
+            batch=64,
+            padded=0,
+            noise=0,  # arbitrary pixels would be in the statistics of the norms
+            lr=4e-3,
+            tune_lr=1e-3,
+            warmup=30,
+            weight_decay=0.05,
+            softmax_steps=300,
+            power_steps=0,
+            start="softmax",
+            continue_steps=100,
+            range_steps=60,
+            tune_steps=140,
+            checkpoint_every=100,
+            cover=True,
+            range_outside=0.001,
+        )
+        return whole.short() if quick else whole
+
+    def short(self) -> Recipe:
+        """Return the same with one block and some steps a stage, for tests: its quality means nothing."""
+        norms = (*self.exact_norms[:2], self.exact_norms[-1])
+        return replace(
+            self, threads=1, vocab=300, length=8, width=16, heads=2, hidden=16, blocks=1, exact_norms=norms, batch=8,
+            softmax_steps=20, continue_steps=6, range_steps=6, tune_steps=6, warmup=3, checkpoint_every=10, calibration=64,
+            activation_degree=2, reciprocal_degree=2, norm_degree=2, power=2,
+        )  # fmt: skip
+
+    @classmethod
+    def adopted(cls, body: ModelConfig, *, steps: int, batch: int) -> Recipe:
+        """A released model, whose `body` this repeats: each stage trains for `steps` at a small rate. Its activations and
+        variances spread more than those of a model that was trained for its polynomials, so degrees and targets are higher.
+        """
+        return cls(
+            task="next tokens" if body.causal else "texts",
+            vocab=body.vocab,
+            length=body.length,
+            heldout=64 if body.causal else 256,
+            calibration=64,
+            width=body.width,
+            heads=body.heads,
+            hidden=body.hidden,
+            blocks=body.blocks,
+            parallel=body.parallel,
+            power=8,
+            eps=1.0,
+            matched=32,
+            las_decay=0.0,
+            activation=body.activation,
+            exact_norms=body.norms,
+            activation_degree=8,
+            activation_spread=None,
+            norm_degree=4,
+            norm_newton=1,
+            batch=batch,
+            padded=min(1, batch - 1),
+            noise=1,
+            lr=1e-4,
+            tune_lr=1e-4,
+            warmup=10,
+            weight_decay=0.0,
+            softmax_steps=steps,
+            power_steps=0,
+            start="softmax",
+            continue_steps=steps,
+            range_steps=steps,
+            tune_steps=steps,
+            checkpoint_every=50,
+            activation_bound=8.0,
+            variance_ratio=16.0,
+            cover=True,
+        )
+
     def with_(self, **changes: object) -> Recipe:
         """Return a copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+    def changed(self, settings: Sequence[str]) -> Recipe:
+        """Return a copy with fields set as "name=value", as a command line gives them; values are JSON, lists in brackets.
+
+        Raises:
+            ValueError: a field is unknown, or a value is of another type; says what there is.
+        """
+        known = asdict(self)
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name not in known:
+                raise ValueError(f"the recipe has no {name!r}; known: {', '.join(known)}")
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = text
+            value = tuple(value) if isinstance(value, list) else value
+            old = known[name]
+            fits = {type(old), int} if isinstance(old, float) else {type(old)}
+            if old is not None and type(value) not in fits and not (value is None and name in MAY_BE_NONE):
+                raise ValueError(f"{name} is {old!r}; {text!r} is no {type(old).__name__}")
+            changes[name] = value
+        return replace(self, **changes)
 
     def softmax_config(self) -> ModelConfig:
         """The twin: same sizes and parameters, softmax, exact functions."""
@@ -146,6 +305,9 @@ class Recipe:
             las_decay=self.las_decay,
             mixer=mixer,
             form=form,
+            causal=self.task == "next tokens",
+            mlp_norm=self.mlp_norm,
+            score_norm=self.score_norm,
         )
 
     def mix(self, *, noise: bool) -> Mix:

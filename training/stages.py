@@ -1,7 +1,7 @@
 """The stages of a conversion into polynomials, as data: a recipe is a tuple of them, `machine.py` runs it.
 
     Swap         put another mixer in, on the parameters of the checkpoint or on fresh ones
-    Continue     train on next tokens
+    Continue     train on the task: next tokens, or classes
     Rows         give each row of PowerSoftmax one public factor: an exact change of form
     Ranges       train with the range losses, to targets
     Substitute   put fitted polynomials in the place of what is not polynomial
@@ -36,7 +36,9 @@ class Stage:
 class Swap(Stage):
     """Replace the mixer of every block; all other parameters stay, and those of the mixer if it takes them.
 
-    `fresh` starts over with new parameters from this seed: the model keeps its shape alone.
+    `fresh` starts over with new parameters from this seed: the model keeps its shape alone. `matched` calibration inputs
+    rewrite queries and keys so that the powers follow the exponentials (`power_match.py`), and `fit` steps a layer go on
+    from there (`distil.py`): without either, a swapped checkpoint has forgotten which keys repelled a query.
     """
 
     mixer: str
@@ -44,6 +46,8 @@ class Swap(Stage):
     eps: float = 1.0
     form: str = "stable"
     fresh: int | None = None
+    matched: int = 0
+    fit: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,12 @@ class Training(Stage):
     steps: int
     lr: float
     sampler: int  # its number in the folder of the run: the seed of the batches
-    noise: bool = True  # batches hold windows of arbitrary tokens, so that range losses see what a user may type
+    noise: bool = True  # batches hold arbitrary inputs, so that range losses see what a user may give
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continue(Training):
-    """Train on next tokens, with exact functions and no other loss."""
+    """Train on the task, with exact functions and no other loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ class Ranges(Training):
 
     Targets: activations within +-`activation_bound`; variances within the ratio `variance_ratio`, centred on what the
     model has; denominators within `denominator_target`. Weights of 0 leave a kind alone.
-    `outside`: stop once at most this share of all values on calibration tokens lies outside the targets, looked at
+    `outside`: stop once at most this share of all values on calibration inputs lies outside the targets, looked at
     every `every` steps; None: never, the schedule runs to its end.
     """
 
@@ -92,6 +96,8 @@ class Substitute(Stage):
 
     `activation_spread`: fit activations where their inputs are, weighted by a normal density of this deviation, instead
     of evenly over the interval (None). A model that is tuned long afterwards needs the curvature near 0, not the tails.
+    `cover`: where calibration inputs show more than the target, fit on that, widened. The range losses of a few steps do not
+    bring a released model into narrow targets, and outside its interval a polynomial explodes.
     The switches replace one kind alone, to see what each substitution costs.
     """
 
@@ -102,6 +108,7 @@ class Substitute(Stage):
     margin: float
     denominator_interval: tuple[float, float]
     activation_spread: float | None = None
+    cover: bool = False
     division: bool = True
     activation: bool = True
     norm: bool = True
@@ -117,7 +124,14 @@ def powersoftmax(recipe: Recipe) -> tuple[Stage, ...]:
     been trained as such, the first two are not needed (`recipe.start`).
     """
     swap = (
-        Swap(name="swap", mixer="power_softmax", power=recipe.power, eps=recipe.eps),
+        Swap(
+            name="swap",
+            mixer="power_softmax",
+            power=recipe.power,
+            eps=recipe.eps,
+            matched=recipe.matched,
+            fit=recipe.fit_steps,
+        ),
         Continue(name="continue", steps=recipe.continue_steps, lr=recipe.tune_lr, sampler=3, noise=False),
     )
     return (
@@ -133,9 +147,10 @@ def pointwise(recipe: Recipe) -> tuple[Stage, ...]:
     """Return the stages of the pointwise recipe: rebuilt with sigma attention scaled by 1/sqrt(L) and trained from
     scratch, as many steps as the other models in all stages together.
     """
+    before = recipe.power_steps if recipe.start == "power" else recipe.softmax_steps + recipe.continue_steps
     return (
         Swap(name="pointwise-swap", mixer="pointwise", fresh=recipe.seed),
-        Continue(name="pointwise-train", steps=recipe.power_steps, lr=recipe.lr, sampler=0, noise=False),
+        Continue(name="pointwise-train", steps=before, lr=recipe.lr, sampler=0, noise=False),
         _ranges(recipe, "pointwise-ranges", 1),
         _substitute(recipe, "pointwise-substitute"),
         Tune(name="pointwise-tune", steps=recipe.tune_steps, lr=recipe.tune_lr, sampler=2),
@@ -190,4 +205,5 @@ def _substitute(recipe: Recipe, name: str) -> Substitute:
         margin=recipe.margin,
         denominator_interval=recipe.denominator_interval,
         activation_spread=recipe.activation_spread,
+        cover=recipe.cover,
     )

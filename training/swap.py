@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import Tensor
 
 from polyformer.model import Transformer
-from training.data import Mix, Sampler
+from polyformer.models import M, body, rebuilt
+from training.data import EOT_ID, Mix, Sampler
+from training.evaluate import heldout_loss
 from training.loop import Schedule, run_stage
 from training.recipe import Progress
-from training.train import heldout_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Recovery:
 
 
 def swap_attention(
-    model: Transformer,
+    model: M,
     *,
     mixer: str = "power_softmax",
     power: int = 4,
@@ -39,7 +40,7 @@ def swap_attention(
     form: str = "stable",
     layers: Sequence[int] | None = None,
     biases: bool = False,
-) -> Transformer:
+) -> M:
     """Return a copy of a model with another attention mixer and the same parameters; the original is left alone.
 
     Args:
@@ -50,25 +51,26 @@ def swap_attention(
     Raises:
         ValueError: the mixer has parameters that the model lacks, or the other way round; a layer does not exist.
     """
-    blocks = range(model.config.blocks)
+    before = body(model)
+    blocks = range(before.blocks)
     chosen = set(blocks if layers is None else layers)
     if not chosen <= set(blocks):
         raise ValueError(f"layers {sorted(chosen - set(blocks))} given; the model has blocks 0 to {blocks[-1]}")
-    mixed = () if layers is None else tuple(mixer if i in chosen else model.config.layer_mixers[i] for i in blocks)
+    mixed = () if layers is None else tuple(mixer if i in chosen else before.layer_mixers[i] for i in blocks)
     config = replace(
-        model.config,
-        mixer=mixer if layers is None else model.config.mixer,
+        before,
+        mixer=mixer if layers is None else before.mixer,
         mixers=mixed,
         power=power,
         eps=eps,
         form=form,
         reciprocal="exact",
-        biases=model.config.biases or biases,
+        biases=before.biases or biases,
     )
-    swapped = Transformer(config)
+    swapped = rebuilt(model, config)
     state = model.state_dict()
-    if config.biases and not model.config.biases:
-        # a new Transformer's biases are zero, so they may stay as they are
+    if config.biases and not before.biases:
+        # a new model's biases are zero, so they may stay as they are
         state |= {k: v for k, v in swapped.state_dict().items() if k.startswith("blocks.") and k.endswith(".bias")}
     missing, unexpected = swapped.load_state_dict(state, strict=False)
     # `row_T`, the public factors of the form `rows`, starts at its own value and is not learned
@@ -76,7 +78,7 @@ def swap_attention(
     unexpected = [name for name in unexpected if not name.endswith("row_T")]
     if missing or unexpected:
         raise ValueError(
-            f"mixer {mixer!r} does not take the parameters of {model.config.mixer!r}: missing {missing[:3]}, "
+            f"mixer {mixer!r} does not take the parameters of {before.mixer!r}: missing {missing[:3]}, "
             f"left over {unexpected[:3]}; swap between softmax and power_softmax"
         )
     return swapped.train(model.training)
@@ -98,12 +100,13 @@ def recover(
     heldout_batch: int = 256,
     only: Sequence[str] = (),
     seed: int = 0,
+    end: int = EOT_ID,
     progress: Progress | None = None,
 ) -> Recovery:
     """Train `swapped` in place on next-token loss and measure it before, every `every` steps and at the end.
 
     Args:
-        docs: training documents as token ids, one int64 vector each; the end-of-text token has id 0.
+        docs: training documents as token ids, one int64 vector each; `end` is the id that ends one.
         heldout_NS: held-out windows [n, T + 1], T at most the model's window.
         out: folder for `train.jsonl` and the checkpoint; an interrupted run goes on there and measures from there. The
             checkpoint stays: keep the model, then `loop.discard_checkpoint(out / "checkpoints", "swap")`.
@@ -126,7 +129,9 @@ def recover(
     if not chosen:
         raise ValueError(f"no parameter has {' or '.join(only)} in its name, so there is nothing to train")
     out.mkdir(parents=True, exist_ok=True)
-    sampler = Sampler(docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed)
+    sampler = Sampler(
+        docs, length=heldout_NS.shape[1] - 1, vocab=swapped.config.vocab, mix=Mix(batch=batch), seed=seed, end=end
+    )
     before = heldout_loss(original.eval(), heldout_NS, batch=heldout_batch)
     curve = [(0, heldout_loss(swapped.eval(), heldout_NS, batch=heldout_batch))]
     if progress is not None:

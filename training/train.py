@@ -1,42 +1,61 @@
 """Train the softmax twin and the PowerSoftmax model from scratch: same seeds, same data, same number of steps unless
-the recipe says so.
+the recipe says so. A run that was adopted has a released checkpoint in the place of scratch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
 
-from polyformer.model import Transformer
-from training.folder import Folder, calibration_tokens, heldout_windows
-from training.loop import Schedule, discard_checkpoint, run_stage, token_loss
+from polyformer.reading import Reading
+from training.classes import image_classes, text_classes
+from training.data import EOT_ID, encode_documents, read_documents, split_docs, train_bpe
+from training.examples import parts, read_images, read_texts
+from training.folder import Folder
+from training.loop import Schedule, discard_checkpoint, run_stage
 from training.recipe import Progress, Recipe
+from training.tasks import Task, next_tokens
 
 
 def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Train both exact models into folder `out` and return the metrics; an interrupted run goes on where it stopped.
 
-    Args: `text` is a file or a folder of .txt files (None: the State of the Union excerpt of this package).
+    Args: `text` is what the recipe's task asks for: a file or a folder of .txt files (None: the State of the Union excerpt of
+    this package), a folder with a folder of texts for each class, or an .npz of images.
+
+    Raises:
+        FileExistsError: the folder holds a run of another recipe.
     """
     folder = Folder(out)
-    folder.start(recipe, text)
+    if not folder.started:
+        folder.start(recipe, *prepared(recipe, text))
+    elif folder.recipe() != recipe:
+        raise FileExistsError(f"{folder.path} holds a run of another recipe; choose an empty folder")
+    folder.update_metrics(text="state of the union 1993-2019" if text is None else str(text))
+    return train_on(out, progress=progress)
+
+
+def train_on(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Train what the recipe of a started folder asks for and the folder lacks; return the metrics."""
+    folder = Folder(out)
+    recipe, task = folder.recipe(), folder.task()
     torch.set_num_threads(recipe.threads)
-    if not (folder.path / "calibration.npz").exists():
-        np.savez_compressed(folder.path / "calibration.npz", tokens=calibration_tokens(out))
     for name, config, steps in (
         ("softmax", recipe.softmax_config(), recipe.softmax_steps),
         ("power", recipe.power_config(), recipe.power_steps),
     ):
+        if not steps:
+            continue
         if not folder.has(name):
             torch.manual_seed(recipe.seed)
-            model = Transformer(config)
+            model = folder.load_model("released") if folder.has("released") else task.model(config)
             run_stage(
                 model,
-                folder.sampler(recipe, recipe.mix(noise=False), 0),
+                task.sampler(recipe, stage=0, noise=False),
                 stage=name,
                 schedule=schedule(recipe, steps, recipe.lr),
                 folder=folder.checkpoints,
@@ -45,10 +64,42 @@ def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Prog
             )
             folder.save_model(name, model)
         discard_checkpoint(folder.checkpoints, name)
-        folder.update_metrics(**{f"heldout_loss_{name}": heldout_loss(folder.load_model(name), heldout_windows(out))})
-    return folder.update_metrics(
-        text="state of the union 1993-2019" if text is None else str(text), parameters=model_size(folder)
-    )
+        trained = folder.load_model(name)
+        figures = {f"{key}_{name}": value for key, value in task.quality(trained).items()}
+        folder.update_metrics(**figures, parameters=trained.parameter_count())
+    return folder.update_metrics()
+
+
+def prepared(recipe: Recipe, text: Path | None) -> tuple[Task, Tokenizer | None]:
+    """Return the task of a run from scratch, and the tokenizer that was trained for it.
+
+    Raises:
+        ValueError: there is nothing to learn classes from, or too little text for the vocabulary.
+    """
+    if recipe.task == "next tokens":
+        docs, heldout = split_docs(read_documents(text), recipe.holdout)
+        tokenizer = trained_bpe(docs, recipe.vocab)
+        return next_tokens(recipe, encode_documents(tokenizer, docs), encode_documents(tokenizer, heldout)), tokenizer
+    if text is None:
+        raise ValueError(f"a run on classes of {recipe.task} needs data: give their folder or file")
+    if recipe.task == "images":
+        return image_classes(recipe, read_images(text)), None
+    found = read_texts(text)
+    train, _ = parts(len(found.labels), recipe.holdout)
+    tokenizer = trained_bpe([found.examples[i] for i in train], recipe.vocab)
+    reading = Reading(pad=EOT_ID, side="right", classes=found.names)
+    return text_classes(recipe, found, tokenizer, reading), tokenizer
+
+
+def trained_bpe(texts: Sequence[str], vocab: int) -> Tokenizer:
+    """Return a byte-level BPE of `vocab` tokens; raises ValueError if the texts do not give as many."""
+    tokenizer = train_bpe(texts, vocab)
+    if tokenizer.get_vocab_size() != vocab:
+        raise ValueError(
+            f"the text gives {tokenizer.get_vocab_size()} tokens, the recipe asks for {vocab}; give more text, or a smaller "
+            "vocabulary (--set vocab=...)"
+        )
+    return tokenizer
 
 
 def schedule(recipe: Recipe, steps: int, lr: float) -> Schedule:
@@ -60,14 +111,3 @@ def schedule(recipe: Recipe, steps: int, lr: float) -> Schedule:
         clip=recipe.clip,
         checkpoint_every=recipe.checkpoint_every,
     )
-
-
-def model_size(folder: Folder) -> int:
-    return folder.load_model("power").parameter_count()
-
-
-@torch.no_grad()
-def heldout_loss(model: Transformer, windows_NS: Tensor, *, batch: int = 256) -> float:
-    """Mean cross entropy in nats a token over windows [n, T + 1]."""
-    total = sum(float(token_loss(model(w[:, :-1]), w[:, 1:])) * len(w) for w in windows_NS.split(batch))
-    return total / len(windows_NS)

@@ -1,8 +1,13 @@
-"""The tokenizer of a released checkpoint: tokenizer.json of a Hugging Face folder, or the byte-level BPE in a GGUF file."""
+"""The tokenizer of a released checkpoint, and what its ids mean to a run.
+
+It is the tokenizer.json of a Hugging Face folder, or the byte-level BPE in a GGUF file.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -11,6 +16,8 @@ from polyformer.architectures.gguf_file import GGUFFile
 # tokenizer.ggml.pre -> whether digits are split one by one before the byte-level rule
 DIGITS = {"smollm": True, "gpt-2": False, "default": False}
 CONTROL = 3  # token type of GGUF: stands for no text
+# Documents of pre-training end with one of these; the eos_token_id of a chat model ends a turn instead.
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot|>", "</s>")
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
@@ -33,6 +40,44 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def document_end(tokenizer: Tokenizer, values: Mapping[str, Any], wanted: str | None = None) -> int:
+    """Return the id that ends a document and pads: the `wanted` token or id, a mark of pre-training, or eos_token_id.
+
+    Args: `values` of config.json.
+
+    Raises:
+        ValueError: the wanted one is not in the vocabulary, or nothing says which it is.
+    """
+    special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
+    if wanted is not None:
+        found = tokenizer.token_to_id(wanted)
+        if found is None and wanted.isdecimal() and tokenizer.id_to_token(int(wanted)) is not None:
+            found = int(wanted)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {wanted!r}; its special ones: {', '.join(special) or 'none'}")
+        return int(found)
+    known = [tokenizer.token_to_id(mark) for mark in ENDS]
+    eos = values.get("eos_token_id")
+    known += list(eos) if isinstance(eos, list) else [eos]
+    found = next((i for i in known if i is not None), None)
+    if found is None:
+        raise ValueError(
+            f"nothing says which token ends a document: none of {', '.join(ENDS)}, no eos_token_id; name one with --end, "
+            f"for example of {', '.join(special[:8]) or 'the vocabulary'}"
+        )
+    return int(found)
+
+
+def require_rows(tokenizer: Tokenizer, vocab: int, checkpoint: Path) -> None:
+    """Raise ValueError if the tokenizer gives ids that the model's table of `vocab` rows has not."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab:
+        raise ValueError(
+            f"the tokenizer of {checkpoint} has ids up to {largest}, the model's table rows 0 to {vocab - 1}: they do not "
+            "belong together, fetch both from one release"
+        )
 
 
 def _of_gguf(path: Path) -> Tokenizer:

@@ -1,4 +1,6 @@
-"""Split off what the client does: the embedding. Table rows and positions are public to the client and cost no ciphertext."""
+"""Split off what the client does: the embedding, and an exact norm right behind it. Table rows, positions and that norm are public to
+the client and cost no ciphertext.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from he_backend.base import UnsupportedOpError
+from he_backend.circuit import layer_norm
 
 from ..ir import Graph
+from ..ops.refuse import NORM
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """x[t] = table[token t] + positions[t]; table [V, D], positions [T, D], T also where a graph takes one token a step."""
+    """x[t] = table[token t] + positions[t]; table [V, D], positions [T, D], T also where a graph takes one token a step. `norm` is
+    the scale [D], shift [D] and eps of the LayerNorm that follows, if there is one.
+    """
 
     table: np.ndarray
     positions: np.ndarray
+    norm: tuple[np.ndarray, np.ndarray, float] | None = None
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """[T] token ids -> [T, D]."""
-        return self.table[tokens] + self.positions
+        return self._opened(self.table[tokens] + self.positions)
+
+    def step(self, token: np.ndarray, step: int) -> np.ndarray:
+        """Token ids of one step -> their rows at that place."""
+        return self._opened(self.table[token] + self.positions[step])
+
+    def _opened(self, x: np.ndarray) -> np.ndarray:
+        return x if self.norm is None else layer_norm(x, *self.norm)
 
 
 def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
@@ -50,6 +64,17 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
     elif len(users) == 1 and users[0].op == "add_step" and users[0].const is not None:
         end = users[0]
         positions = users[0].const.reshape(graph.steps, features).astype(np.float64)
-    rest = tuple(n for n in graph.nodes if n.name not in (gather.name, end.name))
+    norm, done = None, {gather.name, end.name}
+    users = graph.users()[end.name]
+    opening = next((n for n in users if n.op == "client_norm"), None)
+    if opening is not None:
+        if len(users) > 1:
+            raise UnsupportedOpError(
+                f"node {opening.source!r} is a LayerNormalization of an embedding that {users[1].source!r} reads as well: the client "
+                f"sends one of them, so that the norm must be a polynomial; use {NORM} instead"
+            )
+        assert opening.const is not None and opening.bias is not None
+        norm, end = (opening.const, opening.bias, float(opening.attrs["eps"])), opening
+    rest = tuple(n for n in graph.nodes if n.name not in (*done, end.name))
     graph = replace(graph, input=end.name, input_shape=gather.shape, nodes=rest)
-    return graph, Embedding(table=gather.const, positions=positions)
+    return graph, Embedding(table=gather.const, positions=positions, norm=norm)

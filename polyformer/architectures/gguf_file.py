@@ -161,6 +161,7 @@ def llama_config(file: GGUFFile) -> dict[str, Any]:
         "rope_scaling": {"type": f.get("rope.scaling.type", "default").replace("none", "default")},
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file,
+        "eos_token_id": file.fields.get("tokenizer.ggml.eos_token_id"),
     }
 
 

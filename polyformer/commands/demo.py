@@ -24,6 +24,7 @@ from polyformer.commands.console import Failure, bar, out, say, size, warn_insec
 from polyformer.commands.isolated import isolated
 from polyformer.commands.options import BACKEND, THREADS, Backend, Threads
 from polyformer.commands.server_process import ServerProcess, server_process, terminated_cleanly
+from polyformer.reading import Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,7 +214,8 @@ def choose_prompt(options: Options) -> tuple[np.ndarray, str]:
     if options.prompt is None:
         tokens = heldout[options.seed % len(heldout)]
     else:
-        tokens = infer.window(tokenizer.encode(options.prompt).ids, heldout.shape[1])
+        reading = Reading.of(infer.load_spec(options.model / "model.client").model)
+        tokens = np.array(reading.read(tokenizer, options.prompt, heldout.shape[1]), dtype=np.int64)
     return tokens, tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
@@ -304,7 +306,7 @@ def compare(options: Options, story: Story, prompt: str, encrypted: Any, clear: 
     error = np.abs(exact - clear)
     top2 = np.sort(clear[-1])[-2:]
     tokenizer = infer.load_tokenizer(options.model / "model.client", None)
-    rows, reference = infer.likeliest(rounded, tokenizer, 5), infer.likeliest(clear, tokenizer, 5)
+    rows, reference = (infer.likeliest(logits, infer.spelled(tokenizer), 5) for logits in (rounded, clear))
     story.facts |= {
         "max_abs_error": float(error.max()),
         "mean_abs_error": float(error.mean()),

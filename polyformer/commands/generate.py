@@ -13,6 +13,7 @@ import typer
 from polyformer.commands.console import Failure, bar, emit, out, say
 from polyformer.commands.infer import load_spec, load_tokenizer, open_owner, open_reply, reply_cap, upload
 from polyformer.commands.options import LOCAL, Json, Keys, Spec, TokenIds, Tokenizer, Url, Wait
+from polyformer.reading import Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,9 @@ def generate(
     if (text is None) == (prompt_ids is None):
         raise Failure("give exactly one of --text and --prompt-ids")
     words = load_tokenizer(client, tokenizer) if text is not None else None
-    ids = [int(t) for t in (prompt_ids or "").replace(",", " ").split()] if words is None else words.encode(text).ids
+    given = (prompt_ids or "").replace(",", " ").split()
+    marks = Reading.of(spec.model).special
+    ids = [int(t) for t in given] if words is None else words.encode(text, add_special_tokens=marks).ids
     prompt = fitted(ids, tokens, spec.steps)
     if len(prompt) < len(ids):
         say(f"the window holds {spec.steps} tokens: the first {len(ids) - len(prompt)} of the prompt are left out")

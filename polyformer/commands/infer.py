@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from polyformer.commands.console import (
     warn_insecure,
 )
 from polyformer.commands.options import LOCAL, Json, Keys, Spec, TokenIds, Tokenizer, Url, Wait
+from polyformer.reading import Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,16 +176,11 @@ def read_input(
         return {spec.inputs[0].name: values.astype(np.float64)}
     if tokens is not None:
         return owner.embed(spec, np.array([int(t) for t in tokens.replace(",", " ").split()], dtype=np.int64))
-    ids = load_tokenizer(client, tokenizer).encode(text).ids
-    return owner.embed(spec, window(ids, spec.inputs[0].shape[0]))
-
-
-def window(ids: list[int], length: int) -> np.ndarray:
-    """The last `length` ids, or padding with token 0 on the left, as the model was trained."""
-    import numpy as np
-
-    kept = ids[-length:]
-    return np.array([0] * (length - len(kept)) + kept, dtype=np.int64)
+    words = load_tokenizer(client, tokenizer)
+    assert text is not None
+    return owner.embed(
+        spec, np.array(Reading.of(spec.model).read(words, text, spec.inputs[0].shape[0]), dtype=np.int64)
+    )
 
 
 def load_tokenizer(client: Path, tokenizer: Path | None) -> Any:
@@ -258,29 +254,39 @@ def show(
     save: Path | None,
     json: bool,
 ) -> None:
-    """The likeliest tokens for a language model; the tensor itself for anything else."""
+    """The likeliest tokens of a language model, or classes of a classifier; the tensor itself for anything else."""
     import numpy as np
 
     tensor = opened.tensors[spec.outputs[0].name]
     if save is not None:
         np.save(save, tensor)
-    if not spec.embedding:
+    classes = Reading.of(spec.model).classes
+    if not spec.embedding and not classes:
         if json:
             emit({"output": tensor.tolist(), "insecure": spec.params.insecure})
         else:
             out.print(np.array2string(tensor, precision=4, threshold=64))
         return
-    path = tokenizer or client.with_name("tokenizer.json")
-    rows = likeliest(tensor, load_tokenizer(client, tokenizer) if path.exists() else None, top)
+    if classes:
+        rows = likeliest(tensor, lambda i: classes[i], top, what="class")
+    else:
+        path = tokenizer or client.with_name("tokenizer.json")
+        rows = likeliest(tensor, spelled(load_tokenizer(client, tokenizer) if path.exists() else None), top)
     if json:
-        emit({"next": rows, "insecure": spec.params.insecure})
+        emit({"classes" if classes else "next": rows, "insecure": spec.params.insecure})
         return
     for row in rows:
-        out.print(f"{row['probability']:7.1%}  {row['logit']:9.3f}  {row['token']!r}", markup=False)
+        said = row["class"] if classes else repr(row["token"])
+        out.print(f"{row['probability']:7.1%}  {row['logit']:9.3f}  {said}", markup=False)
 
 
-def likeliest(logits: np.ndarray, tokenizer: Any, top: int) -> list[dict[str, Any]]:
-    """The `top` likeliest next tokens of the last position: token, id, logit, probability."""
+def spelled(tokenizer: Any) -> Callable[[int], str]:
+    """The text of a token, or its number where there is no tokenizer."""
+    return str if tokenizer is None else lambda i: tokenizer.decode([i], skip_special_tokens=False)
+
+
+def likeliest(logits: np.ndarray, name: Callable[[int], str], top: int, *, what: str = "token") -> list[dict[str, Any]]:
+    """The `top` likeliest outputs of the last position: name (under `what`), id, logit, probability."""
     import numpy as np
 
     last = np.asarray(logits, dtype=np.float64).reshape(-1, logits.shape[-1])[-1]
@@ -289,7 +295,7 @@ def likeliest(logits: np.ndarray, tokenizer: Any, top: int) -> list[dict[str, An
     ids = [int(i) for i in np.argsort(-last, kind="stable")[:top]]
     return [
         {
-            "token": tokenizer.decode([i], skip_special_tokens=False) if tokenizer is not None else str(i),
+            what: name(i),
             "id": i,
             "logit": float(last[i]),
             "probability": float(probabilities[i]),

@@ -159,7 +159,7 @@ def folder(path: Path) -> dict[str, Any]:
         import json
 
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        stages = sorted(p.stem for p in path.glob("*.safetensors") if p.stem != "tokens")
+        stages = sorted(p.stem for p in path.glob("*.safetensors") if p.stem not in ("tokens", "examples"))
         return {
             "what": "model folder",
             "models": stages,

@@ -20,7 +20,7 @@ from benchmarks.train_runs import (
     table,
 )
 from polyformer.model import Transformer
-from training.train import heldout_loss
+from training.evaluate import heldout_loss
 
 BUDGET = Budget(steps=12, batch=2, length=8)
 

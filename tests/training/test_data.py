@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from polyformer.reading import Reading
 from training import datasets
 from training.data import (
     EOT_ID,
@@ -20,7 +21,6 @@ from training.data import (
     encode_documents,
     noise_windows,
     padded_windows,
-    prompt_window,
     read_documents,
     split_docs,
     train_bpe,
@@ -68,12 +68,18 @@ def test_tokenizer_round_trips_any_text():
 
 
 @pytest.mark.parametrize(
-    ("ids", "window"),
-    [([], [0, 0, 0, 0]), ([5], [0, 0, 0, 5]), ([1, 2, 3, 4], [1, 2, 3, 4]), ([1, 2, 3, 4, 5], [2, 3, 4, 5])],
+    ("ids", "left", "right"),
+    [
+        ([], [9, 9, 9, 9], [9, 9, 9, 9]),
+        ([5], [9, 9, 9, 5], [5, 9, 9, 9]),
+        ([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]),
+        ([1, 2, 3, 4, 5], [2, 3, 4, 5], [1, 2, 3, 4]),
+    ],
     ids=["empty", "short", "full", "long"],
 )
-def test_prompt_window(ids, window):
-    assert prompt_window(ids, 4) == window
+def test_a_window_is_cut_and_padded_on_its_side(ids, left, right):
+    assert Reading(pad=9).window(ids, 4) == left
+    assert Reading(pad=9, side="right").window(ids, 4) == right
 
 
 def test_windows_tile_and_pad(docs):

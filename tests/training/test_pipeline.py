@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from polyformer.export import export_onnx
 from polyformer.ranges import measure
-from training import Recipe, calibration_tokens, convert, heldout_tokens, load_model, load_tokenizer, train
+from training import Recipe, convert, load_model, load_task, load_tokenizer, train
 from training.folder import Folder
 from training.stages import Substitute, powersoftmax
 from training.substitution import choose_targets, fitted_interval, fitted_intervals, substitute, with_rows
@@ -175,23 +175,23 @@ def test_training_lowers_the_loss_and_everything_is_written(run):
 def test_reported_ranges_are_those_of_the_heldout_text(run):
     metrics = json.loads((run / "metrics.json").read_text())
     model = load_model(run, "polynomial")
-    found = measure(model, torch.from_numpy(heldout_tokens(run)), intervals=fitted_intervals(model))
+    found = measure(model, load_task(run).heldout, intervals=fitted_intervals(model))
     for name, r in found.items():
         assert metrics["ranges_heldout"][name]["high"] == pytest.approx(r.high, rel=1e-4)
         assert metrics["outside_heldout"][name] == pytest.approx({"below": r.below, "above": r.above}, abs=1e-6)
 
 
 def test_tokens_are_windows_of_the_right_documents(run):
-    tokenizer, heldout = load_tokenizer(run), heldout_tokens(run)
-    calibration = np.load(run / "calibration.npz")["tokens"]
-    assert heldout.dtype == calibration.dtype == np.int64
+    tokenizer, task = load_tokenizer(run), load_task(run)
+    heldout, calibration = task.heldout, task.calibration()
+    assert heldout.dtype == calibration.dtype == torch.int64
     assert heldout.shape[1] == calibration.shape[1] == RECIPE.length
-    assert np.array_equal(calibration, calibration_tokens(run))
+    assert torch.equal(calibration, load_task(run).calibration())
     assert tokenizer.decode(heldout[0].tolist()).startswith("Mr. President, Mr.")
 
 
 def test_row_factors_change_the_form_and_not_the_function(run):
-    power, tokens = load_model(run, "power").double(), torch.from_numpy(heldout_tokens(run)[:8])
+    power, tokens = load_model(run, "power").double(), load_task(run).heldout[:8]
     rows = with_rows(load_model(run, "power"), tokens).double()
     torch.testing.assert_close(rows(tokens), power(tokens), rtol=1e-6, atol=1e-6)
     factors = rows.get_buffer("blocks.0.mixer.row_T")
@@ -204,7 +204,7 @@ KINDS = ["division", "activation", "norm"]
 @pytest.mark.parametrize("kind", [*KINDS, "nothing"])
 def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
     """With high degrees on intervals that hold all values, the substituted model is the model."""
-    tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
+    tokens = load_task(normed_run).heldout[:16]
     recipe = NORMED.with_(activation_degree=24, norm_degree=12, reciprocal_degree=24, margin=1.05)
     ranged = with_rows(load_model(normed_run, "power"), tokens)
     seen = measure(ranged, tokens)
@@ -212,7 +212,7 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
         name: (-max(-r.low, r.high), max(-r.low, r.high)) if r.low < 0 else (r.low, r.high) for name, r in seen.items()
     }
     stage = stage_of(recipe.with_(denominator_interval=targets["blocks.0.mixer"]), Substitute)
-    model = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), targets)
+    model = substitute(ranged, replace(stage, **{k: k == kind for k in KINDS}), targets, tokens)
     replaced = {
         "division": ["blocks.0.mixer"],
         "activation": ["blocks.0.mlp.act"],
@@ -230,12 +230,12 @@ def test_substitution_replaces_one_kind_within_its_error(normed_run, kind):
 
 def test_a_spread_gives_activations_the_curvature_of_gelu_near_zero(run):
     """And the interval that the range losses and the clamp of training go by stays what it was."""
-    tokens = torch.from_numpy(heldout_tokens(run)[:16])
+    tokens = load_task(run).heldout[:16]
     ranged = with_rows(load_model(run, "power"), tokens)
     targets = choose_targets(ranged, tokens, **wanted_of(RECIPE))
     curvatures, intervals = [], []
     for spread in (None, 0.5):
-        model = substitute(ranged, stage_of(RECIPE.with_(activation_spread=spread), Substitute), targets)
+        model = substitute(ranged, stage_of(RECIPE.with_(activation_spread=spread), Substitute), targets, tokens)
         p = model.blocks[0].mlp.act.polynomial.polynomial()
         curvatures.append(float(p(1e-2) - 2 * p(0.0) + p(-1e-2)) / 1e-4)
         intervals.append(fitted_intervals(model)["blocks.0.mlp.act"])
@@ -245,7 +245,7 @@ def test_a_spread_gives_activations_the_curvature_of_gelu_near_zero(run):
 
 
 def test_targets_follow_the_recipe(normed_run):
-    tokens = torch.from_numpy(heldout_tokens(normed_run)[:16])
+    tokens = load_task(normed_run).heldout[:16]
     ranged = with_rows(load_model(normed_run, "power"), tokens)
     targets = choose_targets(ranged, tokens, **wanted_of(NORMED))
     assert targets["blocks.0.mlp.act"] == (-NORMED.activation_bound, NORMED.activation_bound)
@@ -254,10 +254,10 @@ def test_targets_follow_the_recipe(normed_run):
 
 
 def test_exported_polynomial_model_equals_torch(run, tmp_path):
-    model, tokens = load_model(run, "polynomial"), heldout_tokens(run)[:1]
+    model, tokens = load_model(run, "polynomial"), load_task(run).heldout[:1]
     export_onnx(model, tmp_path / "model.onnx")
-    logits = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"tokens": tokens})[0]
-    np.testing.assert_allclose(logits, model(torch.from_numpy(tokens)).detach().numpy(), rtol=1e-4, atol=1e-4)
+    logits = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"tokens": tokens.numpy()})[0]
+    np.testing.assert_allclose(logits, model(tokens).detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_of_another_recipe_is_refused(run):
@@ -281,4 +281,4 @@ def test_text_of_ones_own(tmp_path):
     (tmp_path / "mine.txt").write_text("All work and no play makes Jack a dull boy. " * 400)
     recipe = RECIPE.with_(vocab=270, softmax_steps=2, power_steps=2, range_steps=2, tune_steps=2)
     metrics = train(tmp_path / "out", recipe, text=tmp_path / "mine.txt")
-    assert metrics["text"].endswith("mine.txt") and heldout_tokens(tmp_path / "out").shape[1] == recipe.length
+    assert metrics["text"].endswith("mine.txt") and load_task(tmp_path / "out").heldout.shape[1] == recipe.length

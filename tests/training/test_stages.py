@@ -13,12 +13,12 @@ import torch
 from polyformer.export import export_onnx
 from polyformer.model import ModelConfig, Transformer
 from polyformer.ranges import measure
-from training import Recipe, convert, heldout_tokens, load_model, machine, train
+from training import Recipe, convert, load_model, load_task, machine, train
 from training.data import Mix, Sampler
-from training.folder import Folder, heldout_windows
+from training.evaluate import heldout_loss
+from training.folder import Folder
 from training.loop import Schedule
 from training.stages import CONVERSIONS, Continue, Ranges, Rows, Stage, Substitute, Swap, Training, Tune
-from training.train import heldout_loss
 
 CONFIG = ModelConfig(
     vocab=13, length=8, width=16, heads=2, hidden=16, blocks=1, mixer="softmax", norms=("affine", "affine", "rms"),
@@ -46,7 +46,7 @@ class KilledError(Exception):
     pass
 
 
-def material() -> machine.Material:
+def documents() -> list[torch.Tensor]:
     """Texts in which each token is the one two places before it plus one."""
     g = torch.Generator().manual_seed(0)
     docs = []
@@ -55,6 +55,14 @@ def material() -> machine.Material:
         while len(ids) < 30:
             ids.append(ids[-2] % 12 + 1)
         docs.append(torch.tensor(ids))
+    return docs
+
+
+HELDOUT = torch.stack([d[:9] for d in documents()[:6]])
+
+
+def material() -> machine.Material:
+    docs = documents()
 
     def sampler(stage: Training) -> Sampler:
         return Sampler(docs[6:], length=8, vocab=13, mix=Mix(batch=8, noise=2 * stage.noise), seed=stage.sampler)
@@ -65,8 +73,9 @@ def material() -> machine.Material:
     return machine.Material(
         sampler=sampler,
         schedule=schedule,
-        heldout_NS=torch.stack([d[:9] for d in docs[:6]]),
-        calibration_NT=torch.stack([d[:8] for d in docs[6:]]),
+        quality=lambda model: {"heldout_loss": heldout_loss(model, HELDOUT)},
+        heldout=HELDOUT[:, :-1],
+        calibration=torch.stack([d[:8] for d in docs[6:]]),
     )
 
 
@@ -140,12 +149,12 @@ def test_every_stage_reports_what_the_model_is_at_that_point(whole):
         assert by_name[name]["levels"] == levels
     data = material()
     last = by_name["tune"]
-    assert last["heldout_loss"] == pytest.approx(heldout_loss(model, data.heldout_NS))
+    assert last["heldout_loss"] == pytest.approx(heldout_loss(model, HELDOUT))
     assert set(last["ranges"]) == {"blocks.0.mixer", "blocks.0.mlp.act", "norm"}
     intervals = {name: tuple(r["interval"]) for name, r in last["ranges"].items()}
     assert intervals["blocks.0.mixer"] == pytest.approx(SUBSTITUTE.denominator_interval)
     assert intervals["blocks.0.mlp.act"] == pytest.approx((-6.0, 6.0))
-    seen = measure(model, data.heldout_NS[:, :-1], intervals=intervals)
+    seen = measure(model, data.heldout, intervals=intervals)
     assert last["ranges"]["norm"]["high"] == pytest.approx(seen["norm"].high)
     out = sum((r.below + r.above) * r.count for r in seen.values()) / sum(r.count for r in seen.values())
     assert last["outside"] == pytest.approx(out)
@@ -191,10 +200,12 @@ def folder(tmp_path_factory) -> Path:
 def test_both_recipes_convert_a_folder_to_polynomials_that_export(folder, tmp_path, recipe):
     metrics = convert(folder, recipe=recipe)
     result = CONVERSIONS[recipe].result
-    model, tokens = load_model(folder, result), torch.from_numpy(heldout_tokens(folder)[:1])
+    model, tokens = load_model(folder, result), load_task(folder).heldout[:1]
     assert model.config.mixer == {"powersoftmax": "power_softmax", "pointwise": "pointwise"}[recipe]
     assert metrics["levels" if recipe == "powersoftmax" else "levels_pointwise"] == model.levels
-    assert metrics[f"heldout_loss_{result}"] == pytest.approx(heldout_loss(model, heldout_windows(folder)), rel=1e-5)
+    assert metrics[f"heldout_loss_{result}"] == pytest.approx(
+        load_task(folder).quality(model)["heldout_loss"], rel=1e-5
+    )
     names = [s.name for s in CONVERSIONS[recipe].stages(QUICK)]
     lines = [json.loads(line)["stage"] for line in (folder / "stages.jsonl").read_text().splitlines()]
     assert [name for name in lines if name in names] == names
@@ -219,7 +230,7 @@ def test_a_model_with_a_tied_head_is_saved_once_and_stays_tied(folder):
     assert before - (folder / "softmax.safetensors").stat().st_size >= size
     loaded = load_model(folder, "softmax")
     assert loaded.head.weight is loaded.token.weight
-    tokens = torch.from_numpy(heldout_tokens(folder)[:2])
+    tokens = load_task(folder).heldout[:2]
     assert torch.equal(loaded(tokens), model(tokens))
 
 

@@ -9,9 +9,9 @@ import torch
 
 from polyformer.model import ModelConfig, Transformer
 from training.data import Mix, Sampler
+from training.evaluate import heldout_loss
 from training.loop import Schedule, run_stage
 from training.swap import recover, swap_attention
-from training.train import heldout_loss
 
 # the shape of a released Llama-like model
 CONFIG = ModelConfig(

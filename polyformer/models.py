@@ -1,0 +1,68 @@
+"""The models that a run may hold and a stage may change: language models, encoders with classes, vision transformers.
+
+What they have in common is a body, one `ModelConfig`. A change of mixer, norm or activation is a change of the body; all
+around it (vocabulary, classes, patches) stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from polyformer.encoder import ClassifierConfig, Encoder
+from polyformer.model import ModelConfig, Transformer
+from polyformer.vision import VisionConfig, ViT
+
+Model = Transformer | Encoder | ViT
+M = TypeVar("M", Transformer, Encoder, ViT, Model)
+
+LARGEST_PASS = 1 << 27  # numbers of four bytes
+
+KINDS: dict[str, tuple[type[Model], type[ModelConfig | ClassifierConfig]]] = {
+    "transformer": (Transformer, ModelConfig),
+    "encoder": (Encoder, ClassifierConfig),
+    "vit": (ViT, VisionConfig),
+}
+
+
+def body(model: Model) -> ModelConfig:
+    """Return the config of the blocks, which is all there is to a language model."""
+    return model.config if isinstance(model, Transformer) else model.config.body
+
+
+def rebuilt(model: M, changed: ModelConfig) -> M:
+    """Return a new model of the same kind around another body; its parameters are at their start."""
+    config = changed if isinstance(model, Transformer) else replace(model.config, body=changed)
+    return type(model)(config)  # type: ignore[arg-type]
+
+
+def at_once(model: Model) -> int:
+    """Return how many inputs a forward pass may take, from 1 to 256, so that its logits and what the taps see, one block
+    after the other, stay below half a GB.
+    """
+    config = body(model)
+    outputs = config.length * config.vocab if isinstance(model, Transformer) else 0
+    numbers = outputs + config.blocks * config.length * (config.hidden + 2 * config.width)
+    return max(1, min(256, LARGEST_PASS // numbers))
+
+
+def facts(model: Model) -> dict[str, Any]:
+    """Return kind and config as plain data; a language model's has no kind, so that older files are read alike."""
+    [kind] = [name for name, (cls, _) in KINDS.items() if isinstance(model, cls)]
+    return asdict(model.config) if kind == "transformer" else {"kind": kind, **asdict(model.config)}
+
+
+def from_facts(values: Mapping[str, Any]) -> Model:
+    """Return the model that `facts` describes, its parameters at their start.
+
+    Raises:
+        ValueError: the kind is unknown; lists the known ones.
+    """
+    rest = dict(values)
+    kind = rest.pop("kind", "transformer")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of model {kind!r}; known: {', '.join(KINDS)}")
+    cls, config = KINDS[kind]
+    return cls(config.from_json(json.dumps(rest)))  # type: ignore[arg-type]

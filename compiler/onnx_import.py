@@ -21,7 +21,7 @@ from he_backend.base import UnsupportedOpError
 from .ir import Graph
 from .ops import arithmetic, functions, moves, norms, products, sums, windows
 from .ops.reading import Call, Handler, Reading
-from .ops.refuse import INSTEAD, refusal
+from .ops.refuse import INSTEAD, not_elementwise, refusal
 
 TABLE: dict[str, Handler] = {
     **arithmetic.TABLE,
@@ -104,10 +104,7 @@ class Importer:
         if call.op in TABLE and domain in DOMAINS:
             return TABLE[call.op]
         if self.reading.approximate and call.op in INSTEAD:
-            raise call.fail(
-                f"is a {call.op}, which does not act on each element alone: --approximate fits elementwise functions; "
-                f"use {INSTEAD[call.op]} instead"
-            )
+            raise not_elementwise(call)
         raise refusal(call, POLYNOMIAL)
 
     def _fold(self, call: Call) -> None:

@@ -101,14 +101,14 @@ def adopt(
         figures = {f"{name}_released": value for name, value in task.quality(model).items()}
     else:
         train, heldout = split_docs(read_documents(text), recipe.holdout)
-        end = document_end(tokenizer, values, end)
-        task = next_tokens(recipe, encode_documents(tokenizer, train), encode_documents(tokenizer, heldout), end=end)
+        mark = document_end(tokenizer, values, end)
+        task = next_tokens(recipe, encode_documents(tokenizer, train), encode_documents(tokenizer, heldout), end=mark)
         model = released
         measured = language(
             released, task.windows, bytes_per_token=bytes_per_token(tokenizer, heldout), batch=at_once(model)
         )
         figures = {
-            "end": end,
+            "end": mark,
             "heldout_loss_released": measured.loss,
             "perplexity_released": measured.perplexity,
             "bits_per_byte_released": measured.bits_per_byte,

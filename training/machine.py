@@ -141,10 +141,8 @@ def _apply(
         ranged, alone = state.model, {}
         for kind in KINDS:
             if getattr(stage, kind):
-                only = substitute(
-                    ranged, replace(stage, **{k: k == kind for k in KINDS}), state.targets, material.calibration
-                )  # type: ignore[arg-type]
-                alone[kind] = material.quality(only)
+                only = replace(stage, **{k: k == kind for k in KINDS})  # type: ignore[arg-type]
+                alone[kind] = material.quality(substitute(ranged, only, state.targets, material.calibration))
         state.model = substitute(ranged, stage, state.targets, material.calibration)
         return {"alone": alone}
     elif isinstance(stage, (Continue, Tune)):

@@ -123,8 +123,7 @@ class NextTokens:
         return torch.cat([spread(padded_windows(self.docs, self.length, end=self.end), self.chosen), noise])
 
     def facts(self) -> dict[str, Any]:
-        names = ("length", "vocab", "end", "measured", "chosen")
-        return {"kind": "next tokens", **{name: getattr(self, name) for name in names}}
+        return {"kind": "next tokens", **{name: getattr(self, name) for name in NUMBERS}}
 
     def tensors(self) -> dict[str, Tensor]:
         train = {f"train.{i}": d for i, d in enumerate(self.train)}
@@ -141,8 +140,11 @@ class NextTokens:
         return cls(
             train=part("train"),
             docs=part("heldout"),
-            **{name: int(facts[name]) for name in ("length", "vocab", "end", "measured", "chosen") if name in facts},
+            **{name: facts[name] for name in NUMBERS if name in facts},
         )
+
+
+NUMBERS = ("length", "vocab", "end", "measured", "chosen")
 
 
 def next_tokens(recipe: Recipe, train: Sequence[Tensor], heldout: Sequence[Tensor], *, end: int = EOT_ID) -> NextTokens:

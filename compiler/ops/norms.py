@@ -7,13 +7,13 @@ from __future__ import annotations
 import numpy as np
 
 from .reading import Call, Handler, Reading
-from .refuse import refusal
+from .refuse import not_elementwise, refusal
 
 
 def _layer_norm(g: Reading, call: Call) -> None:
     x = call.inputs[0]
     if not _embedded(g, x):
-        raise refusal(call)
+        raise not_elementwise(call) if g.approximate else refusal(call)
     shape, scale, shift = g.shapes[x], g.constant(call, 1, "scale"), g.constant(call, 2, "bias")
     if call.attrs.get("axis", -1) % len(shape) != len(shape) - 1 or scale is None:
         raise call.fail(

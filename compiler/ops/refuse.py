@@ -43,6 +43,14 @@ INSTEAD = {
 }
 
 
+def not_elementwise(call: Call) -> UnsupportedOpError:
+    """The sentence for an op that --approximate cannot fit."""
+    return call.fail(
+        f"is a {call.op}, which does not act on each element alone: --approximate fits elementwise functions; "
+        f"use {INSTEAD[call.op]} instead"
+    )
+
+
 def refusal(call: Call, known: Iterable[str] = (), approximate: str = "") -> UnsupportedOpError:
     """The sentence for an op that is not compiled; `known` are those that are, `approximate` a remark on --approximate."""
     instead = INSTEAD.get(call.op)

@@ -56,25 +56,30 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
     (gather,) = gathers
     assert gather.const is not None
     tokens, features = gather.shape[-2:]
-    end, positions = gather, np.zeros((tokens, features))
-    users = graph.users()[gather.name]
-    if len(users) == 1 and users[0].op == "add_const" and users[0].const is not None:
-        end = users[0]
-        positions = np.broadcast_to(users[0].const, gather.shape).reshape(tokens, features).astype(np.float64)
-    elif len(users) == 1 and users[0].op == "add_step" and users[0].const is not None:
-        end = users[0]
-        positions = users[0].const.reshape(graph.steps, features).astype(np.float64)
-    norm, done = None, {gather.name, end.name}
-    users = graph.users()[end.name]
-    opening = next((n for n in users if n.op == "client_norm"), None)
+    end, positions, done = gather, np.zeros((tokens, features)), {gather.name}
+    users = graph.users()
+    while len(users[end.name]) == 1 and users[end.name][0].op == "add_const":
+        end = users[end.name][0]
+        done.add(end.name)
+        assert end.const is not None
+        positions = positions + np.broadcast_to(end.const, gather.shape).reshape(tokens, features)
+    if end is gather and len(users[end.name]) == 1 and users[end.name][0].op == "add_step":
+        end = users[end.name][0]
+        done.add(end.name)
+        assert end.const is not None
+        positions = end.const.reshape(graph.steps, features).astype(np.float64)
+    norm, readers = None, users[end.name]
+    opening = next((n for n in readers if n.op == "client_norm"), None)
     if opening is not None:
-        if len(users) > 1:
+        if len(readers) > 1:
+            other = next(n.source for n in readers if n is not opening)
             raise UnsupportedOpError(
-                f"node {opening.source!r} is a LayerNormalization of an embedding that {users[1].source!r} reads as well: the client "
+                f"node {opening.source!r} is a LayerNormalization of an embedding that {other!r} reads as well: the client "
                 f"sends one of them, so that the norm must be a polynomial; use {NORM} instead"
             )
         assert opening.const is not None and opening.bias is not None
         norm, end = (opening.const, opening.bias, float(opening.attrs["eps"])), opening
-    rest = tuple(n for n in graph.nodes if n.name not in (*done, end.name))
+        done.add(end.name)
+    rest = tuple(n for n in graph.nodes if n.name not in done)
     graph = replace(graph, input=end.name, input_shape=gather.shape, nodes=rest)
     return graph, Embedding(table=gather.const, positions=positions, norm=norm)

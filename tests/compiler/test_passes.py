@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
+from onnx import TensorProto
 
 from compiler.certificate import certify
 from compiler.ir import Graph, Node, evaluate
@@ -27,6 +29,7 @@ from he_backend.circuit import Op
 from he_backend.kernels import NumpySlots, apply
 
 from .models import Builder, attention, mlp, norm_mlp
+from .op_cases import Model
 
 MODELS = {
     "mlp": mlp,
@@ -40,8 +43,6 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_passes_keep_the_meaning(tmp_path, name):
-    import onnxruntime
-
     path = MODELS[name](tmp_path / "m.onnx")
     graph = import_onnx(path)
     x = np.random.default_rng(1).normal(0, 0.5, graph.input_shape).astype(np.float32)
@@ -112,6 +113,35 @@ def test_a_second_reader_of_the_ids_is_named():
     graph = Graph(input="x", input_shape=(1, 3), output="o", nodes=(ids, other))
     with pytest.raises(UnsupportedOpError, match=r"read by 'embed' \(gather\), 'scale' \(mul_const\)"):
         split_client(graph)
+
+
+def embedded(m: Model, *, positions: bool = True) -> str:
+    """Embedded tokens, as BERT adds them up."""
+    x = m.op("Gather", m.normal(5, 6), "x", axis=0)
+    return m.op("Add", m.op("Add", x, m.normal(1, 3, 6)), m.normal(1, 1, 6)) if positions else x
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_the_exact_norm_behind_an_embedding_is_the_clients(tmp_path, positions):
+    m = Model((1, 3))
+    y = m.op("LayerNormalization", embedded(m, positions=positions), m.normal(6), m.normal(6), axis=-1, epsilon=1e-3)
+    path = m.save(tmp_path / "m.onnx", m.op("Mul", y, y), kind=TensorProto.INT64)
+    ids = np.array([[4, 0, 4]])
+    wanted = onnxruntime.InferenceSession(str(path)).run(None, {"x": ids})[0]
+    graph, embedding = simplify(import_onnx(path), ids)
+    assert [n.op for n in graph.nodes] == ["polynomial"] and embedding is not None and embedding.norm is not None
+    np.testing.assert_allclose(evaluate(graph, embedding(ids[0])[None])[graph.output], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_of_an_embedding_that_is_read_elsewhere_must_be_a_polynomial(tmp_path):
+    m = Model((1, 3))
+    x = embedded(m)
+    y = m.op("Add", m.op("LayerNormalization", x, m.normal(6), m.normal(6)), x)
+    path = m.save(tmp_path / "m.onnx", y, kind=TensorProto.INT64)
+    with pytest.raises(
+        UnsupportedOpError, match=r"of an embedding that .* reads as well.*use a norm with a polynomial"
+    ):
+        simplify(import_onnx(path), np.array([[4, 0, 4]]))
 
 
 def test_certificate_degree(tmp_path):

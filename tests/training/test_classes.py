@@ -152,7 +152,7 @@ def test_examples_are_read_once_and_by_class(tmp_path):
 
 
 def wrong_images(path: Path, **arrays: np.ndarray) -> Path:
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
     return path
 
 

@@ -180,8 +180,10 @@ def heads_of(shape: tuple[int, ...], positions: int) -> Heads | None:
 
 
 def _mask_of(low: Lowering, name: str) -> np.ndarray | None:
-    """The mask of the scores that a tensor of powers came from, where it makes powers 0 too."""
+    """The mask of the scores that a tensor of powers came from, where it makes powers 0 too; that of a softmax (passes/softmax.py)."""
     node = low.nodes[name]
+    if "visible" in node.attrs:
+        return node.attrs["visible"]
     while node.op == "polynomial" and node.inputs[0] in low.nodes and node.attrs["coefficients"][0] == 0.0:
         node = low.nodes[node.inputs[0]]
     return node.attrs.get("mask") if node.op == "matmul" else None

@@ -44,6 +44,8 @@ def ranges_of(runs: Iterable[Mapping[str, Array]], *, margin: float = 1.25) -> d
             if name in ranges:
                 lo, hi = min(lo, ranges[name][0]), max(hi, ranges[name][1])
             ranges[name] = (lo, hi)
+    if margin == 1.0:
+        return ranges  # infinite ones too
     return {
         name: (lo - (margin - 1) * max(abs(lo), abs(hi)), hi + (margin - 1) * max(abs(lo), abs(hi)))
         for name, (lo, hi) in ranges.items()

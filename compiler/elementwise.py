@@ -41,6 +41,31 @@ def lower_add(low: Lowering, node: Node) -> Placed:
     return replace(a, ops=ops, clean=a.clean and b.clean)
 
 
+UNIT_RATIO = 1.05  # of factors: five squarings make 1.05 of it 5
+LENGTH = 4.0  # of a stored interval on which monic polynomials are neither large nor tiny
+
+
+def _in_units(low: Lowering, node: Node, x: Placed) -> Placed:
+    """The argument of a kept polynomial as its steps want it; a level, unless it lies so already (see `Lowering.unit`)."""
+    factor = low.unit(node)
+    if not low.roomy and 1.0 / UNIT_RATIO < x.factor / factor < UNIT_RATIO:
+        return x
+    key = ("unit", x.ops, factor)
+    if key not in low.memo:
+        low.memo[key] = _scaled(low, x, factor, node.source)
+        low.free.update(low.memo[key].ops)
+    return low.memo[key]
+
+
+def _paused(low: Lowering, node: Node, x: Placed) -> Placed:
+    """A value inside of a form, where a circuit with refreshes may have one: a product by 1, whose result can be made small enough."""
+    if not low.roomy or "pause" not in node.attrs:
+        return x
+    x = _scaled(low, x, x.factor, node.source)
+    low.pauses.update(x.ops)
+    return x
+
+
 def _smaller(low: Lowering, node: Node) -> tuple[int, ...]:
     """Shape of the operand that is broadcast; of the second one where both have the node's shape.
 
@@ -56,12 +81,13 @@ def _smaller(low: Lowering, node: Node) -> tuple[int, ...]:
 def lower_add_const(low: Lowering, node: Node) -> Placed:
     x = low.placed[node.inputs[0]]
     assert node.const is not None
-    values = constant_slots(node.const, node.shape, x.layout) / x.factor
+    unused = node.attrs.get("unused") if x.clean else None
+    values = np.where(x.layout >= 0, constant_slots(node.const, node.shape, x.layout), unused or 0.0) / x.factor
     ops = tuple(
         low.emit("add_plain", (op,), node.source, factor=x.factor, array=low.array(f"{node.name}.{part}", values[part]))
         for part, op in enumerate(x.ops)
     )
-    return replace(x, ops=ops)
+    return replace(x, ops=ops, unused=unused)
 
 
 def lower_mul_const(low: Lowering, node: Node) -> Placed:
@@ -91,6 +117,9 @@ def lower_mul_const(low: Lowering, node: Node) -> Placed:
 
 def lower_mul(low: Lowering, node: Node) -> Placed:
     a, b = (low.placed[name] for name in node.inputs)
+    if "unit" in node.attrs:  # x y, the beginning of Newton's x y^3
+        a = _scaled(low, a, b.factor**-2, node.source)
+    a = _paused(low, node, a)
     if low.graph.shape(node.inputs[0]) != node.shape:
         a, b = b, a
     index = broadcast_index(_smaller(low, node), node.shape)
@@ -146,18 +175,24 @@ def _largest(low: Lowering, name: str) -> float:
 
 
 def lower_polynomial(low: Lowering, node: Node) -> Placed:
-    x = low.placed[node.inputs[0]]
+    x = _paused(low, node, low.placed[node.inputs[0]])
+    if "unit" in node.attrs:
+        x = _in_units(low, node, x)
     lo, hi = low.ranges[node.inputs[0]]
     interval = tuple(sorted((lo / x.factor, hi / x.factor)))
     peak, largest = low.bound(node.name), _largest(low, node.name)
-    if dwarfed := largest > MOST_AT_LEVEL_0 * peak:  # by a constant: products of such sums would grow and grow
+    dwarfed = largest > MOST_AT_LEVEL_0 * peak and not node.attrs.get("kept")
+    if dwarfed:  # by a constant: products of such sums would grow and grow, unless a form knows how far
         peak = largest
     left = leaving(low, node.name)
     peak, most = max(peak, left), MOST_AT_LEVEL_0 if dwarfed or left else MOST_PEAK
     attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), peak, most=most)
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
-    at_zero = np.polynomial.polynomial.polyval(0.0, node.attrs["coefficients"])
-    return replace(x, ops=ops, factor=factor, clean=x.clean and abs(at_zero) < 1e-12)
+    if "peak" in node.attrs:
+        return _scaled(low, replace(x, ops=ops, factor=factor), low.bound(node.name) / node.attrs["peak"], node.source)
+    rest = x.unused if x.unused is not None else 0.0 if x.clean else None
+    clean = rest is not None and abs(np.polynomial.polynomial.polyval(rest, node.attrs["coefficients"])) < 1e-12
+    return replace(x, ops=ops, factor=factor, clean=clean, unused=None)
 
 
 def lower_transpose(low: Lowering, node: Node) -> Placed:

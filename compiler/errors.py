@@ -9,6 +9,7 @@ adds to all rows at every step.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -89,15 +90,22 @@ def _compared(
 
     def compare(op: int, value: Array) -> None:
         if op in looked_at:
-            slots[op] = float(np.max(np.abs(value - clear.pop(op))))
+            slots[op] = _largest(value - clear.pop(op))
 
     exact = simulate(circuit, case.tensors, step=case.step, visit=keep).outputs
     tensors = {**case.tensors, **{name: case.tensors[name] + error for name, error in kept.items()}}
-    noisy = simulate_noise(circuit, tensors, step=case.step, seed=seed, traced=t, visit=compare)
     (output,) = circuit.outputs
-    worst = float(np.max(np.abs(noisy[output.name] - exact[output.name])))
+    with np.errstate(over="ignore", invalid="ignore"):  # noise that a small scale lets run away
+        noisy = simulate_noise(circuit, tensors, step=case.step, seed=seed, traced=t, visit=compare)
+        worst = _largest(noisy[output.name] - exact[output.name])
     left = {s.name: noisy[s.name] - exact[s.name] for s in circuit.states}
     return Noise(outputs={case.step: worst}, slots=slots), left
+
+
+def _largest(difference: Array) -> float:
+    """Infinite where one is no number."""
+    largest = float(np.max(np.abs(difference)))
+    return math.inf if math.isnan(largest) else largest
 
 
 def _looked_at(circuit: Circuit) -> Iterator[Op]:

@@ -11,7 +11,8 @@ Stored slots of value v are multiplied by m_v > 0, and its `factor` divided by i
     polynomial              factors of degree n: m_x^n; Chebyshev: m_x free where the domain is scaled anyway, m of the result too
 
 With logarithms this is a linear program (HiGHS): every slot stays within a limit, a refresh's interval with margin, and as little
-below it as possible, because a refresh adds the same noise to a small value as to a large one.
+below it as possible, because a refresh adds the same noise to a small value as to a large one. Values inside of a form (`Lowered.free`)
+may lie above it: squeezed below, the squares of Goldschmidt's errors would shrink to nothing.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
     that no multiplier can help (what it is tied to fixes it) may stay above its limit: that costs most.
     """
     n = len(build.ops)
+    above = np.array([1.0 if op.id in build.free else ABOVE for op in build.ops])
     rows: list[dict[int, float]] = []
     right: list[float] = []
     ends: dict[str, int] = {}
@@ -114,7 +116,7 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
     eye, none = sparse.identity(n, format="csr"), sparse.csr_matrix((n, n))
     ties = sparse.csr_matrix((c, (i, j)), shape=(len(rows), n))
     solved: Any = optimize.linprog(
-        np.concatenate([np.zeros(n), np.ones(n), np.full(n, ABOVE), np.full(n, STEEP - 1.0)]),
+        np.concatenate([np.zeros(n), np.ones(n), above, np.full(n, STEEP - 1.0)]),
         A_eq=sparse.vstack(
             [sparse.hstack([ties, sparse.csr_matrix((len(rows), 3 * n))]), sparse.hstack([eye, eye, -eye, none])]
         ),

@@ -45,6 +45,8 @@ def failure_log2(circuit: Circuit, error: float, bounds: Sequence[float] | None 
 
 def over_budget(circuit: Circuit, error: float, bounds: Sequence[float] | None = None) -> str:
     """What a plan says of a circuit that fails too often; empty if it does not. Arguments as for `failure_log2`."""
+    if not math.isfinite(error):
+        return "no error is predicted: noise runs away, or a sum has two scales"
     log2 = failure_log2(circuit, error, bounds)
     if log2 <= security.FAILURE_BUDGET:
         return ""

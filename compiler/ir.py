@@ -19,6 +19,11 @@
     client_norm   a        const [D] scale, bias [D], eps: the exact LayerNorm of an embedding, only up to `split_client`
     mul_step      a, step  const [T, ...]: a * const[step], broadcast; add_step likewise
     function      a        `call` in NumPy, `kind`: not a polynomial, only between the importer and the pass `approximate`
+    reduce_max    a        over the last axis, which stays with length 1; only there, too
+
+Attributes that do not change the meaning say how a form (passes/forms.py) wants to be lowered: `kept` is not to be fused, `free` need
+not be small enough for a refresh, an argument has a `unit`, a result a `peak`, a value may `pause`, slots without an element hold `unused`,
+weights are not 0 where `visible`.
 
 A graph is a value: passes return new ones. `evaluate` is the meaning that every pass must keep.
 """
@@ -174,4 +179,5 @@ OPS: dict[str, Callable[..., Array]] = {
     "add_step": lambda n, a, step: a + n.const[int(step)],
     "client_norm": lambda n, a: layer_norm(a, n.const, n.bias, n.attrs["eps"]),
     "function": lambda n, a: n.attrs["call"](a),
+    "reduce_max": lambda n, a: a.max(-1, keepdims=True),
 }

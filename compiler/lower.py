@@ -20,6 +20,7 @@ from he_backend.container import Arrays
 
 from .attention import choose, heads_of, lower_product
 from .elementwise import (
+    LENGTH,
     MOST_AT_LEVEL_0,
     leaving,
     lower_add,
@@ -47,9 +48,22 @@ class Lowering:
     """One run of the pass; `emit` and `array` are what the handlers share."""
 
     def __init__(
-        self, graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost, merge: bool | None = None
+        self,
+        graph: Graph,
+        ranges: Mapping[str, Range],
+        slots: int,
+        cost: PlanCost,
+        merge: bool | None = None,
+        roomy: bool = False,
     ) -> None:
-        self.graph, self.ranges, self.slots, self.cost, self.merge = graph, ranges, slots, cost, merge
+        self.graph, self.ranges, self.slots, self.cost, self.merge, self.roomy = (
+            graph,
+            ranges,
+            slots,
+            cost,
+            merge,
+            roomy,
+        )
         self.users = graph.users()
         self.nodes = graph.by_name
         one_request(graph)
@@ -63,6 +77,8 @@ class Lowering:
         self.client_arrays: Arrays = {}
         self.placed: dict[str, Placed] = {}
         self.tensors: dict[int, tuple[str, int]] = {}
+        self.free: set[int] = set()
+        self.pauses: set[int] = set()
         self.memo: dict[Any, Any] = {}  # of handlers: what equal shapes share
         self.streams = self._streams()
 
@@ -160,6 +176,8 @@ class Lowering:
                 ]
                 if queries:
                     return self.wanted(user.name) / queries[0].factor
+            if user.op == "polynomial" and "kept" in user.attrs:
+                return self.unit(user)
             if user.op == "polynomial" and name in self.nodes and self.nodes[name].op == "matmul":
                 # Scores: the sum of their powers, the denominator, is what should be near 1.
                 power = len(user.attrs["coefficients"]) - 1
@@ -167,6 +185,26 @@ class Lowering:
                 if sums:
                     return float(self.bound(sums[0].name) ** (1.0 / power))
         return max(self.bound(name), leaving(self, name) / MOST_AT_LEVEL_0)
+
+    def unit(self, node: Node) -> float:
+        """The factor of the argument of a kept polynomial: its interval is stored with length 4.
+
+        That of a softmax is chosen for the sum of its powers instead: stored polynomials are monic, so that the factor of a power is
+        its leading coefficient times the argument's factor to its degree.
+        """
+        power, lead, degree = node, 1.0, 1
+        while True:
+            c = power.attrs["coefficients"]
+            lead, degree = lead ** (len(c) - 1) * abs(c[-1]), degree * (len(c) - 1)
+            users = self.users[power.name]
+            if (total := next((u for u in users if u.op == "reduce_sum"), None)) is not None:
+                readers = [u for u in self.users[total.name] if u.op == "polynomial" and "kept" in u.attrs]
+                wanted = self.unit(readers[0]) if readers else self.bound(total.name)
+                return float((wanted / lead) ** (1.0 / degree))
+            if (following := next((u for u in users if u.op == "polynomial" and "kept" in u.attrs), None)) is None:
+                lo, hi = node.attrs["interval"] or self.ranges[node.inputs[0]]
+                return float((hi - lo) / LENGTH)
+            power = following
 
     def repeats(self, name: str) -> bool:
         """Whether a tensor takes part in sums of two tensors or over features, which want it repeated over the slots."""
@@ -192,7 +230,10 @@ class Lowering:
             handler = HANDLERS.get(node.op)
             if handler is None:
                 raise UnsupportedOpError(f"{node}: no lowering; the compiler lowers {', '.join(HANDLERS)}")
+            first = len(self.ops)
             placed = handler(self, node)
+            if node.attrs.get("free"):
+                self.free.update(range(first, len(self.ops)))
             self.placed[node.name] = placed
             for part, op in enumerate(placed.ops):
                 if placed.factor == self.ops[op].factor:  # else a product by a number gave the slots another meaning
@@ -208,6 +249,7 @@ class Lowering:
             inputs=self.inputs,
             outputs=outputs,
             tensors=self.tensors,
+            free=frozenset(self.free - self.pauses),
         )
 
     def _layout_name(self, layout: np.ndarray) -> str:
@@ -294,7 +336,13 @@ def one_request(graph: Graph) -> None:
 
 
 def lower(
-    graph: Graph, ranges: Mapping[str, Range], slots: int, cost: PlanCost, *, merge: bool | None = None
+    graph: Graph,
+    ranges: Mapping[str, Range],
+    slots: int,
+    cost: PlanCost,
+    *,
+    merge: bool | None = None,
+    roomy: bool = False,
 ) -> Lowered:
     """Lower a folded graph.
 
@@ -303,8 +351,10 @@ def lower(
         slots: of a ciphertext.
         cost: predicted seconds of a linear map's plan.
         merge: whether scores of attention are merged; None for what costs less.
+        roomy: arguments of forms (passes/forms.py) get their unit by a product, a level more, so that what is before them may be
+            as small as a refresh wants it.
 
     Raises:
         UnsupportedOpError: a node, a shape or a layout that this compiler does not lower; the message says which.
     """
-    return Lowering(graph, ranges, slots, cost, merge).run()
+    return Lowering(graph, ranges, slots, cost, merge, roomy).run()

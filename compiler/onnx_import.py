@@ -7,6 +7,7 @@ sum c_k T_k(u) with u = a x + b. Other local functions are inlined. The handlers
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from he_backend.base import UnsupportedOpError
 from .ir import Graph
 from .ops import arithmetic, functions, moves, norms, products, sums, windows
 from .ops.reading import Call, Handler, Reading
-from .ops.refuse import INSTEAD, not_elementwise, refusal
+from .ops.refuse import INSTEAD, not_fitted, refusal
 
 TABLE: dict[str, Handler] = {
     **arithmetic.TABLE,
@@ -49,7 +50,7 @@ class Importer:
             raise UnsupportedOpError(
                 f"the graph has inputs {[v.name for v in inputs]} and {len(self.model.graph.output)} outputs; one of each is compiled"
             )
-        tensor = inputs[0].type.tensor_type
+        tensor, output = inputs[0].type.tensor_type, self.model.graph.output[0].name
         if any(not d.dim_value for d in tensor.shape.dim):
             raise UnsupportedOpError(f"input {inputs[0].name!r} has a dynamic shape; export it with fixed sizes")
         self.reading = Reading(
@@ -59,6 +60,8 @@ class Importer:
             constants=constants,
             reference=self._reference,
             approximate=approximate,
+            opset=next(o.version for o in self.model.opset_import if o.domain in DOMAINS),
+            readers=Counter(name for names in (*(n.input for n in self.model.graph.node), [output]) for name in names),
         )
 
     def run(self) -> Graph:
@@ -104,7 +107,7 @@ class Importer:
         if call.op in TABLE and domain in DOMAINS:
             return TABLE[call.op]
         if self.reading.approximate and call.op in INSTEAD:
-            raise not_elementwise(call)
+            raise not_fitted(call)
         raise refusal(call, POLYNOMIAL)
 
     def _fold(self, call: Call) -> None:
@@ -162,8 +165,8 @@ def import_onnx(path: Path, *, approximate: bool = False) -> Graph:
     """Read an ONNX file.
 
     Args:
-        approximate: let elementwise functions that are no polynomials in, as nodes `function`; the pass
-            `passes.approximate` must replace them before the graph can be lowered.
+        approximate: let elementwise functions that are no polynomials in, as nodes `function`, and softmax and norms written out;
+            the pass `passes.approximate` must replace them before the graph can be lowered.
 
     Raises:
         UnsupportedOpError: it is not an ONNX file, or a node is not a polynomial; the message names it and what to use instead.

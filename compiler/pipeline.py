@@ -107,7 +107,8 @@ def compile_onnx(
 
     Args:
         calibration: sample inputs; token ids [n, T] for a model with an embedding, else [n, T, D].
-        approximate: fit elementwise functions that are no polynomials on their calibrated ranges, instead of refusing them.
+        approximate: fit elementwise functions that are no polynomials, softmax and norms on their calibrated ranges, instead of
+            refusing them.
 
     A file that `polyformer export --step` wrote becomes a circuit of one decoding step, see `step`.
 

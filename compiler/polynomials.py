@@ -76,16 +76,22 @@ def prepare(
 def monic_factors(p: Polynomial) -> list[list[float | None]]:
     """[[alpha, beta], ...] with product (x + alpha)^2 + beta, and [alpha, None] for x + alpha, which comes first."""
     roots = [complex(r) for r in p.roots()]
+    size = max(map(abs, roots), default=0.0)
+
+    def shift(alpha: float) -> float:
+        """Without what rounding leaves of 0: it is too small to be encoded."""
+        return alpha if abs(alpha) > 1e-13 * size else 0.0
+
     pairs = sorted((r for r in roots if r.imag > 1e-12 * max(1.0, abs(r))), key=lambda r: r.real)
     real = sorted(r.real for r in roots if abs(r.imag) <= 1e-12 * max(1.0, abs(r)))
     factors: list[list[float | None]] = []
     if len(real) % 2:
-        factors.append([-real.pop(len(real) // 2), None])
-    factors += [[-float(r.real), float(r.imag) ** 2] for r in pairs]
+        factors.append([shift(-real.pop(len(real) // 2)), None])
+    factors += [[shift(-float(r.real)), float(r.imag) ** 2] for r in pairs]
     # Pairing the outermost with the innermost keeps the quadratics alike in size.
     while real:
         a, b = real.pop(0), real.pop(-1)
-        factors.append([-(a + b) / 2.0, -(((a - b) / 2.0) ** 2)])
+        factors.append([shift(-(a + b) / 2.0), -(((a - b) / 2.0) ** 2)])
     return factors
 
 

@@ -57,15 +57,17 @@ def search(
     cap: float | None = None
     for log_n in rings:
         report(f"lower at N = 2^{log_n}", 0, 1)
+        slots, cost = 1 << (log_n - 1), plan_cost(table, log_n, target.backend)
         try:
-            lowered = lowering(graph, ranges, 1 << (log_n - 1), plan_cost(table, log_n, target.backend))
+            lowered = _leveled(lowering(graph, ranges, slots, cost), slots)
         except UnsupportedOpError as error:
             misfit = error
             continue
-        lowered = replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, 1 << (log_n - 1)))
         levels = top_level(lowered.ops)
         before = len(rows)
-        ring = _Ring(log_n=log_n, lowered=lowered, samples=samples, ranges=ranges, table=table, report=report)
+        ring = _Ring(
+            log_n=log_n, lowered=lowered, cost=cost, samples=samples, ranges=ranges, table=table, report=report
+        )
         found = ring.search(target, rows)
         if found is None and best is None:
             cap = smallest_cap(rows[before:], target, ring.keeps, cap)
@@ -80,12 +82,17 @@ def search(
     return best, Plan(chosen=best.candidate, others=tuple(others), costs=table.name)
 
 
+def _leveled(lowered: Lowered, slots: int) -> Lowered:
+    return replace(lowered, ops=assign_levels(lowered.ops, lowered.arrays, slots))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Ring:
-    """A graph lowered for one ring, with leveled levels."""
+    """A graph lowered for one ring, with leveled levels; cost: of its linear maps."""
 
     log_n: int
     lowered: Lowered
+    cost: PlanCost
     samples: Samples
     ranges: Mapping[str, Range]
     table: CostTable
@@ -110,9 +117,17 @@ class _Ring:
                 return found
             tried[i] = replace(candidate, why=found, trace=None)
         rows += tried
-        deeper = deepen(self.lowered, self.log_n, self.samples, target, self.table, self.report)
+        deeper = deepen(self.roomy, self.log_n, self.samples, target, self.table, self.report)
         rows += deeper.rows
         return deeper.found
+
+    @cached_property
+    def roomy(self) -> Lowered:
+        """The graph lowered with room for refreshes, which forms of functions lack (passes/forms.py)."""
+        graph, slots = self.samples.graph, 1 << (self.log_n - 1)
+        if not any("unit" in node.attrs for node in graph.nodes):
+            return self.lowered
+        return _leveled(lower(graph, self.ranges, slots, self.cost, roomy=True), slots)
 
     def keeps(self, target: Target) -> bool:
         """Whether there is a circuit for a target."""

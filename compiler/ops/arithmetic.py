@@ -29,7 +29,7 @@ def _alike(g: Reading, call: Call, a: str, b: str) -> tuple[tuple[str, str], tup
     return (a if shape in (g.shapes[a], g.shapes[b]) else _expanded(g, call, a, shape), b), shape
 
 
-def _with_constant(g: Reading, call: Call, op: str, a: str, const: Array, name: str | None = None) -> None:
+def with_constant(g: Reading, call: Call, op: str, a: str, const: Array, name: str | None = None) -> None:
     """x + c or x . c, x repeated first where the constant is the larger one; the op itself keeps its operand's shape."""
     shape = np.broadcast_shapes(g.shapes[a], const.shape)
     if math.prod(shape) > math.prod(g.shapes[a]):
@@ -50,7 +50,7 @@ def _elementwise(op: str) -> Handler:
         if a in g.constants:
             a, b = b, a
         if b in g.constants:
-            _with_constant(g, call, f"{op}_const", a, g.constants[b].astype(np.float64))
+            with_constant(g, call, f"{op}_const", a, g.constants[b].astype(np.float64))
         else:
             g.emit(call, op, *_alike(g, call, a, b))
 
@@ -60,12 +60,12 @@ def _elementwise(op: str) -> Handler:
 def _sub(g: Reading, call: Call) -> None:
     a, b = call.inputs
     if b in g.constants:
-        _with_constant(g, call, "add_const", a, -g.constants[b].astype(np.float64))
+        with_constant(g, call, "add_const", a, -g.constants[b].astype(np.float64))
         return
     negative = f"{call.outputs[0]}.negative"
     g.emit(call, "mul_const", (b,), g.shapes[b], const=np.array(-1.0), name=negative)
     if a in g.constants:
-        _with_constant(g, call, "add_const", negative, g.constants[a].astype(np.float64))
+        with_constant(g, call, "add_const", negative, g.constants[a].astype(np.float64))
     else:
         g.emit(call, "add", *_alike(g, call, a, negative))
 
@@ -80,13 +80,13 @@ def _div(g: Reading, call: Call) -> None:
         divisor = g.constants[b].astype(np.float64)
         if not np.all(divisor):
             raise call.fail("divides by a constant that holds a zero")
-        _with_constant(g, call, "mul_const", a, 1.0 / divisor)
+        with_constant(g, call, "mul_const", a, 1.0 / divisor)
         return
     if not g.approximate:
         raise refusal(call, approximate=OR_FIT)
     inverse = function(g, call, "Reciprocal", b, name=f"{call.outputs[0]}.reciprocal")
     if a in g.constants:
-        _with_constant(g, call, "mul_const", inverse, g.constants[a].astype(np.float64))
+        with_constant(g, call, "mul_const", inverse, g.constants[a].astype(np.float64))
     else:
         g.emit(call, "mul", *_alike(g, call, a, inverse))
 
@@ -118,7 +118,7 @@ def _sum(g: Reading, call: Call) -> None:
         last = i + 1 == len(others) and not constants
         total = g.emit(call, "add", *_alike(g, call, total, other), name=None if last else f"{call.outputs[0]}.{i}")
     if constants:
-        _with_constant(g, call, "add_const", total, np.asarray(sum(constants)))
+        with_constant(g, call, "add_const", total, np.asarray(sum(constants)))
     elif not others:
         g.emit(call, "reshape", (total,), g.shapes[total])
 

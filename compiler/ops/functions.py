@@ -65,7 +65,7 @@ WITH_CONSTANTS: dict[str, Callable[[Array, Options], Array]] = {
 def function(g: Reading, call: Call, kind: str, x: str, *, name: str | None = None, **options: Any) -> str:
     """Append a node `function`, which only the pass `approximate` can take away again."""
     meaning = {**FUNCTIONS, **WITH_CONSTANTS}[kind]
-    attrs = {"kind": kind, "call": lambda a: meaning(a, options)}
+    attrs = {"kind": kind, "call": lambda a: meaning(a, options), "options": options}
     return g.emit(call, "function", (x,), g.shapes[x], attrs=attrs, name=name)
 
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from . import maps
+from .arithmetic import with_constant
 from .reading import Call, Handler, Reading
 from .refuse import refusal
 
@@ -106,7 +107,10 @@ def _move(g: Reading, call: Call) -> None:
             continue
         bias = np.asarray(constants[k], dtype=np.float64)
         if not np.all(np.isfinite(bias)):
-            raise call.fail("puts infinite numbers beside encrypted ones; masks multiply by 0 instead")
+            raise call.fail(
+                "puts infinite numbers beside encrypted ones; masks multiply by 0 instead, or compile with --approximate, which "
+                "reads minus infinity in front of a softmax as a mask"
+            )
         total = None
         for term, (i, outputs) in enumerate(zip(moved, chosen, strict=True)):
             matrix = maps.selection(outputs[k].astype(np.int64) - 1, math.prod(g.shapes[call.inputs[i]]))
@@ -162,9 +166,17 @@ def _pad(g: Reading, call: Call) -> None:
 
 
 def _where(g: Reading, call: Call) -> None:
-    if call.inputs[0] not in g.constants:
+    """A selection; of a tensor and a constant, a mask and what is added to it, which a softmax is read with (passes/softmax.py)."""
+    condition, yes, no = call.inputs
+    if condition not in g.constants:
         raise refusal(call)
-    _move(g, call)
+    if not g.approximate or (g.encrypted(yes) and g.encrypted(no)):
+        _move(g, call)
+        return
+    x, other, kept = (yes, no, g.constants[condition]) if g.encrypted(yes) else (no, yes, ~g.constants[condition])
+    masked = f"{call.outputs[0]}.masked"
+    with_constant(g, call, "mul_const", x, kept.astype(np.float64), name=masked)
+    with_constant(g, call, "add_const", masked, np.where(kept, 0.0, g.constants[other].astype(np.float64)))
 
 
 TABLE: dict[str, Handler] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,8 @@ class Reading:
     """The graph so far: `shapes` of tensors that depend on the input, `constants` of those that do not.
 
     reference(call, values) computes one ONNX node on arrays; a value of None is an input left out. `same` maps a tensor
-    to the one that it equals. `approximate` lets functions that are not polynomials into the graph.
+    to the one that it equals. `approximate` lets functions that are not polynomials into the graph. `opset` is ONNX's own;
+    `readers` counts the nodes that read an ONNX tensor, and the output.
     """
 
     input: str
@@ -49,6 +51,8 @@ class Reading:
     constants: dict[str, np.ndarray]
     reference: Callable[[Call, list[np.ndarray | None]], list[np.ndarray]] = field(repr=False)
     approximate: bool = False
+    opset: int = 20
+    readers: Mapping[str, int] = field(default_factory=Counter, repr=False)
     nodes: list[Node] = field(default_factory=list)
     same: dict[str, str] = field(default_factory=dict)
 

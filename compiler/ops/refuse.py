@@ -27,6 +27,7 @@ INSTEAD = {
     "GroupNormalization": NORM,
     "Where": "a product with the mask: polynomials cannot branch",
     "If": "one branch alone: polynomials cannot branch",
+    "ReduceMax": "nothing: a maximum is not a polynomial, and the one that a softmax subtracts over its last axis changes nothing",
     "Max": "nothing: a maximum is not a polynomial",
     "Min": "nothing: a minimum is not a polynomial",
     "MaxPool": "AveragePool: a maximum is not a polynomial",
@@ -43,10 +44,10 @@ INSTEAD = {
 }
 
 
-def not_elementwise(call: Call) -> UnsupportedOpError:
+def not_fitted(call: Call) -> UnsupportedOpError:
     """The sentence for an op that --approximate cannot fit."""
     return call.fail(
-        f"is a {call.op}, which does not act on each element alone: --approximate fits elementwise functions; "
+        f"is a {call.op}: --approximate fits elementwise functions, softmax and norms over features; "
         f"use {INSTEAD[call.op]} instead"
     )
 

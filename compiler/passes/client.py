@@ -12,6 +12,7 @@ from he_backend.base import UnsupportedOpError
 from he_backend.circuit import layer_norm
 
 from ..ir import Graph
+from ..ops.functions import OR_FIT
 from ..ops.refuse import NORM
 
 
@@ -75,7 +76,7 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
             other = next(n.source for n in readers if n is not opening)
             raise UnsupportedOpError(
                 f"node {opening.source!r} is a LayerNormalization of an embedding that {other!r} reads as well: the client "
-                f"sends one of them, so that the norm must be a polynomial; use {NORM} instead"
+                f"sends one of them, so that the norm must be a polynomial; use {NORM} instead{OR_FIT}"
             )
         assert opening.const is not None and opening.bias is not None
         norm, end = (opening.const, opening.bias, float(opening.attrs["eps"])), opening

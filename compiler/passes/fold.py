@@ -6,6 +6,8 @@
 (x W) + c         -> x W + c
 (x . r) W         -> (x W) . r            r one number a token: the inverse square root of a norm is then computed
                                           beside the product by W instead of before it, which saves a level
+(A . r) B         -> (A B) . r            rows of attention are divided after the product with the values, likewise
+(x . r) . c       -> (x . c) . r          where c differs by feature: a norm's gain
 (A B) . M         -> masked product       attention masks, row factors and 1/sqrt(d) join the matmul node
 (A B) . R[step]   -> masked product       the same of a decoding step, whose row of factors is that of its number
 (x U + v) W       -> x (U W) + v W        where nobody else reads the inner map
@@ -46,7 +48,7 @@ def _into_next(node: Node, view: View) -> list[Node] | None:
 def _into_previous(node: Node, view: View) -> list[Node] | None:
     """(x W + b) . c and (x W + b) + c."""
     maker = view.maker(node.inputs[0], "linear") if node.op in ("mul_const", "add_const") else None
-    if maker is None or maker.const is None or not view.only_user(maker.name, node):
+    if maker is None or maker.const is None or not view.only_user(maker.name, node) or "unused" in node.attrs:
         return None
     c = feature_vector(node.const, maker.const.shape[-1])
     if c is None:
@@ -74,6 +76,21 @@ def _token_factor(node: Node, view: View) -> list[Node] | None:
         return [product, scaled]
     scaled = replace(scaled, name=f"{node.name}.scaled")
     return [product, scaled, replace(node, op="add_const", inputs=(scaled.name,), const=node.bias, bias=None)]
+
+
+def _row_factor(node: Node, view: View) -> list[Node] | None:
+    """(A . r) B -> (A B) . r, and (x . r) . c -> (x . c) . r, with r of last axis 1."""
+    if node.op != "matmul" and (node.op != "mul_const" or node.const is None or node.const.size == 1):
+        return None
+    maker = view.maker(node.inputs[0], "mul") if len(node.inputs) == (2 if node.op == "matmul" else 1) else None
+    if maker is None or not view.only_user(maker.name, node) or node.shape[:-1] != maker.shape[:-1]:
+        return None
+    rows = [x for x in maker.inputs if x in view.nodes and view.nodes[x].shape == (*maker.shape[:-1], 1) != maker.shape]
+    if len(rows) != 1:
+        return None
+    (x,) = (x for x in maker.inputs if x != rows[0])
+    inner = replace(node, name=f"{node.name}.product", inputs=(x, *node.inputs[1:]))
+    return [inner, replace(node, op="mul", inputs=(inner.name, rows[0]), const=None, attrs={})]
 
 
 def _mask(node: Node, view: View) -> list[Node] | None:
@@ -117,4 +134,4 @@ def _views(node: Node, view: View) -> list[Node] | None:
 
 def fold(graph: Graph) -> Graph:
     """Apply all foldings to a fixed point."""
-    return rewrite(graph, [_into_next, _into_previous, _token_factor, _mask, _step_rows, _chain, _views])
+    return rewrite(graph, [_into_next, _into_previous, _token_factor, _row_factor, _mask, _step_rows, _chain, _views])

@@ -1,13 +1,17 @@
 """Fuse polynomial chains: products, sums and affine maps of polynomials of one tensor become one polynomial node.
 
 Squares, powers, Newton steps and Goldschmidt iterations written as Mul and Add are found again this way, and are then
-evaluated in the form that costs fewest levels. A fusion that would cost more levels than the chain is not made.
+evaluated in the form that costs fewest levels. A fusion that would cost more levels than the chain is not made. Nodes that are
+`kept` are steps of a form that was chosen (passes/forms.py): they are not multiplied out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
@@ -16,6 +20,7 @@ from scipy import sparse
 from ..ir import Graph, Node
 from .rewrite import View, rewrite
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 MAX_DEGREE = 16  # beyond it the power basis loses digits
 
 
@@ -42,19 +47,20 @@ def levels(p: Polynomial) -> int:
     return int(np.ceil(np.log2(max(1, p.degree()))))
 
 
-def _node(node: Node, x: str, p: Polynomial, interval: object = None) -> Node:
+def _node(node: Node, x: str, p: Polynomial, attrs: Mapping[str, Any] = NOTHING) -> Node:
+    """A polynomial in the place of a node, with other attributes of the one that it was."""
     p = p.trim(0.0)
     if p.degree() == 0:  # x^2 - x^2: no polynomial is left to evaluate, only its constant
         size = math.prod(node.shape)
         nothing, bias = sparse.csr_matrix((size, size)), np.full(size, p.coef[0]) if p.coef[0] else None
         return replace(node, op="sparse", inputs=(x,), const=None, bias=bias, attrs={"matrix": nothing})
-    attrs = {"coefficients": p.coef, "interval": interval}
+    attrs = {"interval": None, **attrs, "coefficients": p.coef}
     return replace(node, op="polynomial", inputs=(x,), const=None, bias=None, attrs=attrs)
 
 
 def _product(node: Node, view: View) -> list[Node] | None:
     """mul(p(x), q(x)) -> (p q)(x)."""
-    if node.op != "mul":
+    if node.op != "mul" or "kept" in node.attrs:
         return None
     (x, p), (y, q) = (polynomial_of(name, view) for name in node.inputs)
     if node.inputs[0] == node.inputs[1]:
@@ -82,7 +88,7 @@ def _after(node: Node, view: View) -> list[Node] | None:
     if c is None or maker is None or not view.only_user(maker.name, node):
         return None
     p = Polynomial(maker.attrs["coefficients"])
-    return [_node(node, maker.inputs[0], p * c if node.op == "mul_const" else p + c, maker.attrs["interval"])]
+    return [_node(node, maker.inputs[0], p * c if node.op == "mul_const" else p + c, maker.attrs)]
 
 
 def _before(node: Node, view: View) -> list[Node] | None:
@@ -97,7 +103,8 @@ def _before(node: Node, view: View) -> list[Node] | None:
     interval = node.attrs["interval"]
     if interval is not None:
         interval = sorted((e / c if maker.op == "mul_const" else e - c) for e in interval)
-    return [_node(node, maker.inputs[0], Polynomial(node.attrs["coefficients"])(inner), interval)]
+    p = Polynomial(node.attrs["coefficients"])(inner)
+    return [_node(node, maker.inputs[0], p, {**node.attrs, "interval": interval})]
 
 
 def view_shape(node: Node, view: View) -> tuple[int, ...]:
@@ -111,7 +118,7 @@ def _compose(node: Node, view: View) -> list[Node] | None:
     if node.op != "polynomial":
         return None
     maker = view.maker(node.inputs[0], "polynomial")
-    if maker is None or not view.only_user(maker.name, node):
+    if maker is None or not view.only_user(maker.name, node) or "kept" in {**node.attrs, **maker.attrs}:
         return None
     p, q = Polynomial(node.attrs["coefficients"]), Polynomial(maker.attrs["coefficients"])
     if p.degree() * q.degree() > MAX_DEGREE or levels(p(q)) > levels(p) + levels(q):

@@ -39,7 +39,7 @@ Latency = Annotated[float | None, typer.Option("--max-latency", help="Most predi
 Error = Annotated[float, typer.Option("--max-error", help="Largest error of an output that may be promised.")]
 InsecureRing = Annotated[int | None, typer.Option(min=10, max=17, help="Ring 2^k of any size, INSECURE, for tests.")]
 Approximate = Annotated[
-    bool, typer.Option("--approximate", help="Fit activations that are no polynomials on calibrated ranges.")
+    bool, typer.Option("--approximate", help="Fit activations, softmax and norms by polynomials on calibrated ranges.")
 ]
 
 # --- Asking a server --------------------------------------------------------------------------------------------------

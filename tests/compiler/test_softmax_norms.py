@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 from torch.nn import functional as F
 
@@ -339,3 +340,26 @@ def test_ranges_that_grow_are_refused_with_both_intervals(tmp_path, monkeypatch)
     says = r"argument of '1.LayerNorm.*' is fitted on \[.*\] and fills \[.*\] after 1 rounds .*train the model"
     with pytest.raises(UnsupportedOpError, match=says):
         approximate(import_onnx(path, approximate=True), inputs(ROWS))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("order", ["post", "pre"])
+def test_the_norm_of_an_embedding_is_the_clients_if_nothing_else_reads_that(tmp_path, order):
+    """What a residual stream starts with, too, is sent as it is, and normalised by the server."""
+    m = Model((1, TOKENS), opset=20)
+    x = m.op("Add", m.op("Gather", m.normal(16, WIDTH), "x"), m.normal(TOKENS, WIDTH))
+    y = m.op("LayerNormalization", x, 1 + m.normal(WIDTH) / 4, m.normal(WIDTH) / 4)
+    y = m.op("Add", x if order == "pre" else y, m.op("MatMul", y, m.normal(WIDTH, WIDTH)))
+    if order == "pre":  # the norm that closes the stack
+        y = m.op("LayerNormalization", y, 1 + m.normal(WIDTH) / 4, m.normal(WIDTH) / 4)
+    path = m.save(tmp_path / "m.onnx", y, kind=TensorProto.INT64)
+    tokens = np.random.default_rng(0).integers(0, 16, size=(16, TOKENS))
+    if order == "pre":
+        with pytest.raises(UnsupportedOpError, match=r"LayerNormalization.* compile with --approximate"):
+            compile_onnx(path, tokens, target=Target(insecure_log_n=10))
+    compiled = compile_onnx(path, tokens, target=Target(insecure_log_n=10), approximate=True)
+    assert len(compiled.approximations.approximations) == (2 if order == "pre" else 0)
+    assert (compiled.embedding.norm is not None) == (order == "post")
+    wanted = onnxruntime.InferenceSession(str(path)).run(None, {"x": tokens[:1]})[0][0]
+    got = simulate(compiled.circuit, {"x": compiled.embedding(tokens[0])}).outputs["y"]
+    assert np.max(np.abs(got - wanted)) <= compiled.approximations.error + 2e-5

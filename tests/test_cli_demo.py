@@ -177,6 +177,8 @@ def test_the_whole_path_on_a_test_ring(tmp_path: Path) -> None:
             "evaluate_s",
             "predicted_evaluate_s",
             "total_s",
+            "request_bytes",
+            "promised_error",
             "keygen_s",
             "peak_gb",
             "upload_bytes",
@@ -197,7 +199,8 @@ def test_the_whole_path_on_a_test_ring(tmp_path: Path) -> None:
             "heldout_loss_polynomial",
         ),
     }
-    assert metrics["max_abs_error"] <= report["error_bound"]
+    assert metrics["max_abs_error"] <= report["error_bound"] == metrics["promised_error"]
+    assert 0 < metrics["request_bytes"] < metrics["upload_bytes"]
     assert 0 < metrics["efficiency"] <= 1 and metrics["operators"] == report["tables"]["operators"]
     foretold = {row["name"]: row["predicted_error"] for row in metrics["operators"]}
     assert {"QKV", "scores", "division", "FFN"} <= {name for name, error in foretold.items() if error > 0}

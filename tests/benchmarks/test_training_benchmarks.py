@@ -75,7 +75,7 @@ def test_quick_record_and_what_it_shows(name, records):
     rows = record["metrics"]["rows"]
     assert {row["case"] for row in rows} == set(record["params"]["cases"])
     assert {row["seed"] for row in rows} == set(record["params"]["seeds"])
-    blocks = registry.benchmarks()[name].show(record)
+    blocks = registry.benchmarks()[name].blocks(record)
     assert any(isinstance(b, Picture) and "<svg" in b.html() for b in blocks)
     shown = [b for b in blocks if isinstance(b, Table)]
     assert all(len(row) == len(b.columns) for b in shown for row in b.rows)
@@ -87,7 +87,7 @@ def test_quick_record_and_what_it_shows(name, records):
 def test_what_was_measured_before_an_interruption_can_be_shown(name, records):
     record = records.interrupted(name)
     assert {row["case"] for row in record["metrics"]["rows"]} == {record["params"]["cases"][0]}
-    assert all(block.markdown() for block in registry.benchmarks()[name].show(record))
+    assert all(block.markdown() for block in registry.benchmarks()[name].blocks(record))
 
 
 @pytest.mark.parametrize("case", equal_budget.CASES)

@@ -10,11 +10,13 @@ from compiler.cost import CostTable
 from compiler.lower import lower
 from compiler.passes.levels import assign_levels
 from compiler.pipeline import import_graph, simplify
+from compiler.placed import Lowered
 from compiler.placement_problem import RefreshTimes
 from compiler.plan import as_circuit
 from compiler.refreshes import Refreshing, as_problem, op_seconds, period, place_refreshes
 from compiler.search import plan_cost
 from he_backend.base import LevelError, ParamsError
+from he_backend.circuit import Op
 from he_backend.kernels import depth
 from he_backend.params import Params
 from he_backend.simulator import simulate
@@ -190,3 +192,32 @@ def test_a_memory_cap_holds_with_maps_together_or_apart(tmp_path, table):
         _, capped = place_refreshes(build, PARAMS, table, PLAIN, max_bytes=cap)
         assert capped.peak_bytes <= cap
         assert capped.seconds >= free.bound
+
+
+def kept(how: str) -> Lowered:
+    """A step whose kept value is changed by a sum; also read before it, by so much that the sum has fewer levels, or not."""
+    number = {"weights": "one", "plan": [[0, [[0, 0]]]], "bias": None}
+    ops = [
+        Op(id=0, kind="input", args=(), attrs={"name": "x", "part": 0}),
+        Op(id=1, kind="input", args=(), attrs={"name": "kept", "part": 0}),
+        Op(id=2, kind="linear", args=(0,), attrs=number, source="row"),
+        Op(id=3, kind="add", args=(1, 2), source="next"),
+        Op(id=4, kind="linear", args=(1 if how == "read before" else 3,), attrs=number, source="first"),
+        Op(id=5, kind="mul", args=(4, 4), source="second"),
+        Op(id=6, kind="add", args=(3, 5), source="sum"),
+        Op(id=7, kind="output", args=(6,), attrs={"name": "y", "part": 0}),
+        Op(id=8, kind="output", args=(3,), attrs={"name": "kept", "part": 0}),
+    ]
+    empty = Lowered(ops=(), arrays={"one": np.ones((1, 1))}, client_arrays={}, inputs=(), outputs=(), tensors={})
+    return replace(empty, ops=tuple(ops), steps=4)
+
+
+def test_what_is_kept_goes_out_as_it_came_in() -> None:
+    """Where a sum needs no level of its own, the value goes out below the level at which it is read."""
+    table = CostTable.load()
+    program, _ = place_refreshes(kept("through the sum"), PARAMS, table, PLAIN)
+    levels = {(op.kind, op.attrs["name"]): op.level for op in program.ops if "name" in op.attrs}
+    assert levels["input", "kept"] == levels["output", "kept"] == 2
+    assert levels["input", "x"] == 3, "inputs of different names need not be at one level"
+    with pytest.raises(LevelError, match="'kept' comes in at level 2 and would go out at level 0"):
+        place_refreshes(kept("read before"), PARAMS, table, PLAIN)

@@ -21,6 +21,7 @@ from compiler.errors import Noise
 from compiler.failure import largest_output
 from compiler.placed import Lowered
 from compiler.plan import judge, output_peak
+from compiler.rings import fewest_levels
 from compiler.samples import Sequences
 from compiler.step_layout import Blocks, Cache, Tiled, inner, outer
 from he_backend import keys
@@ -125,7 +126,9 @@ def test_every_step_encrypted(tmp_path: Path, name: str) -> None:
 
 
 def test_every_step_is_one_circuit_and_states_stay_where_they_are(tmp_path: Path) -> None:
-    circuit = compiled_step(tmp_path, *CASES["affine norms"])[0].circuit
+    compiled = compiled_step(tmp_path, *CASES["affine norms"])[0]
+    circuit = compiled.circuit
+    assert 10 < fewest_levels(compiled.graph) <= circuit.inputs[0].level
     ins = {op.attrs["name"]: op.level for op in circuit if op.kind == "input"}
     outs = {op.attrs["name"]: op.level for op in circuit if op.kind == "output"}
     assert [s.name for s in circuit.states] == [f"blocks.{i}.mixer.{p}.state" for i in (0, 1) for p in "kv"]

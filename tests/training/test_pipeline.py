@@ -141,7 +141,7 @@ def test_half_a_line_at_the_end_of_the_log_is_dropped_when_a_run_goes_on(trained
 
 def test_a_text_too_short_for_the_vocabulary_says_what_to_do(tmp_path):
     (tmp_path / "mine.txt").write_text("aaaa bbbb " * 200)
-    with pytest.raises(ValueError, match=r"tokens, the recipe asks for 300; give more text, or call"):
+    with pytest.raises(ValueError, match=r"tokens, the recipe asks for 300; give more text, or a smaller vocabulary"):
         train(tmp_path / "out", RECIPE, text=tmp_path / "mine.txt")
 
 

@@ -106,9 +106,9 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_BC = x.transpose(1, self.axis)
-        y_BC = F.batch_norm(
-            x_BC, self.mean, self.variance, self.gamma, self.beta, self.training, self.momentum, self.eps
-        )
+        # Weights may be bfloat16 where the statistics are not; torch's CPU kernel wants both alike, whatever x is.
+        gamma, beta = self.gamma.to(self.mean.dtype), self.beta.to(self.mean.dtype)
+        y_BC = F.batch_norm(x_BC, self.mean, self.variance, gamma, beta, self.training, self.momentum, self.eps)
         return y_BC.transpose(1, self.axis)
 
     def affine(self) -> tuple[Tensor, Tensor]:

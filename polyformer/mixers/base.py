@@ -83,11 +83,11 @@ class Attention(Mixer):
     """Projections q, k, v, o of multi-head attention; the parameters are the same for every score non-linearity.
 
     Grouped queries (GQA, arXiv 2305.13245): k and v have G heads, head h reads key head h // (H/G). Rotary positions
-    (RoFormer, arXiv 2104.09864) turn the leading R channels of q and k, channel c with c + R/2, by the angle
-    t base^(-2c/R). Without `causal` every position sees every key. `visible_BT` (bool), where a method takes it, hides
-    keys of padding on top of that. A non-linearity takes its scores from `normed_scores`, multiplies them by `factor`
-    and its weights by `las.smooth(v)`. What a non-linearity does not read of OPTIONS stays at its default, whatever the
-    other layers of a hybrid stack do.
+    (RoFormer, arXiv 2104.09864) turn the leading R channels of q and k, channel c with c + R/2, by the angle t
+    base^(-2c/R), which costs no level: for each position it is a linear map that joins the projection. Without `causal`
+    every position sees every key. `visible_BT` (bool), where a method takes it, hides keys of padding on top of that. A
+    non-linearity takes its scores from `normed_scores`, multiplies them by `factor` and its weights by `las.smooth(v)`.
+    What a non-linearity does not read of OPTIONS stays at its default, whatever the other layers of a hybrid stack do.
     """
 
     options: tuple[str, ...] = OPTIONS
@@ -175,11 +175,6 @@ class Attention(Mixer):
             scale_H, shift_H = self.score_norm.affine()
             s_BHJ = s_BHJ * scale_H[:, None] + shift_H[:, None]
         return s_BHJ * self.las.decay(t, s_BHJ)[:, i, : len(keys)]
-
-    @property
-    def rotary_depth(self) -> int:
-        """Levels of the rotary positions: products of q and k with plaintext cosines and sines."""
-        return int(self.rotary > 0)
 
     def _grouped(self, x_BGTK: Tensor) -> Tensor:
         return x_BGTK if self.kv_heads == self.heads else x_BGTK.repeat_interleave(self.heads // self.kv_heads, 1)

@@ -173,11 +173,11 @@ class PowerSoftmax(Attention):
 
     @property
     def depth(self) -> int:
-        """q/k/v 1, rotary positions 1 if any, shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n
+        """q/k/v 1 (rotary positions are in their weights), shifting and masking keys 1, scores 1, power log2 p, reciprocal log2 n
         (values run beside it), product 1, output 1.
         """
         reciprocal = self.steps + 1 if self.steps else depth_of_degree(self.reciprocal_degree)
-        return 1 + self.rotary_depth + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
+        return 1 + 1 + 1 + depth_of_degree(self.power) + max(reciprocal, 1) + 1 + 1
 
 
 def integer_power(x: Tensor, p: int) -> Tensor:

@@ -59,6 +59,23 @@ def test_it_is_the_batch_norm_of_torch():
     torch.testing.assert_close(ours.variance, theirs.running_var)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_may_be_narrower_than_statistics(training):
+    wide, x = BatchNorm(12), x_btd().float()
+    nn.init.normal_(wide.gamma, 1.0, 0.3)
+    nn.init.normal_(wide.beta)
+    narrow = BatchNorm(12)
+    for mine, theirs in zip(narrow.parameters(), wide.parameters(), strict=True):
+        mine.data = theirs.data.bfloat16()
+    wide.train(training), narrow.train(training)
+    y = narrow(x.bfloat16())
+    assert y.dtype == torch.bfloat16 and narrow.mean.dtype == torch.float32
+    torch.testing.assert_close(y.float(), wide(x), rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(narrow.mean, wide.mean, rtol=1e-2, atol=1e-3)
+    y.float().square().sum().backward()
+    assert narrow.gamma.grad is not None and narrow.gamma.grad.dtype == torch.bfloat16
+
+
 def test_it_normalises_over_heads():
     s_BHTT = torch.randn(3, 4, 5, 5, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.2, 2.0])[:, None, None] + 3
     y = BatchNorm(4, axis=1).double()(s_BHTT)

@@ -220,7 +220,7 @@ def test_gated_post_norm_levels():
     attention, mlp, norm = 7, 1 + 1 + 1, 3
     assert Transformer(config).levels == (attention + norm - 1) + (mlp + norm - 1) + (1 + norm - 1)
     assert Transformer(replace(config, gated=True)).levels == Transformer(config).levels + 1
-    assert Transformer(replace(config, rotary=2)).levels == Transformer(config).levels + 1
+    assert Transformer(replace(config, rotary=2)).levels == Transformer(config).levels  # in the weights of q and k
     assert Transformer(replace(config, order="post", head="none")).levels == attention + norm + mlp + norm
 
 

@@ -110,7 +110,7 @@ def compile_onnx(
         approximate: fit elementwise functions that are no polynomials, softmax and norms on their calibrated ranges, instead of
             refusing them.
 
-    A file that `polyformer export --step` wrote becomes a circuit of one decoding step, see `step`.
+    A file that `polyformer export --step` wrote becomes a circuit of one decoding step, see `samples`.
 
     Raises:
         UnsupportedOpError: an op or a layout that cannot be compiled.

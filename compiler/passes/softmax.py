@@ -1,9 +1,10 @@
 """Softmax as what can be fitted: exponentials of scores minus a constant, their sum, its reciprocal, one product.
 
 Found as exp(z) / sum exp(z) over the last axis, z being scores through constants added and multiplied. What is added to a whole row,
-such as its negative largest score, changes no weight and is left out; instead each row gets a constant, the logarithm of its
-denominator's mean over the samples, so that all denominators are near 1 and one narrow interval serves them all. A constant that
-lies far below the largest of its row is a mask: its key has weight 0.
+such as its negative largest score, changes no weight and is left out; instead each row gets a constant, the mean over the samples
+of the logarithm of its denominator, so that all denominators are around 1 and one interval serves them all. (Not the logarithm of the
+mean, which follows the largest sample: of a trained block it left 8 % of unseen windows with a row above the interval, the mean of
+logarithms 0.4 %.) A constant that lies far below the largest of its row is a mask: its key has weight 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compiler, read aloud:
 
 import -> (approximate ->) certify -> fold means -> fold positions into projections -> fuse polynomials -> fold constants
-       -> merge linear chains -> split off the client -> calibrate ranges
+       -> merge linear chains -> pad heads to powers of two -> split off the client -> calibrate ranges
        -> for each ring: lower to layouts -> levels, refreshes -> cost and noise of every parameter set -> verify -> keys.
 
 A model that is run once is compiled from requests, a decoding step from whole sequences: its kept tensors are those of the steps
@@ -36,6 +36,7 @@ from .passes.client import Embedding, split_client
 from .passes.fold import fold
 from .passes.fuse import fuse
 from .passes.linear_chains import linear_chains
+from .passes.pad_heads import pad_heads
 from .passes.positions import positions
 from .plan import Plan, Target, with_bounds
 from .promise import Found
@@ -81,6 +82,7 @@ def simplify(graph: Graph, sample: np.ndarray | Mapping[str, np.ndarray]) -> tup
         ("fuse again", fuse),
         ("linear chains", linear_chains),
         ("fold again", fold),
+        ("pad heads", pad_heads),
     )
     for name, run in passes:
         after = run(graph)

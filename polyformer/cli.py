@@ -2,7 +2,8 @@
 
     data owner                                         server
     ----------                                         ------
-    train -> convert -> export -> compile  ── model.circuit ─▶  serve model.circuit
+    train (or adopt a released checkpoint)
+    convert -> export -> compile           ── model.circuit ─▶  serve model.circuit
     keygen model.client                    ── evaluation keys ─▶  (evaluate --keys uploads them)
     encrypt ─▶ request.bin
     evaluate request.bin --url ...         ── ciphertexts ──▶  evaluates

@@ -82,7 +82,11 @@ def adopt(
     checkpoint = checkpoint.parent if checkpoint.suffix == ".safetensors" else checkpoint
     values, _ = read_checkpoint(checkpoint)
     tokenizer = checkpoint_tokenizer(checkpoint)
-    released = load_pretrained(checkpoint, length=length or min(LENGTH, family(values["model_type"]).longest(values)))
+    try:
+        longest = family(values["model_type"]).longest(values)
+        released = load_pretrained(checkpoint, length=length or min(LENGTH, longest))
+    except KeyError as error:  # of config.json or of the tensors
+        raise ValueError(f"{checkpoint} is not complete, {error.args[0]!r} is missing; fetch it again") from error
     require_task(released, checkpoint, text=text, classes=classes)
     require_rows(tokenizer, released.config.vocab, checkpoint)
     standard = Recipe.adopted(released.config, steps=steps, batch=batch)

@@ -28,7 +28,7 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json.
-        ValueError: the GGUF file holds another kind of tokenizer.
+        ValueError: the file is damaged, or the GGUF file holds another kind of tokenizer.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -36,7 +36,10 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}: fetch it with the checkpoint, vocab.txt alone is not enough")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer that the tokenizers library reads: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

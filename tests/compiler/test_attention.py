@@ -34,6 +34,7 @@ SHAPES = {
     "two ranges of channels": (32, 1, 32),
     "two groups of two ranges": (32, 2, 32),
     "a head of two channels": (16, 2, 2),
+    "three heads of six channels": (16, 3, 6),  # padded to 4 of 8
 }
 
 
@@ -78,10 +79,21 @@ def test_heads_over_two_ciphertexts_three_ways(tmp_path, monkeypatch, causal, me
     assert any(name.startswith("skew") for name in circuit.arrays) == merge
 
 
-def test_heads_of_three_channels_take_the_general_product(tmp_path):
-    path = models.attention(tmp_path / "m.onnx", tokens=4, heads=2, channels=3)
-    build, _, _ = lowered(path, 512, merge=None)
-    assert any(op.kind == "mul" for op in build.ops)
+def test_padded_heads_cost_less_than_the_general_product(tmp_path, monkeypatch):
+    path = models.attention(tmp_path / "m.onnx", tokens=8, heads=3, channels=6)
+    _, padded, _ = lowered(path, 512, merge=None)
+    monkeypatch.setattr("compiler.pipeline.pad_heads", lambda graph: graph)
+    _, general, _ = lowered(path, 512, merge=None)
+    switches = [c["rotate"] + c["relinearize"] for c in (padded, general)]
+    assert switches[0] < 0.5 * switches[1]
+
+
+def test_nine_heads_of_64_channels_have_the_layout_of_sixteen(tmp_path):
+    """SmolLM2's geometry on few tokens."""
+    path = models.attention(tmp_path / "m.onnx", tokens=16, heads=9, channels=64)
+    build, _, _ = lowered(path, 1 << 14, merge=None, samples=1)
+    sixteen = Heads(tokens=16, heads=16, channels=64, positions=1024)
+    assert sixteen.groups == 1 and build.ops[0].level <= 10
 
 
 def test_merged_scores_save_key_switches_and_are_taken(tmp_path):

@@ -32,6 +32,7 @@ CASES = {
     "attention, p = 4": (lambda p: attention(p, power=4), 11),
     "attention, bidirectional": (lambda p: attention(p, causal=False), 11),
     "attention, several score ciphertexts": (lambda p: attention(p, tokens=16, heads=2, channels=8), 10),
+    "attention, 3 heads of 6 channels": (lambda p: attention(p, heads=3, channels=6), 11),
     "attention, spare copies": (lambda p: attention(p, tokens=4, heads=2, channels=2), 11),
 }
 

@@ -82,6 +82,8 @@ def test_every_command_goes_on_from_a_checkpoint(name, tmp_path, capsys):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
     run("train", out)
+    assert cli.run(["train", str(out), "--quick"]) == 1
+    assert "was adopted, with its own text and recipe" in " ".join(capsys.readouterr().err.split())
     run("convert", out)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["end"] == END
@@ -160,6 +162,16 @@ def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def drop(path: Path, name: str) -> None:
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != name}))
+
+
+def fewer_tensors(checkpoint: Path) -> None:
+    weights = random_weights(CHECKPOINTS["gpt2"])
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    write(checkpoint, CHECKPOINTS["gpt2"], weights)
+
+
 def fewer_rows(checkpoint: Path, vocab: int) -> None:
     config = CHECKPOINTS["gpt2"]
     weights = random_weights(config)
@@ -171,14 +183,25 @@ REFUSED = {
     "no config": (lambda c: (c / "config.json").unlink(), FileNotFoundError, r"config\.json: give a folder"),
     "no weights": (lambda c: (c / "model.safetensors").unlink(), FileNotFoundError, r"model\.safetensors"),
     "no tokenizer": (lambda c: (c / "tokenizer.json").unlink(), FileNotFoundError, "fetch it with the checkpoint"),
+    "damaged tokenizer": (lambda c: (c / "tokenizer.json").write_text("{"), ValueError, "no tokenizer that"),
+    "no size": (lambda c: drop(c / "config.json", "n_embd"), ValueError, "is not complete, 'n_embd' is missing"),
+    "no tensor": (lambda c: fewer_tensors(c), ValueError, r"no tensor 'transformer\.h\.0\.mlp\.c_fc\.weight'"),
     "architecture": (lambda c: change(c / "config.json", model_type="mamba"), ValueError, "known: bert, gpt2"),
     "vocabulary": (
         lambda c: fewer_rows(c, 20),
         ValueError,
         r"ids up to 22, the model's table rows 0 to 19",
     ),
-    "encoder": (lambda c: released(c, ENCODER), ValueError, "is an encoder.*--classes"),
 }  # fmt: skip
+
+
+def test_each_kind_of_model_has_its_own_data(tmp_path):
+    causal, encoder = released(tmp_path / "gpt2", CHECKPOINTS["gpt2"]), released(tmp_path / "bert", ENCODER)
+    for options in ({}, {"text": texts(tmp_path / "text")}):
+        with pytest.raises(ValueError, match=r"is an encoder.*--classes"):
+            adopt(encoder, tmp_path / "run", **options)
+    with pytest.raises(ValueError, match=r"is a causal model.*--text"):
+        adopt(causal, tmp_path / "run", classes=tmp_path)
 
 
 @pytest.mark.parametrize(("damage", "error", "message"), REFUSED.values(), ids=REFUSED.keys())

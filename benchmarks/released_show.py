@@ -70,15 +70,16 @@ def minilm_distil(record: Record) -> Sequence[Block]:
             v["cosine_least"],
             v["accuracy"],
             v.get("outside"),
+            v.get("levels"),
             v["seconds"],
         )
         for v in metrics["variants"]
     ]
-    columns = ("variant", "state error", "mean cosine", "least cosine", "probe accuracy", "outside", "made in, s")
+    columns = ("variant", "state error", "mean cosine", "least cosine", "probe accuracy")
     table = Table(
         caption="On test documents: relative square error of the states, cosine of the sentence embedding to the original's, "
         "accuracy of a probe on the variant's own embeddings; the largest share of one layer's values outside its interval",
-        columns=columns,
+        columns=(*columns, "outside", "levels", "made in, s"),
         rows=rows,
     )
     drawing, (ax,) = panels(height=2.6)

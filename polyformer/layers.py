@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from polyformer.approx import Basis, Polynomial, evaluate, unit_map
+from polyformer.approx import Basis, Polynomial, unit_map
+from polyformer.series import series
 
 TapKind = Literal["activation", "variance", "denominator"]
 
@@ -86,4 +87,4 @@ class PolynomialLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             x = x.clamp(self.interval[0], self.interval[1])
-        return evaluate(x, self.coefficients.unbind(), self.map[0], self.map[1], self.basis)
+        return series(x, self.coefficients, self.map[0], self.map[1], self.basis)

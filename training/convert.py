@@ -39,7 +39,13 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
     if folder.has(kind.result):
         model = folder.load_model(kind.result)
     else:
-        start, stages = folder.load_model(folder.start_of(kind.start(numbers))), kind.stages(numbers)
+        name = folder.start_of(kind.start(numbers))
+        if not folder.has(name) and not getattr(numbers, f"{name}_steps"):
+            raise ValueError(
+                f"the conversion starts from the {name} model, and {name}_steps is 0 in the recipe of {folder.path}: train a new "
+                f"folder with {name}_steps above 0, or with another start"
+            )
+        start, stages = folder.load_model(name), kind.stages(numbers)
         require_polynomial(start, stages)
         model, reports = machine.run(
             start,

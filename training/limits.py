@@ -79,7 +79,9 @@ def require_numbers(values: Mapping[str, Any]) -> None:
     if values["matched"] == 1:
         raise ValueError("matched is 1; it must be 0, or at least 2, one of them to measure on")
     if values["fit_steps"] and not values["matched"]:
-        raise ValueError(f"fit_steps is {values['fit_steps']} and matched 0; fitting goes on from there: set matched too")
+        raise ValueError(
+            f"fit_steps is {values['fit_steps']} and matched 0; fitting goes on from there: set matched too"
+        )
     if values["activation"] not in EXACT:
         raise ValueError(f"activation is {values['activation']!r}; known: {', '.join(EXACT)}")
     _require_norms(values)
@@ -90,8 +92,8 @@ def _require_norms(values: Mapping[str, Any]) -> None:
     sites = values["blocks"] * (1 if values["parallel"] else 2) + 1
     if len(norms) != sites:
         raise ValueError(
-            f"exact_norms has {len(norms)} norms, blocks={values['blocks']} and parallel={values['parallel']} have "
-            f"{sites} places; give as many, the last one for the end of the stack"
+            f"exact_norms is {list(norms)}, {len(norms)} in all; blocks={values['blocks']} and parallel={values['parallel']} have "
+            f"{sites} places, the last one at the end of the stack"
         )
     unknown = [norm for norm in norms if norm not in NORMS]
     if unknown:

@@ -339,8 +339,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        values = {"las_decay": 0.0, "activation_spread": None} | json.loads(text)  # recipes from before these fields
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = {"las_decay": 0.0, "activation_spread": None}  # of recipes from before these fields
+        for name, value in json.loads(text).items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
 
 
 FIRST_LATER = [f.name for f in fields(Recipe)].index("mixers")

@@ -91,12 +91,12 @@ def swap_attention(
         # a new model's biases are zero, so they may stay as they are; some mixers have their own in any case
         fresh = swapped.state_dict()
         state = {k: v for k, v in fresh.items() if k.startswith("blocks.") and k.endswith(".bias")} | state
-    missing, unexpected = swapped.load_state_dict(state, strict=False)
+    result = swapped.load_state_dict(state, strict=False)
     # `row_T`, the public factors of the form `rows`, starts at its own value and is not learned
-    missing = [name for name in missing if not name.endswith("row_T")]
-    unexpected = [name for name in unexpected if not name.endswith("row_T")]
+    missing = [name for name in result.missing_keys if not name.endswith("row_T")]
+    unexpected = [name for name in result.unexpected_keys if not name.endswith("row_T")]
     if missing or unexpected:
-        layer = int([*missing, *unexpected][0].split(".")[1])
+        layer = int((missing + unexpected)[0].split(".")[1])
         raise ValueError(
             f"mixer {mixer!r} does not take the parameters of {before.layer_mixers[layer]!r} in block {layer}: missing {missing[:3]}, "
             f"left over {unexpected[:3]}; swap between softmax and power_softmax"

@@ -49,7 +49,7 @@ WRONG = {
     'denominator_interval=["a", 2]': r"denominator_interval is \['a', 2\]; it must be two numbers",
     "eps=-1": "eps is -1; it must be above 0",
     "activation=foo": "activation is 'foo'; known: gelu",
-    'exact_norms=["rms"]': "exact_norms is \['rms'\], 1 in all; blocks=1 and parallel=False have 3 places",
+    'exact_norms=["rms"]': r"exact_norms is \['rms'\], 1 in all; blocks=1 and parallel=False have 3 places",
     'exact_norms=["rms", "rms", "rms_poly"]': "exact_norms holds 'rms_poly'; known: affine",
     "power=3": "power is 3; it must be even",
     "width=31": "width 31 is not a multiple of heads 2",

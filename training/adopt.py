@@ -28,23 +28,17 @@ from training.data import encode_documents, read_documents, split_docs
 from training.evaluate import bytes_per_token, language
 from training.examples import read_texts
 from training.folder import Folder
-from training.recipe import Recipe
+from training.outcome import require_polynomial
+from training.recipe import SHARED, Recipe
+from training.sources import Source
+from training.stages import powersoftmax
 from training.tasks import Task, next_tokens
 from training.vocabulary import checkpoint_tokenizer, document_end, require_rows
 
 # Fields of a recipe that repeat what the checkpoint is; a window has its own option.
-OF_THE_MODEL = (
-    "vocab",
-    "length",
-    "width",
-    "heads",
-    "hidden",
-    "blocks",
-    "parallel",
-    "activation",
-    "exact_norms",
-    "las_decay",
-)
+OF_THE_MODEL = (*(name for name in SHARED if name not in ("power", "eps")), "exact_norms", "mixers")
+# A released model has softmax: the conversion swaps it, and there is no power model to train before that.
+OF_THE_START = ("task", "start", "power_steps")
 LENGTH = 128  # tokens of a window, where the checkpoint has as many
 
 
@@ -94,6 +88,13 @@ def adopt(
     for name in OF_THE_MODEL:
         if getattr(recipe, name) != getattr(standard, name):
             raise ValueError(f"{name} is {getattr(standard, name)!r} in the checkpoint and cannot be set")
+    for name in OF_THE_START:
+        if getattr(recipe, name) != getattr(standard, name):
+            raise ValueError(
+                f"{name} is {getattr(standard, name)!r} where a run starts from a checkpoint with softmax and cannot be set; "
+                "continue_steps train the swapped model"
+            )
+    require_polynomial(released, powersoftmax(recipe))
     model: Model
     task: Task
     if classes is not None:
@@ -121,11 +122,11 @@ def adopt(
     place = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
     try:
         folder = Folder(place)
-        folder.start(recipe, task, tokenizer)
+        source = Source.of(classes or text, files="*.txt" if classes is None else "*/*.txt")
+        folder.start(recipe, task, tokenizer, source)
         folder.save_model("released", model)
         metrics = folder.update_metrics(
             released=str(checkpoint),
-            text=str(classes or text or "state of the union 1993-2019"),
             parameters=model.parameter_count(),
             **figures,
         )

@@ -57,7 +57,9 @@ class Classes:
         if not self.patch:
             return Encoder(ClassifierConfig(body=body, classes=classes))
         channels, height, width = self.train_x.shape[1:]
-        body = replace(body, vocab=0, length=(height // self.patch) * (width // self.patch))
+        rows, columns = height // self.patch, width // self.patch
+        grid = (rows, columns) if body.grid else ()
+        body = replace(body, vocab=0, length=rows * columns, grid=grid)
         image = (height, width)
         return ViT(VisionConfig(body=body, classes=classes, image=image, patch=self.patch, channels=channels))
 

@@ -16,6 +16,7 @@ import torch
 
 from training import machine
 from training.folder import Folder
+from training.outcome import require_polynomial
 from training.recipe import Progress
 from training.stages import conversion
 from training.substitution import report
@@ -26,7 +27,8 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
     """Convert a trained folder; write the polynomial model and return the metrics. An interrupted run goes on.
 
     Raises:
-        ValueError: the recipe is unknown; lists the known ones.
+        FileNotFoundError: the model to start from is not trained; says how to get it.
+        ValueError: the recipe is unknown; lists the known ones. Or the stages do not make a polynomial of the model.
     """
     kind = conversion(recipe)
     folder = Folder(out)
@@ -34,10 +36,20 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
     torch.set_num_threads(numbers.threads)
     torch.manual_seed(numbers.seed)
     place = folder.checkpoints / recipe
-    if not folder.has(kind.result):
+    if folder.has(kind.result):
+        model = folder.load_model(kind.result)
+    else:
+        name = folder.start_of(kind.start(numbers))
+        if not folder.has(name) and not getattr(numbers, f"{name}_steps"):
+            raise ValueError(
+                f"the conversion starts from the {name} model, and {name}_steps is 0 in the recipe of {folder.path}: train a new "
+                f"folder with {name}_steps above 0, or with another start"
+            )
+        start, stages = folder.load_model(name), kind.stages(numbers)
+        require_polynomial(start, stages)
         model, reports = machine.run(
-            folder.load_model(folder.start_of(kind.start(numbers))),
-            kind.stages(numbers),
+            start,
+            stages,
             machine.Material(
                 sampler=lambda stage: task.sampler(numbers, stage=stage.sampler, noise=stage.noise),
                 schedule=lambda stage: schedule(numbers, stage.steps, stage.lr),
@@ -50,14 +62,16 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
             reports=folder.path / "stages.jsonl",
             progress=progress,
         )
-        # The model is last: while it is missing the states count, and all of this is done again.
         folder.update_metrics(**{_key("quality", kind.result): quality(reports)})
-        folder.save_model(kind.result, model)
-    machine.finish(place)
-    figures = report(folder.load_model(kind.result), task)
+    figures = report(model, task)
     for name in [name for name in figures if name.startswith("heldout_")]:
         figures[f"{name}_{kind.result}"] = figures.pop(name)
-    return folder.update_metrics(**{_key(name, kind.result): value for name, value in figures.items()})
+    metrics = folder.update_metrics(**{_key(name, kind.result): value for name, value in figures.items()})
+    # The model is last: while it is missing the states count, and all of this is done again.
+    if not folder.has(kind.result):
+        folder.save_model(kind.result, model)
+    machine.finish(place)
+    return metrics
 
 
 def quality(reports: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, and how to read it back.
 
-config.json          {"recipe": ..., "task": ..., "models": {name of a model file: its kind and config}}
+config.json          {"recipe": ..., "source": path and digest of the data, "task": ..., "models": {name of a model file: its
+                     kind and config}}
 tokenizer.json       byte-level BPE, or that of a released checkpoint
 tokens.safetensors   token documents, train.0 ... and heldout.0 ...; of a classifier examples.safetensors instead
 released.safetensors a checkpoint as `adopt` loaded it
@@ -15,6 +16,7 @@ checkpoints/         of an interrupted run
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from polyformer.models import Model, facts, from_facts
 from training.classes import Classes
 from training.data import EOT_ID
 from training.recipe import Recipe
+from training.sources import Source
 from training.tasks import NextTokens, Task
 
 MODELS = ("released", "softmax", "power", "polynomial", "pointwise")
@@ -50,16 +53,27 @@ class Folder:
         """Whether recipe, task and data are there: config.json is written last."""
         return (self.path / "config.json").exists()
 
-    def start(self, recipe: Recipe, task: Task, tokenizer: Tokenizer | None) -> None:
-        """Write tokenizer, data and config of a new run."""
+    def start(self, recipe: Recipe, task: Task, tokenizer: Tokenizer | None, source: Source) -> None:
+        """Write tokenizer, data and config of a new run, and where the data came from."""
         self.path.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save(str(self.path / "tokenizer.json"))
         save_file({k: v.contiguous() for k, v in task.tensors().items()}, self.path / f"{task.file}.safetensors")
         self._write(
             "config.json",
-            {"recipe": json.loads(recipe.to_json()), "task": {"file": task.file, **task.facts()}, "models": {}},
+            {
+                "recipe": json.loads(recipe.to_json()),
+                "source": asdict(source),
+                "task": {"file": task.file, **task.facts()},
+                "models": {},
+            },
         )
+        self.update_metrics(text=source.path)
+
+    def source(self) -> Source | None:
+        """Return where the data came from; None in folders from before that was kept."""
+        values = self._read("config.json").get("source")
+        return values and Source(**values)
 
     def recipe(self) -> Recipe:
         return Recipe.from_json(json.dumps(self._read("config.json")["recipe"]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import IGNORE
+from training.interrupt import held_interrupt
 from training.recipe import Progress
 from training.trackers import keep_lines
 
@@ -74,6 +75,9 @@ def run_stage(
     """Train `model` in place for one stage and return the steps done. If the stage's checkpoint exists, go on from
     there. `until`, asked after every step with the number of steps done, may end the stage early.
 
+    On Ctrl-C the step in progress is finished and its checkpoint written before KeyboardInterrupt comes out, with a
+    sentence that says how far the stage is.
+
     The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators. It stays: once
     the trained model is kept somewhere, the caller removes it by `discard_checkpoint`.
     """
@@ -83,8 +87,9 @@ def run_stage(
     _trim_log(log, stage, first)
     model.train()
     done = first
-    with log.open("a", encoding="utf-8") as lines:
-        for step in range(first, schedule.steps):
+    ended = first > 0 and until is not None and until(first)  # interrupted in its last step
+    with log.open("a", encoding="utf-8") as lines, held_interrupt() as interrupted:
+        for step in range(first, first if ended else schedule.steps):
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(step)
             inputs, targets = sampler.batch()
@@ -103,10 +108,13 @@ def run_stage(
                 lines.flush()
                 if progress is not None:
                     progress(stage, done, schedule.steps, figures)
+            stop = interrupted()
+            if stop or (not last and done % schedule.checkpoint_every == 0):
+                save_checkpoint(checkpoint, model, optimiser, sampler, done)
+            if stop:
+                raise KeyboardInterrupt(f"{stage} stopped after {done} of {schedule.steps} steps, all of them kept")
             if last:
                 break
-            if done % schedule.checkpoint_every == 0:
-                save_checkpoint(checkpoint, model, optimiser, sampler, done)
     model.eval()
     return done
 

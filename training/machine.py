@@ -40,7 +40,7 @@ from training.substitution import (
     substitute,
     with_rows,
 )
-from training.swap import swap_attention
+from training.swap import swap_attention, swapped_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,20 +159,9 @@ def watched(stage: Stage, progress: Progress | None) -> Watch | None:
 
 def _swapped(model: Model, stage: Swap) -> Model:
     if stage.fresh is None:
-        return swap_attention(
-            model, mixer=stage.mixer, power=stage.power, eps=stage.eps, form=stage.form, biases=stage.matched > 0
-        )
+        return swap_attention(model, **stage.change())
     torch.manual_seed(stage.fresh)
-    changed = replace(
-        body(model),
-        mixer=stage.mixer,
-        mixers=(),
-        power=stage.power,
-        eps=stage.eps,
-        form=stage.form,
-        reciprocal="exact",
-    )
-    return rebuilt(model, changed)
+    return rebuilt(model, swapped_config(body(model), **stage.change()))
 
 
 def _train(

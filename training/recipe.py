@@ -6,14 +6,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from polyformer.mixers import unread
 from polyformer.model import ModelConfig
 from training.data import Mix
+from training.limits import require_numbers
 
 TASKS = ("next tokens", "texts", "images")
 MAY_BE_NONE = ("activation_spread", "range_outside")
+SHARED = (  # fields that go to `ModelConfig` as they are
+    *("vocab", "length", "width", "heads", "hidden", "blocks", "parallel", "power", "eps", "las_decay", "activation"),
+    *("mlp_norm", "score_norm", "kv_heads", "rotary", "gated", "positions", "hyena_order", "decay", "output_gate"),
+)
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, done, total, figures (e.g. loss)
 
 
@@ -91,12 +97,23 @@ class Recipe:
     denominator_weight: float = 0.3
     cover: bool = False  # fit polynomials on what calibration shows, where that is wider than the targets
     range_outside: float | None = None  # end the range stage early, at this share of values outside their targets
+    # Other models of the family, by the names that `ModelConfig` has for them. Fields from here on are written to JSON only
+    # where they differ from their default, so that adding one changes no folder that exists.
+    mixers: tuple[str, ...] = ()  # of the twin, one a block: a hybrid stack, whose softmax layers alone are converted
+    kv_heads: int = 0
+    rotary: int = 0
+    gated: bool = False
+    positions: str = "learned"
+    hyena_order: int = 2
+    decay: str = "data"  # of gated linear attention, which is a polynomial with "fixed" and another gate than "silu"
+    output_gate: str = "silu"
 
     def __post_init__(self) -> None:
         if self.start not in ("power", "softmax"):
             raise ValueError(f"start is {self.start!r}; the conversion starts from 'power' or from 'softmax'")
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
+        require_numbers(vars(self))
 
     @classmethod
     def demo(cls) -> Recipe:
@@ -206,7 +223,7 @@ class Recipe:
         return replace(
             self, threads=1, vocab=300, length=8, width=16, heads=2, hidden=16, blocks=1, exact_norms=norms, batch=8,
             softmax_steps=20, continue_steps=6, range_steps=6, tune_steps=6, warmup=3, checkpoint_every=10, calibration=64,
-            activation_degree=2, reciprocal_degree=2, norm_degree=2, power=2,
+            activation_degree=2, reciprocal_degree=2, norm_degree=2, power=2, mixers=self.mixers[:1],
         )  # fmt: skip
 
     @classmethod
@@ -225,6 +242,10 @@ class Recipe:
             hidden=body.hidden,
             blocks=body.blocks,
             parallel=body.parallel,
+            kv_heads=body.kv_heads,
+            rotary=body.rotary,
+            gated=body.gated,
+            positions=body.positions,
             power=8,
             eps=1.0,
             matched=32,
@@ -285,31 +306,27 @@ class Recipe:
 
     def softmax_config(self) -> ModelConfig:
         """The twin: same sizes and parameters, softmax, exact functions."""
-        return self._config(mixer="softmax")
+        return self._config("softmax")
 
     def power_config(self) -> ModelConfig:
-        return self._config(mixer="power_softmax", form="stable")
+        return self._config("power_softmax")
 
-    def _config(self, *, mixer: str, form: str = "stable") -> ModelConfig:
+    def _config(self, attention: str) -> ModelConfig:
+        """Return the config with this attention in the place of softmax; the other mixers of a hybrid stack stay."""
+        layers = tuple(attention if name == "softmax" else name for name in self.mixers)
         return ModelConfig(
-            vocab=self.vocab,
-            length=self.length,
-            width=self.width,
-            heads=self.heads,
-            hidden=self.hidden,
-            blocks=self.blocks,
-            parallel=self.parallel,
+            **{name: getattr(self, name) for name in SHARED},
             norms=self.exact_norms,
-            activation=self.activation,
-            power=self.power,
-            eps=self.eps,
-            las_decay=self.las_decay,
-            mixer=mixer,
-            form=form,
-            causal=self.task == "next tokens",
-            mlp_norm=self.mlp_norm,
-            score_norm=self.score_norm,
+            mixer=attention,
+            mixers=layers,
+            form="stable",
+            causal=self.task == "next tokens" or "causal" in unread(layers or (attention,)),
+            grid=(self.length,) if "hyena_nd" in layers else (),
         )
+
+    def swapped_layers(self) -> tuple[int, ...] | None:
+        """Return the blocks of a hybrid stack whose attention is to become another; None is all of them."""
+        return tuple(i for i, name in enumerate(self.mixers) if name == "softmax") if self.mixers else None
 
     def mix(self, *, noise: bool) -> Mix:
         """Windows of arbitrary tokens come on top, so that every step of every model sees as much text."""
@@ -317,11 +334,15 @@ class Recipe:
         return Mix(batch=self.batch + extra, padded=self.padded, noise=extra)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        unset = {f.name for f in fields(self)[FIRST_LATER:] if getattr(self, f.name) == f.default}
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in unset}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        values = {"las_decay": 0.0, "activation_spread": None} | json.loads(text)  # recipes from before these fields
-        for name in ("exact_norms", "denominator_target", "denominator_interval"):
-            values[name] = tuple(values[name])
+        values: dict[str, Any] = {"las_decay": 0.0, "activation_spread": None}  # of recipes from before these fields
+        for name, value in json.loads(text).items():
+            values[name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
+
+
+FIRST_LATER = [f.name for f in fields(Recipe)].index("mixers")

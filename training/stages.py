@@ -34,11 +34,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Swap(Stage):
-    """Replace the mixer of every block; all other parameters stay, and those of the mixer if it takes them.
+    """Replace the mixers of blocks; all other parameters stay, and those of the mixer if it takes them.
 
     `fresh` starts over with new parameters from this seed: the model keeps its shape alone. `matched` calibration inputs
     rewrite queries and keys so that the powers follow the exponentials (`power_match.py`), and `fit` steps a layer go on
-    from there (`distil.py`): without either, a swapped checkpoint has forgotten which keys repelled a query.
+    from there (`distil.py`): without either, a swapped checkpoint has forgotten which keys repelled a query. `layers` are the
+    blocks that it is done to, the others keep their mixers; None is all.
     """
 
     mixer: str
@@ -48,6 +49,12 @@ class Swap(Stage):
     fresh: int | None = None
     matched: int = 0
     fit: int = 0
+    layers: tuple[int, ...] | None = None
+
+    def change(self) -> dict[str, Any]:
+        """Return what `swapped_config` asks for; what is matched needs biases."""
+        same = {name: getattr(self, name) for name in ("mixer", "power", "eps", "form", "layers")}
+        return same | {"biases": self.fresh is None and self.matched > 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,7 @@ def powersoftmax(recipe: Recipe) -> tuple[Stage, ...]:
             eps=recipe.eps,
             matched=recipe.matched,
             fit=recipe.fit_steps,
+            layers=recipe.swapped_layers(),
         ),
         Continue(name="continue", steps=recipe.continue_steps, lr=recipe.tune_lr, sampler=3, noise=False),
     )
@@ -149,7 +157,7 @@ def pointwise(recipe: Recipe) -> tuple[Stage, ...]:
     """
     before = recipe.power_steps if recipe.start == "power" else recipe.softmax_steps + recipe.continue_steps
     return (
-        Swap(name="pointwise-swap", mixer="pointwise", fresh=recipe.seed),
+        Swap(name="pointwise-swap", mixer="pointwise", fresh=recipe.seed, layers=recipe.swapped_layers()),
         Continue(name="pointwise-train", steps=before, lr=recipe.lr, sampler=0, noise=False),
         _ranges(recipe, "pointwise-ranges", 1),
         _substitute(recipe, "pointwise-substitute"),

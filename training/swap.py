@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from polyformer.model import Transformer
+from polyformer.model import ModelConfig, Transformer
 from polyformer.models import M, body, rebuilt
 from training.data import EOT_ID, Mix, Sampler
 from training.evaluate import heldout_loss
@@ -29,6 +29,38 @@ class Recovery:
 
     before: float  # of the model before the swap
     curve: tuple[tuple[int, float], ...]
+
+
+def swapped_config(
+    before: ModelConfig,
+    *,
+    mixer: str,
+    power: int,
+    eps: float,
+    form: str,
+    layers: Sequence[int] | None = None,
+    biases: bool = False,
+) -> ModelConfig:
+    """Return a config with another mixer in some layers, None in all; `biases` adds them where there are none.
+
+    Raises:
+        ValueError: a layer does not exist, or the mixer does not go with the config.
+    """
+    blocks = range(before.blocks)
+    chosen = set(blocks if layers is None else layers)
+    if not chosen <= set(blocks):
+        raise ValueError(f"layers {sorted(chosen - set(blocks))} given; the model has blocks 0 to {blocks[-1]}")
+    mixed = () if layers is None else tuple(mixer if i in chosen else before.layer_mixers[i] for i in blocks)
+    return replace(
+        before,
+        mixer=mixer if layers is None else before.mixer,
+        mixers=mixed,
+        power=power,
+        eps=eps,
+        form=form,
+        reciprocal="exact",
+        biases=before.biases or biases,
+    )
 
 
 def swap_attention(
@@ -52,33 +84,21 @@ def swap_attention(
         ValueError: the mixer has parameters that the model lacks, or the other way round; a layer does not exist.
     """
     before = body(model)
-    blocks = range(before.blocks)
-    chosen = set(blocks if layers is None else layers)
-    if not chosen <= set(blocks):
-        raise ValueError(f"layers {sorted(chosen - set(blocks))} given; the model has blocks 0 to {blocks[-1]}")
-    mixed = () if layers is None else tuple(mixer if i in chosen else before.layer_mixers[i] for i in blocks)
-    config = replace(
-        before,
-        mixer=mixer if layers is None else before.mixer,
-        mixers=mixed,
-        power=power,
-        eps=eps,
-        form=form,
-        reciprocal="exact",
-        biases=before.biases or biases,
-    )
+    config = swapped_config(before, mixer=mixer, power=power, eps=eps, form=form, layers=layers, biases=biases)
     swapped = rebuilt(model, config)
     state = model.state_dict()
     if config.biases and not before.biases:
-        # a new model's biases are zero, so they may stay as they are
-        state |= {k: v for k, v in swapped.state_dict().items() if k.startswith("blocks.") and k.endswith(".bias")}
-    missing, unexpected = swapped.load_state_dict(state, strict=False)
+        # a new model's biases are zero, so they may stay as they are; some mixers have their own in any case
+        fresh = swapped.state_dict()
+        state = {k: v for k, v in fresh.items() if k.startswith("blocks.") and k.endswith(".bias")} | state
+    result = swapped.load_state_dict(state, strict=False)
     # `row_T`, the public factors of the form `rows`, starts at its own value and is not learned
-    missing = [name for name in missing if not name.endswith("row_T")]
-    unexpected = [name for name in unexpected if not name.endswith("row_T")]
+    missing = [name for name in result.missing_keys if not name.endswith("row_T")]
+    unexpected = [name for name in result.unexpected_keys if not name.endswith("row_T")]
     if missing or unexpected:
+        layer = int((missing + unexpected)[0].split(".")[1])
         raise ValueError(
-            f"mixer {mixer!r} does not take the parameters of {before.mixer!r}: missing {missing[:3]}, "
+            f"mixer {mixer!r} does not take the parameters of {before.layer_mixers[layer]!r} in block {layer}: missing {missing[:3]}, "
             f"left over {unexpected[:3]}; swap between softmax and power_softmax"
         )
     return swapped.train(model.training)

@@ -17,7 +17,9 @@ from training.data import EOT_ID, encode_documents, read_documents, split_docs, 
 from training.examples import parts, read_images, read_texts
 from training.folder import Folder
 from training.loop import Schedule, discard_checkpoint, run_stage
+from training.outcome import require_trainable
 from training.recipe import Progress, Recipe
+from training.sources import Source
 from training.tasks import Task, next_tokens
 
 
@@ -28,15 +30,29 @@ def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Prog
     this package), a folder with a folder of texts for each class, or an .npz of images.
 
     Raises:
-        FileExistsError: the folder holds a run of another recipe.
+        FileExistsError: the folder holds a run of another recipe, or of other data.
+        ValueError: the recipe has no models, or none that becomes a polynomial; nothing has been written.
     """
-    folder = Folder(out)
+    folder, files = Folder(out), "*/*.txt" if recipe.task == "texts" else "*.txt"
     if not folder.started:
-        folder.start(recipe, *prepared(recipe, text))
+        task, tokenizer = prepared(recipe, text)
+        require_trainable(recipe, task)
+        folder.start(recipe, task, tokenizer, Source.of(text, files=files))
     elif folder.recipe() != recipe:
         raise FileExistsError(f"{folder.path} holds a run of another recipe; choose an empty folder")
-    folder.update_metrics(text="state of the union 1993-2019" if text is None else str(text))
+    else:
+        require_source(folder, Source.of(text, files=files))
     return train_on(out, progress=progress)
+
+
+def require_source(folder: Folder, given: Source) -> None:
+    """Raise FileExistsError if the data of a run are others; equal ones may have moved."""
+    own = folder.source()
+    if own is not None and own.sha256 != given.sha256:
+        raise FileExistsError(
+            f"{folder.path} holds a run on {own.path} (SHA-256 {own.sha256[:12]}), and what {given.path} holds now is other data "
+            f"({given.sha256[:12]}); give the same data, or choose an empty folder"
+        )
 
 
 def train_on(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,7 @@ def train(
     if len(asked) > 1:
         raise Failure("give one of --text, --classes and --images")
     task = asked[0] if asked else "next tokens"
-    with bar("train") as advance:
+    with resumable(), bar("train") as advance:
         finish(train_model(out, given[task], quick, task=task, changes=changes or (), progress=advance), out, json)
 
 
@@ -96,7 +97,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Turn the trained model into polynomials, in stages; each stage is reported in stages.jsonl."""
-    with bar("convert") as advance:
+    with resumable(), bar("convert") as advance:
         finish(convert_model(out, recipe.value, progress=advance), out, json)
 
 
@@ -128,6 +129,16 @@ def convert_model(out: Path, recipe: str = "powersoftmax", *, progress: Advance)
 
     must_exist(out / "config.json", f"polyformer train {out}")
     return run(out, recipe=recipe, progress=staged(progress))
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say on Ctrl-C that nothing is lost: what a step or a stage has done is in the folder."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        say(f"{str(stop) or 'stopped'}; the same command goes on from there")
+        raise
 
 
 def staged(advance: Advance) -> Callable[[str, int, int, dict[str, float]], None]:

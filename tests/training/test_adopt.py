@@ -240,18 +240,25 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
         (["widht=3"], "no 'widht'; known: seed"),
         (["width=48"], "width is 16 in the checkpoint"),
         (["tune_steps=many"], "tune_steps is 100; 'many' is no int"),
+        (["rotary=2"], "rotary is 0 in the checkpoint"),
+        (["start=power", "power_steps=2"], "start is 'softmax' where a run starts from a checkpoint"),
+        (["power_steps=2"], "power_steps is 0 where a run starts from a checkpoint"),
+        (["power=3"], "power is 3; it must be even"),
     ],
-    ids=["unknown", "of the checkpoint", "type"],
+    ids=["unknown", "of the checkpoint", "type", "shape", "start", "power steps", "power"],
 )
 def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         adopt(released(tmp_path / "gpt2", CHECKPOINTS["gpt2"]), tmp_path / "run", changes=settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_are_read_by_the_type_of_their_field():
-    changed = Recipe.demo().changed(["lr=1", "activation_spread=null", 'exact_norms=["rms", "affine"]', "cover=true"])
+    changed = Recipe.quick().changed(
+        ["lr=1", "activation_spread=null", 'exact_norms=["rms", "rms", "affine"]', "cover=true"]
+    )
     assert (changed.lr, changed.activation_spread, changed.cover) == (1, None, True)
-    assert changed.exact_norms == ("rms", "affine")
+    assert changed.exact_norms == ("rms", "rms", "affine")
 
 
 def test_the_end_of_a_document_is_what_is_wanted_or_what_the_checkpoint_says():

@@ -97,6 +97,12 @@ def test_training_some_parameters_leaves_the_others(trained, tmp_path):
 def test_what_cannot_be_swapped_or_trained_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="unknown mixer"):
         swap_attention(trained, mixer="softmin")
+    hybrid = Transformer(replace(CONFIG, mixers=("softmax", "hyena")))
+    with pytest.raises(ValueError, match="does not take the parameters of 'hyena' in block 1"):
+        swap_attention(hybrid)
+    with torch.no_grad():
+        hybrid.blocks[1].mixer.inputs.bias.fill_(0.5)
+    assert torch.all(swap_attention(hybrid, layers=(0,), biases=True).blocks[1].mixer.inputs.bias == 0.5)
     encoder = Transformer(replace(CONFIG, head="none"))
     with pytest.raises(ValueError, match="no head"):
         recover(encoder, encoder, documents(3, 0), torch.zeros(1, 13, dtype=torch.int64), tmp_path, steps=1)

@@ -79,6 +79,8 @@ def test_it_can_be_exported() -> None:
     x, c = random(5)
 
     class Layer(nn.Module):
+        c: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("c", c.detach())

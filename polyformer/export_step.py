@@ -150,8 +150,7 @@ def _mixer(g: Graph, layer: PowerSoftmax, name: str, h: str) -> str:
         whole = g.node("Add", [f"{name}.{part}.state", placed], f"{name}.{part}.next")
         return split(part, whole, all_rows, order)
 
-    f_T1 = torch.ones(1, 1) if layer.form == "stable" else layer.row_factor(t)
-    f_T1 = f_T1.detach().double().expand(t, 1)
+    f_T1 = layer.public_factor()
     q = split("q", linear(g, layer.q, f"{name}.q", h), one, [0, 2, 1, 3])
     key, v = kept("k", [0, 2, 3, 1]), kept("v", [0, 2, 1, 3])
     scores = g.node("MatMul", [q, key], f"{name}.scores")

@@ -1,4 +1,4 @@
-"""The models that a run may hold and a stage may change: language models, encoders with classes, vision transformers.
+"""The models that a run may hold and a stage may change: language models, encoders with classes, vision transformers, Swin.
 
 What they have in common is a body, one `ModelConfig`. A change of mixer, norm or activation is a change of the body; all
 around it (vocabulary, classes, patches) stays.
@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from polyformer.encoder import ClassifierConfig, Encoder
 from polyformer.model import ModelConfig, Transformer
+from polyformer.swin import Swin, SwinConfig
 from polyformer.vision import VisionConfig, ViT
 
-Model = Transformer | Encoder | ViT
-M = TypeVar("M", Transformer, Encoder, ViT, Model)
+Model = Transformer | Encoder | ViT | Swin
+M = TypeVar("M", Transformer, Encoder, ViT, Swin, Model)
 
 LARGEST_PASS = 1 << 27  # numbers of four bytes
 
@@ -24,6 +25,7 @@ KINDS: dict[str, tuple[type[Model], type[ModelConfig | ClassifierConfig]]] = {
     "transformer": (Transformer, ModelConfig),
     "encoder": (Encoder, ClassifierConfig),
     "vit": (ViT, VisionConfig),
+    "swin": (Swin, SwinConfig),
 }
 
 
@@ -49,8 +51,14 @@ def at_once(model: Model) -> int:
 
 
 def facts(model: Model) -> dict[str, Any]:
-    """Return kind and config as plain data; a language model's has no kind, so that older files are read alike."""
-    [kind] = [name for name, (cls, _) in KINDS.items() if isinstance(model, cls)]
+    """Return kind and config as plain data; a language model's has no kind, so that older files are read alike.
+
+    Raises:
+        TypeError: it is a model of no known kind.
+    """
+    kind = next((name for name, (cls, _) in KINDS.items() if isinstance(model, cls)), None)
+    if kind is None:
+        raise TypeError(f"{type(model).__name__} is no model that a run can hold; known: {', '.join(KINDS)}")
     return asdict(model.config) if kind == "transformer" else {"kind": kind, **asdict(model.config)}
 
 

@@ -21,6 +21,7 @@ from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import Block, Transformer
 from polyformer.models import Model, body
+from polyformer.swin import Swin
 from training.power_match import match_powers
 
 Watch = Callable[[int, int, str], None]  # done, total, what
@@ -73,6 +74,10 @@ def distil_layers(
         fit: of each layer.
         match: start from `match_powers` (needs biases) instead of the copied parameters.
     """
+    if isinstance(original, Swin):
+        raise ValueError(
+            "the stages of a Swin merge patches between their blocks, which are not fitted apart; set matched=0"
+        )
     held = max(1, len(inputs) // 8)
     if held == len(inputs):
         raise ValueError(f"{held} window given; at least 2 are needed, one of them to measure on")

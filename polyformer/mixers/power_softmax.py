@@ -11,9 +11,9 @@ of one map, f_i a factor of row i:
 
 Dividing a row by a positive number changes nothing as long as eps is rescaled with it; eps left unscaled changes
 weights by up to 0.29. The division is a `Tap` and then one of: exact, `goldschmidt` steps on an interval, or a
-polynomial (the `reciprocal`); the stable form, whose factors are no polynomial, has the exact one alone. `forward` runs in tiles (`power_sums.py`) but with LaS decay or a norm over scores. Row
-sums are S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies:
-a masked score is 0 and 0^p = 0, never -inf.
+polynomial (the `reciprocal`); the stable form, whose factors are no polynomial, has the exact one alone. `forward` runs in
+tiles (`power_sums.py`) but with LaS decay or a norm over scores. Row sums are S/(S + eps) < 1: eps is an attention sink with
+value 0. Masking multiplies: a masked score is 0 and 0^p = 0, never -inf.
 """
 
 from __future__ import annotations

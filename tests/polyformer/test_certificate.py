@@ -100,7 +100,7 @@ def test_mixers_that_are_not_polynomial_name_the_operation(name, changes, operat
 @pytest.mark.parametrize("reciprocal", ["polynomial", "goldschmidt"])
 def test_factors_that_depend_on_the_scores_take_no_polynomial_reciprocal(reciprocal):
     """R of a denominator over max|s|^p is no polynomial of x, and no export can write it with constants."""
-    with pytest.raises(ValueError, match="form is 'stable'.*use form 'rows'"):
+    with pytest.raises(ValueError, match=r"form is 'stable'.*use form 'rows'"):
         mixer("power_softmax", reciprocal=reciprocal, form="stable")
 
 

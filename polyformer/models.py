@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+import torch
+from torch import nn
+
 from polyformer.encoder import ClassifierConfig, Encoder
 from polyformer.model import ModelConfig, Transformer
 from polyformer.swin import Swin, SwinConfig
@@ -29,15 +32,37 @@ KINDS: dict[str, tuple[type[Model], type[ModelConfig | ClassifierConfig]]] = {
 }
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model lies; all of its parameters lie together."""
+    return next(model.parameters()).device
+
+
+def placed(model: M, name: str = "auto") -> M:
+    """Move a model, in place, to the device of a name ("cpu", "cuda", "cuda:1"); "auto" moves one that lies on the CPU to CUDA
+    where there is any.
+
+    Raises:
+        ValueError: torch does not see that device.
+    """
+    if name == "auto":
+        name = "cuda" if device_of(model).type == "cpu" and torch.cuda.is_available() else str(device_of(model))
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, and torch sees {torch.cuda.device_count()} of CUDA here; use 'auto' or 'cpu'"
+        )
+    return model.to(name)
+
+
 def body(model: Model) -> ModelConfig:
     """Return the config of the blocks, which is all there is to a language model."""
     return model.config if isinstance(model, Transformer) else model.config.body
 
 
 def rebuilt(model: M, changed: ModelConfig) -> M:
-    """Return a new model of the same kind around another body; its parameters are at their start."""
+    """Return a new model of the same kind around another body, on the same device; its parameters are at their start."""
     config = changed if isinstance(model, Transformer) else replace(model.config, body=changed)
-    return type(model)(config)  # type: ignore[arg-type]
+    return type(model)(config).to(device_of(model))  # type: ignore[arg-type]
 
 
 def at_once(model: Model) -> int:

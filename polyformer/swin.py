@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from polyformer.layers import beside
 from polyformer.mixers import unread
 from polyformer.model import ModelConfig, lone_norm, reset_linears, stack, stack_levels
 from polyformer.vision import VisionConfig, layers, patches
@@ -110,7 +111,10 @@ class Swin(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return x0_BTD: embedded patches plus positions."""
-        return self.patch(patches(images_BCHW, self.channels, self.size, self.patch_size)) + self.position
+        return (
+            self.patch(patches(beside(images_BCHW, self.position), self.channels, self.size, self.patch_size))
+            + self.position
+        )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BTD = self.embed(images_BCHW)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polyformer import mixers
 from polyformer.encoder import Classifier, ClassifierConfig
+from polyformer.layers import beside
 from polyformer.mixers.base import Attention, Mixer
 from polyformer.windows import Windowed
 
@@ -74,7 +75,7 @@ class ViT(Classifier):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return x0_BTD: embedded patches, after the class token if there is one, plus positions."""
-        x_BTD = self.patch(patches(images_BCHW, self.channels, self.size, self.patch_size))
+        x_BTD = self.patch(patches(beside(images_BCHW, self.position), self.channels, self.size, self.patch_size))
         if self.token is not None:
             x_BTD = torch.cat([self.token.expand(len(x_BTD), 1, -1), x_BTD], 1)
         return x_BTD + self.position

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from polyformer.models import placed
 from training import machine
 from training.folder import Folder
 from training.recipe import Progress
@@ -22,7 +23,9 @@ from training.substitution import report
 from training.train import schedule
 
 
-def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | None = None) -> dict[str, Any]:
+def convert(
+    out: Path, *, recipe: str = "powersoftmax", device: str = "auto", progress: Progress | None = None
+) -> dict[str, Any]:
     """Convert a trained folder; write the polynomial model and return the metrics. An interrupted run goes on.
 
     Raises:
@@ -36,7 +39,7 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
     place = folder.checkpoints / recipe
     if not folder.has(kind.result):
         model, reports = machine.run(
-            folder.load_model(folder.start_of(kind.start(numbers))),
+            placed(folder.load_model(folder.start_of(kind.start(numbers))), device),
             kind.stages(numbers),
             machine.Material(
                 sampler=lambda stage: task.sampler(numbers, stage=stage.sampler, noise=stage.noise),
@@ -54,7 +57,7 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
         folder.update_metrics(**{_key("quality", kind.result): quality(reports)})
         folder.save_model(kind.result, model)
     machine.finish(place)
-    figures = report(folder.load_model(kind.result), task)
+    figures = report(placed(folder.load_model(kind.result), device), task)
     for name in [name for name in figures if name.startswith("heldout_")]:
         figures[f"{name}_{kind.result}"] = figures.pop(name)
     return folder.update_metrics(**{_key(name, kind.result): value for name, value in figures.items()})

@@ -69,6 +69,8 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
         done.add(end.name)
         assert end.const is not None
         positions = end.const.reshape(graph.steps, features).astype(np.float64)
+    if graph.steps:  # without positions of its own, or with one row for all
+        positions = np.broadcast_to(positions, (graph.steps, features))
     norm, readers = None, users[end.name]
     opening = next((n for n in readers if n.op == "client_norm"), None)
     if opening is not None:

@@ -101,7 +101,7 @@ def test_a_model_in_memory_is_the_one_of_its_files(config, tmp_path):
         for p in found.parameters():
             p.add_(1.0)
     assert all(torch.equal(value, before[name]) for name, value in given.tensors.items())  # they were copied
-    with pytest.raises(ValueError, match="InMemory was made for windows of 1 to 1[46] tokens"):
+    with pytest.raises(ValueError, match=r"InMemory was made for windows of 1 to 1[46] tokens"):
         load_pretrained(given, length=17)
 
 
@@ -237,7 +237,7 @@ def test_a_tied_head_is_written_once(tmp_path):
 
 def test_a_step_refuses_what_it_cannot_write(tmp_path):
     model = load_pretrained(write(tmp_path, LLAMA, random_weights(LLAMA)))
-    with pytest.raises(ValueError, match=r"kv_heads=2, rotary=6"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.mixer is a Softmax"):
         export_step(model, tmp_path / "step.onnx")
 
 

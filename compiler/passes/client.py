@@ -57,7 +57,8 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
     (gather,) = gathers
     assert gather.const is not None
     tokens, features = gather.shape[-2:]
-    end, positions, done = gather, np.zeros((tokens, features)), {gather.name}
+    end, done = gather, {gather.name}
+    positions: np.ndarray = np.zeros((tokens, features))
     users = graph.users()
     while len(users[end.name]) == 1 and users[end.name][0].op == "add_const":
         end = users[end.name][0]

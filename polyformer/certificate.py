@@ -1,6 +1,6 @@
 """The polynomial certificate of a torch model: its exact degree, a bound on depth, and the layers that are in the way.
 
-    certify(model)                     a language model, an encoder or a ViT, as a function of the embedded input x0
+    certify(model)                     a language model, an encoder, a ViT or a Swin, as a function of the embedded input x0
     certify(layer, shape=(T, D))       any layer that maps x_BTD
 
 The input is a ray x0 + t d with random coefficients in a prime field (`field.py`; the measured degree of methods.md 3.3,
@@ -26,6 +26,9 @@ from polyformer.field import FieldTensor, Ray, UnsupportedError, reduced
 from polyformer.interpolation import degree_of_values, degrees_of_quotient
 from polyformer.mixers.base import Mixer
 from polyformer.mixers.power_softmax import PowerSoftmax
+from polyformer.model import Block
+
+BEYOND = "degrees that {} points of a ray do not decide (certify with more)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Certificate:
     are the degrees of the reduced quotient of one output, None likewise. `depth` is the least multiplicative depth of
     any circuit of that degree, ceil(log2 degree); `levels` what the model's own schedule takes, plaintext products
     included. `growth` is the degree after each block. `offending` lists (layer, operation) that is no field operation,
-    `divisions` the layers that divide by what depends on the input.
+    `divisions` the layers that divide by what depends on the input. `points` is how many were tried, where degrees came from
+    values.
     """
 
     kind: Literal["polynomial", "rational", "neither"]
@@ -48,20 +52,17 @@ class Certificate:
     growth: tuple[tuple[str, int], ...] = ()
     offending: tuple[tuple[str, str], ...] = ()
     divisions: tuple[str, ...] = ()
+    points: int | None = None
 
     def __str__(self) -> str:
         if self.kind == "neither":
             layers = ", ".join(f"{layer} ({operation})" for layer, operation in self.offending)
             return f"not polynomial; in the way: {layers}"
         if self.kind == "rational":
-            found = (
-                "of a degree beyond the points that were tried"
-                if self.numerator is None
-                else f"{self.numerator} / {self.denominator}"
-            )
-            return f"rational, degrees {found}; divides in {', '.join(self.divisions)}"
+            found = f"of {BEYOND}" if self.numerator is None else f"degrees {self.numerator} / {self.denominator}"
+            return f"rational, {found.format(self.points)}; divides in {', '.join(self.divisions)}"
         if self.degree is None:
-            return "polynomial, of a degree beyond the points that were tried"
+            return f"polynomial, of {BEYOND}".format(self.points)
         spent = f"; {self.levels} levels used" if self.levels is not None else ""
         return f"polynomial of degree {self.degree:,}, so of depth {self.depth} at least{spent}"
 
@@ -71,12 +72,13 @@ def certify(
 ) -> Certificate:
     """Certify a model, or a layer on inputs of `shape` (T, D); parameters and mode stay as they are.
 
-    Args: `points` bounds the degrees that evaluation alone can find; `rays` are tried, and the largest degree counts.
+    Args: `points` bounds the degrees that evaluation alone can find, those of a quotient together to points - 2: two blocks
+    that divide, of some positions, have more than the 512; `rays` are tried, and the largest degree counts.
 
     Raises:
         ValueError: a layer without `shape`; or an operation that cannot be followed and has no slow reference.
     """
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), _followable(model):
@@ -88,7 +90,8 @@ def certify(
                 return _rational(model, shape, points, rays, seed, tuple(first.divisions))
             return _polynomial(model, shape, points, passes, seed)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def measured_degree(
@@ -108,7 +111,8 @@ def _polynomial(
 ) -> Certificate:
     best = max(passes, key=lambda p: p.output.top)
     degree: int | None = best.output.top
-    if best.ray.vanished or not best.output.entries.any():
+    measured = bool(best.ray.vanished) or not best.output.entries.any()
+    if measured:
         degree = measured_degree(model, shape=shape, points=points, rays=len(passes), seed=seed)
     return Certificate(
         kind="polynomial",
@@ -116,6 +120,7 @@ def _polynomial(
         depth=None if degree is None else max(0, (max(degree, 1) - 1).bit_length()),
         levels=_levels(model),
         growth=tuple(best.growth) if not best.ray.vanished else (),
+        points=points if measured else None,
     )
 
 
@@ -132,7 +137,9 @@ def _rational(
         found.append(degrees)
     known = [d for d in found if d is not None]
     numerator, denominator = max(known) if len(known) == rays else (None, None)
-    return Certificate(kind="rational", numerator=numerator, denominator=denominator, divisions=divisions)
+    return Certificate(
+        kind="rational", numerator=numerator, denominator=denominator, divisions=divisions, points=points
+    )
 
 
 class _Pass:
@@ -201,7 +208,7 @@ class _Pass:
     def _leave(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.ray.path.pop()
-            if name.rpartition(".")[0] == "blocks" and isinstance(output, FieldTensor):
+            if isinstance(module, Block) and isinstance(output, FieldTensor):
                 self.growth.append((name, output.top))
 
         return leave
@@ -221,7 +228,7 @@ def _levels(model: nn.Module) -> int | None:
 @contextmanager
 def _followable(model: nn.Module) -> Iterator[None]:
     """Make every mixer followable: the stable form of PowerSoftmax, whose factors are no function of degree, becomes
-    the exact one, which is the same map; a mixer whose fast path cannot be followed takes its reference.
+    the exact one, which is the same map because it divides exactly; a mixer whose fast path cannot be followed takes its reference.
     """
     with ExitStack() as stack:
         for module in model.modules():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polyformer import mixers
+from polyformer.layers import beside
 from polyformer.model import ModelConfig, lone_norm, reset_linears, stack, stack_levels
 
 C = TypeVar("C", bound="ClassifierConfig")
@@ -109,7 +110,7 @@ class Encoder(Classifier):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return x0_BTD = E[token] + P[position]: the client computes this in clear."""
-        return self.token(tokens_BT) + self.position[: tokens_BT.shape[1]]
+        return self.token(beside(tokens_BT, self.token.weight)) + self.position[: tokens_BT.shape[1]]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return self.classify(self.embed(tokens_BT))

@@ -81,7 +81,10 @@ def build(model: Model) -> onnx.ModelProto:
         TypeError: a mixer, or the model, has no ONNX form.
     """
     if not isinstance(model, (Transformer, Encoder, ViT)):
-        raise TypeError(f"{type(model).__name__} has no ONNX form; known: Transformer, Encoder, ViT")
+        raise TypeError(
+            f"{type(model).__name__} has no ONNX form, its windows and merged patches are not written; export a Transformer, an "
+            "Encoder, or a ViT without windows"
+        )
     body = model.config if isinstance(model, Transformer) else model.config.body
     g = Graph()
     if isinstance(model, ViT):

@@ -52,9 +52,7 @@ def attention(g: Graph, layer: Attention, name: str, x: str) -> str:
 
 
 def _power_softmax(g: Graph, layer: PowerSoftmax, name: str, scores: str, v: str) -> str:
-    t = layer.length
-    f_T1 = torch.ones(1, 1) if layer.form == "stable" else layer.row_factor(t)
-    f_T1 = f_T1.detach().double().expand(t, 1)
+    f_T1 = layer.public_factor()
     mask, shift = _score_map(layer)
     masked, u = g.constant(f"{name}.mask", mask * f_T1), f"{name}.masked"
     if shift is None:

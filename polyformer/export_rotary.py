@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyformer.export_graph import Graph
 from polyformer.mixers.base import Attention
@@ -29,16 +29,30 @@ def projection(layer: Attention, part: str) -> nn.Linear:
     return repeated
 
 
+def turn(layer: Attention) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Return cosines and signed sines [T, K] of the turn, and the partner of each channel of a head [K]."""
+    half, channels = layer.rotary // 2, np.arange(layer.head_size)
+    partner = np.concatenate([(channels[: layer.rotary] + half) % layer.rotary, channels[layer.rotary :]])
+    still = torch.zeros(layer.length, layer.head_size - layer.rotary)
+    cos_TK = torch.cat((layer.cos_TR, still + 1), -1)
+    sin_TK = torch.cat((-layer.sin_TR[:, :half], layer.sin_TR[:, half:], still), -1)
+    return cos_TK, sin_TK, partner
+
+
+def partnered(layer: Attention, given: nn.Linear) -> nn.Linear:
+    """Return a linear whose outputs are those of `given`, each channel's partner in its place."""
+    rows = torch.arange(given.out_features).view(-1, layer.head_size)[:, torch.from_numpy(turn(layer)[2])].flatten()
+    moved = nn.Linear(given.in_features, given.out_features, bias=given.bias is not None)
+    for mine, theirs in zip(moved.parameters(), given.parameters(), strict=True):
+        mine.data = theirs.detach()[rows]
+    return moved
+
+
 def turned(g: Graph, layer: Attention, name: str, part: str, x: str) -> str:
     """Append the turn of x [1, T, H, K], the queries or keys of the mixer `name`."""
     if not layer.rotary:
         return x
-    own, half, t = f"{name}.{part}", layer.rotary // 2, layer.length
-    channels = np.arange(layer.head_size)
-    partner = np.concatenate([(channels[: layer.rotary] + half) % layer.rotary, channels[layer.rotary :]])
-    still = torch.zeros(t, layer.head_size - layer.rotary)
-    cos_TK = torch.cat((layer.cos_TR, still + 1), -1)
-    sin_TK = torch.cat((-layer.sin_TR[:, :half], layer.sin_TR[:, half:], still), -1)
+    own, (cos_TK, sin_TK, partner) = f"{name}.{part}", turn(layer)
     straight = g.node("Mul", [x, g.constant(f"{own}.cos", cos_TK[None, :, None])], f"{own}.straight")
     swapped = g.node("Gather", [x, g.constant(f"{own}.partner", partner)], f"{own}.swapped", axis=3)
     across = g.node("Mul", [swapped, g.constant(f"{own}.sin", sin_TK[None, :, None])], f"{own}.across")

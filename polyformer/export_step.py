@@ -10,6 +10,9 @@ the scores, eps, and the place of the token: the new key is multiplied by row `s
 the state, so that every step is the same graph. The factor of the scores is that of the row times 1/sqrt(head size), one
 number a step; with LaS it is a row [H, T], because the key in place j is step - j tokens away and each head decays on its
 own. No mask is needed, since an empty place has a zero key, its score is 0 and 0^p = 0.
+
+Rotary positions turn a query or a new key by its step, x cos + x[partner] sin, with cosines and sines from tables and the
+partners out of a linear of their own; keys are kept turned. Key heads that several queries read are kept as often.
 """
 
 from __future__ import annotations
@@ -21,37 +24,29 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyformer.export_attention import power_of
+from polyformer.export_blocks import head
 from polyformer.export_graph import DOMAIN, OPSET, Graph
 from polyformer.export_layers import linear, mlp, norm
+from polyformer.export_rotary import partnered, projection, turn
 from polyformer.fold import folded
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.model import ModelConfig, Transformer
 from polyformer.norms import BatchNorm
 
 KIND = "step"  # metadata_props["kind"] of such a file
-# What a step is written for, by field of the config; the parts of released checkpoints are not among it.
-WRITABLE: dict[str, tuple[object, ...]] = {
-    "order": ("pre",),
-    "kv_heads": (0,),
-    "rotary": (0,),
-    "positions": ("learned",),
-    "token_types": (0,),
-    "biases": (True,),
-    "gated": (False,),
-    "head": ("linear",),
-    "head_bias": (True,),
-}
+# What a step is written for, by field of the config: the parts of released causal models are among it.
+WRITABLE: dict[str, tuple[object, ...]] = {"order": ("pre",), "token_types": (0,), "head": ("linear", "tied")}
 
 
 def export_step(model: Transformer, path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write the step of `model` to `path`; `metadata` joins the producer, the kind and the model config in metadata_props.
 
     Raises:
-        ValueError: the model is not causal PowerSoftmax attention with learned positions, smooths values (las_width > 1),
-            or has a part that ONNX export does not know.
+        ValueError: the model is not causal PowerSoftmax attention before a head, smooths values (las_width > 1), or has a part
+            that ONNX export does not know.
     """
     if any(isinstance(m, BatchNorm) for m in model.modules()):
         model = folded(model)
@@ -73,24 +68,28 @@ def build_step(model: Transformer) -> onnx.ModelProto:
             f"las_width={config.las_width} averages {config.las_width} values, of which a step adds one; a step is written "
             "for las_width=1, with any las_decay"
         )
-    assert model.position is not None and isinstance(model.head, nn.Linear)
     g = Graph()
     t, d = config.length, config.width
     token = g.constant("token.weight", model.token.weight)
     x = g.node("Gather", [token, "token"], "token.row", axis=0)
-    x = g.node("Add", [x, _row(g, "position", model.position[:t, None, None])], "position")
+    if model.position is not None:
+        x = g.node("Add", [x, _row(g, "position", model.position[:t, None, None])], "position")
     _row(g, "place", torch.eye(t)[:, :, None])
     states: list[str] = []
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"
         if not isinstance(block.mixer, PowerSoftmax):
             raise ValueError(f"{name}.mixer is a {type(block.mixer).__name__}; a step is written for PowerSoftmax")
+        if i == 0 and config.rotary:
+            cos_TK, sin_TK, _ = turn(block.mixer)
+            _row(g, "rotary.cos", cos_TK.repeat(1, config.heads)[:, None, None])
+            _row(g, "rotary.sin", sin_TK.repeat(1, config.heads)[:, None, None])
         h = norm(g, block.norm1, f"{name}.norm1", x)  # type: ignore[arg-type]
         mixed = g.node("Add", [x, _mixer(g, block.mixer, f"{name}.mixer", h)], f"{name}.mixer.residual")
         h = h if block.norm2 is None else norm(g, block.norm2, f"{name}.norm2", mixed)  # type: ignore[arg-type]
         x = g.node("Add", [mixed, mlp(g, block.mlp, f"{name}.mlp", h)], f"{name}.mlp.residual")  # type: ignore[arg-type]
         states += [f"{name}.mixer.{part}" for part in ("k", "v")]
-    logits = linear(g, model.head, "head", norm(g, model.norm, "norm", x), output="logits")  # type: ignore[arg-type]
+    logits, _ = head(g, model, norm(g, model.norm, "norm", x))  # type: ignore[arg-type]
     floats = TensorProto.FLOAT
     graph = helper.make_graph(
         g.nodes,
@@ -143,16 +142,25 @@ def _mixer(g: Graph, layer: PowerSoftmax, name: str, h: str) -> str:
         cut = g.node("Reshape", [value, shape], f"{name}.{part}.split")
         return g.node("Transpose", [cut], f"{name}.{part}.heads", perm=order)
 
+    def projected(part: str) -> str:
+        """This token's row [1, 1, D], queries and keys turned: each channel and its partner, both straight from the input."""
+        given, own = projection(layer, part), f"{name}.{part}"
+        y = linear(g, given, own, h)
+        if part == "v" or not layer.rotary:
+            return y
+        straight = g.node("Mul", [y, "rotary.cos.row"], f"{own}.straight")
+        partner = linear(g, partnered(layer, given), f"{own}.partner", h)
+        across = g.node("Mul", [partner, "rotary.sin.row"], f"{own}.across")
+        return g.node("Add", [straight, across], f"{own}.turned")
+
     def kept(part: str, order: list[int]) -> str:
         """The state with this token's row in its place."""
-        new = linear(g, getattr(layer, part), f"{name}.{part}", h)
-        placed = g.node("Mul", [new, "place.row"], f"{name}.{part}.placed")
+        placed = g.node("Mul", [projected(part), "place.row"], f"{name}.{part}.placed")
         whole = g.node("Add", [f"{name}.{part}.state", placed], f"{name}.{part}.next")
         return split(part, whole, all_rows, order)
 
-    f_T1 = torch.ones(1, 1) if layer.form == "stable" else layer.row_factor(t)
-    f_T1 = f_T1.detach().double().expand(t, 1)
-    q = split("q", linear(g, layer.q, f"{name}.q", h), one, [0, 2, 1, 3])
+    f_T1 = layer.public_factor()
+    q = split("q", projected("q"), one, [0, 2, 1, 3])
     key, v = kept("k", [0, 2, 3, 1]), kept("v", [0, 2, 1, 3])
     scores = g.node("MatMul", [q, key], f"{name}.scores")
     factor = _row(g, f"{name}.scores.factor", _score_factor(layer, f_T1))

@@ -1,5 +1,5 @@
-"""Two small modules that everything else is made of: a `Tap` to watch a value and a `PolynomialLayer` to evaluate a
-polynomial.
+"""Small parts that everything else is made of: a `Tap` to watch a value, a `PolynomialLayer` to evaluate a polynomial, and
+`beside`, by which every model takes its inputs from any device.
 
 A `Tap` is an identity through which flows a value that will be approximated. Hooks on it (see `ranges.py`) collect
 ranges and losses without running anything twice, and its dotted path is the name under which the range is reported.
@@ -16,6 +16,11 @@ from polyformer.approx import Basis, Polynomial, unit_map
 from polyformer.series import series
 
 TapKind = Literal["activation", "variance", "denominator"]
+
+
+def beside(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x on the device of a weight. Batches are drawn on the CPU, and each model's `embed` brings them to itself."""
+    return x.to(weight.device)
 
 
 class Tap(nn.Module):

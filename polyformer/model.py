@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from polyformer import mixers
 from polyformer.activations import Activation
+from polyformer.layers import beside
 from polyformer.norms import BatchNorm, Norm, make_norm
 
 
@@ -255,11 +256,11 @@ class Transformer(nn.Module):
         t = tokens_BT.shape[1]
         if t > self.config.length:
             raise ValueError(f"{t} tokens, the window is {self.config.length}; cut them or load with a longer window")
-        x_BTD = self.token(tokens_BT)
+        x_BTD = self.token(beside(tokens_BT, self.token.weight))
         if self.position is not None:
             x_BTD = x_BTD + self.position[:t]
         if self.segment is not None:
-            x_BTD = x_BTD + (self.segment.weight[0] if types_BT is None else self.segment(types_BT))
+            x_BTD = x_BTD + (self.segment.weight[0] if types_BT is None else self.segment(beside(types_BT, x_BTD)))
         elif types_BT is not None:
             raise ValueError("token types given, the model has none (token_types is 0); leave them out")
         return x_BTD
@@ -269,6 +270,7 @@ class Transformer(nn.Module):
         needs at least one.
         """
         x_BTD = self.embed(tokens_BT, types_BT)
+        visible_BT = None if visible_BT is None else beside(visible_BT, x_BTD)
         if self.config.order == "post":
             x_BTD = self.norm(x_BTD)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""The models that a run may hold and a stage may change: language models, encoders with classes, vision transformers.
+"""The models that a run may hold and a stage may change: language models, encoders with classes, vision transformers, Swin.
 
 What they have in common is a body, one `ModelConfig`. A change of mixer, norm or activation is a change of the body; all
 around it (vocabulary, classes, patches) stays.
@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+import torch
+from torch import nn
+
 from polyformer.encoder import ClassifierConfig, Encoder
 from polyformer.model import ModelConfig, Transformer
+from polyformer.swin import Swin, SwinConfig
 from polyformer.vision import VisionConfig, ViT
 
-Model = Transformer | Encoder | ViT
-M = TypeVar("M", Transformer, Encoder, ViT, Model)
+Model = Transformer | Encoder | ViT | Swin
+M = TypeVar("M", Transformer, Encoder, ViT, Swin, Model)
 
 LARGEST_PASS = 1 << 27  # numbers of four bytes
 
@@ -24,7 +28,30 @@ KINDS: dict[str, tuple[type[Model], type[ModelConfig | ClassifierConfig]]] = {
     "transformer": (Transformer, ModelConfig),
     "encoder": (Encoder, ClassifierConfig),
     "vit": (ViT, VisionConfig),
+    "swin": (Swin, SwinConfig),
 }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model lies; all of its parameters lie together."""
+    return next(model.parameters()).device
+
+
+def placed(model: M, name: str = "auto") -> M:
+    """Move a model, in place, to the device of a name ("cpu", "cuda", "cuda:1"); "auto" moves one that lies on the CPU to CUDA
+    where there is any.
+
+    Raises:
+        ValueError: torch does not see that device.
+    """
+    if name == "auto":
+        name = "cuda" if device_of(model).type == "cpu" and torch.cuda.is_available() else str(device_of(model))
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, and torch sees {torch.cuda.device_count()} of CUDA here; use 'auto' or 'cpu'"
+        )
+    return model.to(name)
 
 
 def body(model: Model) -> ModelConfig:
@@ -33,9 +60,9 @@ def body(model: Model) -> ModelConfig:
 
 
 def rebuilt(model: M, changed: ModelConfig) -> M:
-    """Return a new model of the same kind around another body; its parameters are at their start."""
+    """Return a new model of the same kind around another body, on the same device; its parameters are at their start."""
     config = changed if isinstance(model, Transformer) else replace(model.config, body=changed)
-    return type(model)(config)  # type: ignore[arg-type]
+    return type(model)(config).to(device_of(model))  # type: ignore[arg-type]
 
 
 def at_once(model: Model) -> int:
@@ -49,8 +76,14 @@ def at_once(model: Model) -> int:
 
 
 def facts(model: Model) -> dict[str, Any]:
-    """Return kind and config as plain data; a language model's has no kind, so that older files are read alike."""
-    [kind] = [name for name, (cls, _) in KINDS.items() if isinstance(model, cls)]
+    """Return kind and config as plain data; a language model's has no kind, so that older files are read alike.
+
+    Raises:
+        TypeError: it is a model of no known kind.
+    """
+    kind = next((name for name, (cls, _) in KINDS.items() if isinstance(model, cls)), None)
+    if kind is None:
+        raise TypeError(f"{type(model).__name__} is no model that a run can hold; known: {', '.join(KINDS)}")
     return asdict(model.config) if kind == "transformer" else {"kind": kind, **asdict(model.config)}
 
 

@@ -1,7 +1,8 @@
 """Load a released checkpoint into our own `Transformer`: GPT-2, GPT-NeoX/Pythia, Llama-like, BERT/RoBERTa/MiniLM.
 
 `load_pretrained(folder)` reads a local Hugging Face folder (config.json and safetensors), `load_pretrained(file.gguf)`
-a Llama-like GGUF file; nothing is downloaded. The model that comes out is like one trained here: its attention is a
+a Llama-like GGUF file, `load_pretrained(model)` a model of Hugging Face's `transformers` in memory; nothing is downloaded, and
+`transformers` is needed by those alone who come with its models. The model that comes out is like one trained here: its attention is a
 mixer, so `training.swap` can put PowerSoftmax in its place with the same parameters q, k, v, o. The families' names
 and layouts are in `architectures/`.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,22 +24,41 @@ from polyformer.model import Transformer
 MAX_DEFAULT_LENGTH = 1024  # every attention layer holds a mask of length^2
 
 
-def load_pretrained(path: Path, *, length: int | None = None) -> Transformer:
+class Config(Protocol):
+    """What is used of a `PretrainedConfig`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Released(Protocol):
+    """What is used of a `PreTrainedModel`."""
+
+    @property
+    def config(self) -> Config: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+def load_pretrained(source: Path | str | Released, *, length: int | None = None) -> Transformer:
     """Return the model of a checkpoint, float32, softmax attention, in evaluation mode.
 
     Args:
-        path: a folder with config.json and model.safetensors (or several and their index), or a .gguf file.
+        source: a folder with config.json and model.safetensors (or several and their index), a .gguf file, or a model of
+            `transformers`, whose tensors are copied.
         length: window in tokens; None takes the checkpoint's own, at most 1024.
 
     Raises:
         FileNotFoundError: a file is missing, the sentence says which.
         KeyError, ValueError: the tensors are not those that the config implies, or it asks for what we lack.
     """
-    values, tensors = read_checkpoint(Path(path))
+    if isinstance(source, (Path, str)):
+        name, (values, tensors) = str(source), read_checkpoint(Path(source))
+    else:
+        name, values, tensors = type(source).__name__, source.config.to_dict(), source.state_dict()
     layout = family(values["model_type"])
     longest = layout.longest(values)
     if length is not None and not 1 <= length <= longest:
-        raise ValueError(f"length is {length}; {path} was made for windows of 1 to {longest} tokens")
+        raise ValueError(f"length is {length}; {name} was made for windows of 1 to {longest} tokens")
     config = layout.config(values, length or min(longest, MAX_DEFAULT_LENGTH))
     model = Transformer(config)
     model.load_state_dict(layout.weights(Source(tensors), values, config), assign=False)

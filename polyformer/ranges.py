@@ -6,7 +6,7 @@ Each flows through a `Tap`; a `Collector` hooks all taps of a model for the leng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,22 +26,24 @@ def taps(model: nn.Module) -> dict[str, Tap]:
 
 
 class Collector:
-    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]` with its
-    gradient.
+    """Hold what flows through the taps: `with Collector(model) as c: model(x)`, then `c.values[path]`, with their gradients,
+    one for each time that the tap was passed (attention in windows passes its own once for each size of window).
 
     Each forward replaces the values of the one before.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.taps = taps(model)
-        self.values: dict[str, Tensor] = {}
+        self.model = model
+        self.values: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Collector:
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            return lambda module, args, output: self.values.__setitem__(name, output)
+            return lambda module, args, output: self.values.setdefault(name, []).append(output)
 
-        self._handles = [tap.register_forward_hook(keep(name)) for name, tap in self.taps.items()]
+        self._handles = [self.model.register_forward_pre_hook(lambda module, args: self.values.clear())]
+        self._handles += [tap.register_forward_hook(keep(name)) for name, tap in self.taps.items()]
         return self
 
     def __exit__(
@@ -49,6 +51,10 @@ class Collector:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def passed(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield path and value of every time that a tap was passed."""
+        return ((name, value) for name, values in self.values.items() for value in values)
 
     def kind(self, name: str) -> TapKind:
         return self.taps[name].kind
@@ -84,7 +90,7 @@ def measure(
     with Collector(model) as collector:
         for rows in inputs.split(batch):
             model(rows)
-            for name, value in collector.values.items():
+            for name, value in collector.passed():
                 lo, hi = (intervals or {}).get(name, (-torch.inf, torch.inf))
                 r = Range(
                     low=float(value.min()),
@@ -108,33 +114,41 @@ def range_loss(
     """
     weights = {"activation": activation, "variance": variance, "denominator": denominator}
     total = torch.zeros(())
-    for name, value in collector.values.items():
+    for name, values in collector.values.items():
         if name not in targets or not weights[collector.kind(name)]:
             continue
-        lo, hi = targets[name]
-        if collector.kind(name) == "activation":
-            bound = min(-lo, hi)
-            loss = torch.relu(value.abs().flatten(0, -2).amax(0) - bound) / bound
-        else:
-            floor = torch.finfo(value.dtype).tiny
-            loss = torch.relu(torch.log(value.amax(0).clamp_min(floor) / hi)) + torch.relu(
-                torch.log(lo / value.amin(0).clamp_min(floor))
-            )
-        total = total + weights[collector.kind(name)] * loss.mean()
+        kind, losses = collector.kind(name), [_excess(v, targets[name], collector.kind(name)) for v in values]
+        total = total + weights[kind] * torch.cat(losses).mean()
     return total
+
+
+def _excess(value: Tensor, target: tuple[float, float], kind: TapKind) -> Tensor:
+    """Return the losses of one value, a vector."""
+    lo, hi = target
+    if kind == "activation":
+        bound = min(-lo, hi)
+        return torch.relu(value.abs().flatten(0, -2).amax(0) - bound) / bound
+    floor = torch.finfo(value.dtype).tiny
+    above = torch.relu(torch.log(value.amax(0).clamp_min(floor) / hi))
+    return (above + torch.relu(torch.log(lo / value.amin(0).clamp_min(floor)))).flatten()
 
 
 @torch.no_grad()
 def log_mean_rows(model: nn.Module, inputs: Tensor, *, batch: int = 256) -> dict[str, Tensor]:
-    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads and
-    inputs [N, ...].
+    """Return, for each denominator tap, the mean logarithm of the denominators of each row [T], over heads, inputs
+    [N, ...] and, of attention in windows, all windows that have such a row.
     """
     sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     with Collector(model) as collector:
         for rows in inputs.split(batch):
             model(rows)
-            for name, value in collector.values.items():
-                if collector.kind(name) == "denominator":
-                    part = value.double().log().mean(1)[..., 0].sum(0) / len(inputs)
-                    sums[name] = sums[name] + part if name in sums else part
-    return sums
+            for name, values in collector.values.items():
+                if collector.kind(name) != "denominator":
+                    continue
+                zeros_T = torch.zeros(max(v.shape[2] for v in values), dtype=torch.float64, device=values[0].device)
+                for value in values:
+                    t = value.shape[2]
+                    sums.setdefault(name, zeros_T.clone())[:t] += value.double().log().mean(1)[..., 0].sum(0)
+                    counts.setdefault(name, zeros_T.clone())[:t] += len(value)
+    return {name: total / counts[name] for name, total in sums.items()}

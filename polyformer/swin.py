@@ -2,8 +2,8 @@
 
 Liu et al., *Swin Transformer*, arXiv 2103.14030, sections 3.1 and 3.2. From stage to stage the grid halves along both
 axes while width, heads and hidden double. Windows do not wrap around (`windows.py`), there is no relative position
-bias (positions are learned, at the first stage), and merging has a bias, so that its BatchNorm can be folded. Where a
-stage's grid is no larger than the window, one window holds it all and nothing shifts.
+bias (positions are learned, at the first stage), and merging has a bias, so that its BatchNorm can be folded. Along an
+axis where a stage's grid is no longer than the window, one window covers it and does not shift.
 
 Merging is a linear on four neighbours behind a norm: one level under encryption, like the head. Shapes: x_BTD on a
 grid of R x C tokens in raster order; stage s has R/2^s x C/2^s of them and width D 2^s.
@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from polyformer.mixers import Mixer, unread
+from polyformer.layers import beside
+from polyformer.mixers import unread
 from polyformer.model import ModelConfig, lone_norm, reset_linears, stack, stack_levels
 from polyformer.vision import VisionConfig, layers, patches
 
@@ -62,9 +63,7 @@ class SwinConfig(VisionConfig):
             mixers=self.body.mixers[first : first + blocks],
             grid=grid if self.body.grid else (),
         )
-        return VisionConfig(
-            body=body, classes=self.classes, image=grid, patch=1, window=min(self.window, *grid) if self.window else 0
-        )
+        return VisionConfig(body=body, classes=self.classes, image=grid, patch=1, window=min(self.window, max(grid)))
 
 
 class PatchMerging(nn.Module):
@@ -103,7 +102,7 @@ class Swin(nn.Module):
         found = [config.stage(s) for s in range(len(config.stages))]
         self.patch = nn.Linear(config.channels * config.patch**2, config.body.width)
         self.position = nn.Parameter(torch.zeros(config.body.length, config.body.width))
-        self.stages = nn.ModuleList(stack(stage.body, _mixers(stage)) for stage in found)
+        self.stages = nn.ModuleList(stack(stage.body, layers(stage)) for stage in found)
         self.merges = nn.ModuleList(PatchMerging(stage.body, stage.grid) for stage in found[:-1])
         self.norm = lone_norm(found[-1].body)
         self.head = nn.Linear(found[-1].body.width, config.classes)
@@ -112,7 +111,10 @@ class Swin(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return x0_BTD: embedded patches plus positions."""
-        return self.patch(patches(images_BCHW, self.channels, self.size, self.patch_size)) + self.position
+        return (
+            self.patch(patches(beside(images_BCHW, self.position), self.channels, self.size, self.patch_size))
+            + self.position
+        )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BTD = self.embed(images_BCHW)
@@ -133,8 +135,3 @@ class Swin(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-
-def _mixers(stage: VisionConfig) -> list[Mixer]:
-    """Return the mixers of a stage; every second window is shifted unless one window holds the whole grid."""
-    return layers(stage, shifted=stage.window < min(stage.grid))

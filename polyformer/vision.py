@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polyformer import mixers
 from polyformer.encoder import Classifier, ClassifierConfig
+from polyformer.layers import beside
 from polyformer.mixers.base import Attention, Mixer
 from polyformer.windows import Windowed
 
@@ -25,8 +26,8 @@ class VisionConfig(ClassifierConfig):
     """Images and patches around a body, whose `vocab` is not used and whose `length` is the number of tokens.
 
     `pool="first"` puts a learned class token before the patches. `window` > 0 keeps attention inside windows of
-    window x window patches, shifted by half a window in every second block; mixers that are no attention still see
-    the whole image.
+    window x window patches, shifted by half a window in every second block; along an axis that is no longer than the
+    window, one window covers it and does not shift. Mixers that are no attention still see the whole image.
     """
 
     image: tuple[int, int]  # height and width in pixels
@@ -44,6 +45,10 @@ class VisionConfig(ClassifierConfig):
             raise ValueError(
                 f"grid of the body is {self.body.grid}, that of the patches {self.grid}; give that one, or "
                 f"{(self.tokens,)} to see them as one row"
+            )
+        if not 0 <= self.window <= max(self.grid):
+            raise ValueError(
+                f"window is {self.window} patches; it must be from 1 to the longer side of the grid {self.grid}, or 0 for none"
             )
         if self.window and self.pool == "first":
             raise ValueError("a class token lies in no window; use pool='mean' with windows")
@@ -70,7 +75,7 @@ class ViT(Classifier):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Return x0_BTD: embedded patches, after the class token if there is one, plus positions."""
-        x_BTD = self.patch(patches(images_BCHW, self.channels, self.size, self.patch_size))
+        x_BTD = self.patch(patches(beside(images_BCHW, self.position), self.channels, self.size, self.patch_size))
         if self.token is not None:
             x_BTD = torch.cat([self.token.expand(len(x_BTD), 1, -1), x_BTD], 1)
         return x_BTD + self.position
@@ -93,14 +98,18 @@ def patches(images_BCHW: Tensor, channels: int, size: tuple[int, int], p: int) -
     return images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def layers(config: VisionConfig, *, shifted: bool = True) -> list[Mixer]:
-    """Return the mixer of each block: attention in windows if there are any, every second one shifted if `shifted`."""
+def layers(config: VisionConfig) -> list[Mixer]:
+    """Return the mixer of each block: attention in windows if there are any, every second one shifted along the axes that
+    one window does not cover.
+    """
     found: list[Mixer] = []
+    rows, columns = (min(config.window, side) for side in config.grid)
+    half = (rows // 2 * (rows < config.grid[0]), columns // 2 * (columns < config.grid[1]))
     for i, name in enumerate(config.body.layer_mixers):
         kind = mixers.load(name)
         if config.window and issubclass(kind, Attention):
-            shift = config.window // 2 if shifted and i % 2 else 0
-            found.append(Windowed(config.body, name, grid=config.grid, window=config.window, shift=shift))
+            shift = half if i % 2 else 0
+            found.append(Windowed(config.body, name, grid=config.grid, window=(rows, columns), shift=shift))
         else:
             found.append(kind(config.body))
     return found

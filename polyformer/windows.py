@@ -22,26 +22,38 @@ if TYPE_CHECKING:
 
 
 class Windowed(Mixer):
-    """Any attention mixer, applied to each window of `window` x `window` tokens of a grid in raster order.
+    """Any attention mixer, applied to each window of a grid in raster order.
 
-    Args: `config` and `name` of the inner mixer; `grid` (rows, columns), whose product is the number of positions;
-    `shift` by which the windows start later, 0 to window - 1.
+    Args: `config` and `name` of the inner mixer; `grid` (rows, columns), whose product is the number of positions; `window`,
+    the tokens of a window along both axes, or (rows, columns); `shift` by which the windows start later, 0 to window - 1, one
+    for both axes or (rows, columns).
     """
 
     order: Tensor
 
-    def __init__(self, config: ModelConfig, name: str, *, grid: tuple[int, int], window: int, shift: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        name: str,
+        *,
+        grid: tuple[int, int],
+        window: int | tuple[int, int],
+        shift: int | tuple[int, int] = 0,
+    ) -> None:
         super().__init__()
-        if not 1 <= window <= min(grid):
-            raise ValueError(f"window is {window}; it must be from 1 to the shorter side of the grid {grid}")
-        if not 0 <= shift < window:
-            raise ValueError(f"shift is {shift}; it must be from 0 to window - 1, which is {window - 1}")
+        sides, shifts = _pair(window), _pair(shift)
+        if not all(1 <= w <= side for w, side in zip(sides, grid, strict=True)):
+            raise ValueError(f"window is {window}; along each axis it must be from 1 to the side of the grid {grid}")
+        if not all(0 <= s < w for s, w in zip(shifts, sides, strict=True)):
+            raise ValueError(
+                f"shift is {shift}; along each axis it must be from 0 to window - 1, the window is {window}"
+            )
         if not issubclass(mixers.load(name), Attention):
             raise ValueError(f"mixer {name!r} is not an attention; only attention works on windows of several sizes")
-        self.inner = mixers.load(name)(replace(config, length=window * window, grid=(window, window)))
+        self.inner = mixers.load(name)(replace(config, length=sides[0] * sides[1], grid=sides))
         self.windows = [
             torch.tensor([y * grid[1] + x for y in range(*rows) for x in range(*columns)])
-            for rows, columns in itertools.product(*(spans(side, window, shift) for side in grid))
+            for rows, columns in itertools.product(*map(spans, grid, sides, shifts))
         ]
         sizes = sorted({len(w) for w in self.windows})
         self.groups = len(sizes)
@@ -91,6 +103,11 @@ class Windowed(Mixer):
     @property
     def depth(self) -> int:
         return self.inner.depth
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Return one value an axis."""
+    return (value, value) if isinstance(value, int) else value
 
 
 def spans(side: int, window: int, shift: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ import torch
 from polyformer.architectures import family
 from polyformer.encoder import ClassifierConfig, Encoder
 from polyformer.model import Transformer
-from polyformer.models import Model, at_once
+from polyformer.models import Model, at_once, device_of, placed
 from polyformer.pretrained import load_pretrained, read_checkpoint
 from polyformer.reading import Reading
 from training.classes import text_classes
@@ -52,6 +52,7 @@ def adopt(
     steps: int = 100,
     batch: int = 8,
     end: str | None = None,
+    device: str = "auto",
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write a released model into the new folder `out` and return its metrics; whatever fails leaves nothing behind.
@@ -64,6 +65,7 @@ def adopt(
         length: window in tokens; None is the checkpoint's own, at most 128.
         steps, batch: of each stage of training.
         end: token, or its id, that ends a document; None is what the checkpoint says.
+        device: where the model is measured, as `polyformer.models.placed` has it.
         changes: other numbers of the recipe, "name=value".
 
     Raises:
@@ -78,7 +80,7 @@ def adopt(
     tokenizer = checkpoint_tokenizer(checkpoint)
     try:
         longest = family(values["model_type"]).longest(values)
-        released = load_pretrained(checkpoint, length=length or min(LENGTH, longest))
+        released = placed(load_pretrained(checkpoint, length=length or min(LENGTH, longest)), device)
     except KeyError as error:  # of config.json or of the tensors
         raise ValueError(f"{checkpoint} is not complete, {error.args[0]!r} is missing; fetch it again") from error
     require_task(released, checkpoint, text=text, classes=classes)
@@ -156,7 +158,7 @@ def with_classes(model: Transformer, classes: int, *, seed: int) -> Encoder:
     """Return an encoder with a new head around the blocks of a released one; token type 0 joins the positions."""
     torch.manual_seed(seed)
     body = replace(model.config, token_types=0, head="linear")
-    made = Encoder(ClassifierConfig(body=body, classes=classes))
+    made = Encoder(ClassifierConfig(body=body, classes=classes)).to(device_of(model))
     state = model.state_dict()
     if "segment.weight" in state:
         state["position"] = state["position"] + state.pop("segment.weight")[0]

@@ -68,7 +68,7 @@ class Classes:
 
     @torch.no_grad()
     def quality(self, model: Model) -> dict[str, float]:
-        logits = torch.cat([model(x) for x in self.heldout.split(at_once(model))])
+        logits = torch.cat([model(x).cpu() for x in self.heldout.split(at_once(model))])
         y = spread(self.heldout_y, self.measured)
         return {
             "heldout_loss": float(F.cross_entropy(logits, y)),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from polyformer.models import placed
 from training import machine
 from training.folder import Folder
 from training.outcome import require_polynomial
@@ -23,7 +24,9 @@ from training.substitution import report
 from training.train import schedule
 
 
-def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | None = None) -> dict[str, Any]:
+def convert(
+    out: Path, *, recipe: str = "powersoftmax", device: str = "auto", progress: Progress | None = None
+) -> dict[str, Any]:
     """Convert a trained folder; write the polynomial model and return the metrics. An interrupted run goes on.
 
     Raises:
@@ -37,7 +40,7 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
     torch.manual_seed(numbers.seed)
     place = folder.checkpoints / recipe
     if folder.has(kind.result):
-        model = folder.load_model(kind.result)
+        model = placed(folder.load_model(kind.result), device)
     else:
         name = folder.start_of(kind.start(numbers))
         if not folder.has(name) and not getattr(numbers, f"{name}_steps"):
@@ -45,7 +48,7 @@ def convert(out: Path, *, recipe: str = "powersoftmax", progress: Progress | Non
                 f"the conversion starts from the {name} model, and {name}_steps is 0 in the recipe of {folder.path}: train a new "
                 f"folder with {name}_steps above 0, or with another start"
             )
-        start, stages = folder.load_model(name), kind.stages(numbers)
+        start, stages = placed(folder.load_model(name), device), kind.stages(numbers)
         require_polynomial(start, stages)
         model, reports = machine.run(
             start,

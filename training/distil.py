@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from polyformer.layers import beside
 from polyformer.mixers.power_softmax import PowerSoftmax
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import Block, Transformer
 from polyformer.models import Model, body
+from polyformer.swin import Swin
 from training.power_match import match_powers
 
 Watch = Callable[[int, int, str], None]  # done, total, what
@@ -73,10 +75,15 @@ def distil_layers(
         fit: of each layer.
         match: start from `match_powers` (needs biases) instead of the copied parameters.
     """
+    if isinstance(original, Swin):
+        raise ValueError(
+            "the stages of a Swin merge patches between their blocks, which are not fitted apart; set matched=0"
+        )
     held = max(1, len(inputs) // 8)
     if held == len(inputs):
         raise ValueError(f"{held} window given; at least 2 are needed, one of them to measure on")
     x_NTD, found = first_states(original, inputs), []
+    visible_NT = None if visible_NT is None else beside(visible_NT, x_NTD)
     for i, (theirs, ours) in enumerate(zip(original.blocks, swapped.blocks, strict=True)):
         read_NTD, answer_NTD, x_NTD = run_block(theirs, x_NTD, visible_NT)  # type: ignore[arg-type]
         if not isinstance(theirs.mixer, Softmax) or not isinstance(ours.mixer, PowerSoftmax):
@@ -174,7 +181,7 @@ def distil_states(
     swapped.train()
     for step in range(fit.steps):
         rows = torch.randint(0, len(tokens_NT), (fit.batch,), generator=g)
-        tokens, visible = tokens_NT[rows], None if visible_NT is None else visible_NT[rows]
+        tokens, visible = tokens_NT[rows], None if visible_NT is None else beside(visible_NT[rows], parameters[0])
         seen = 1.0 if visible is None else visible[..., None].to(parameters[0])
         with torch.no_grad():
             theirs = _all_states(original, tokens, visible)

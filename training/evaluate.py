@@ -85,7 +85,7 @@ def answers(model: nn.Module, tokens_NT: Tensor, targets_NT: Tensor, *, batch: i
     columns = asked_NT[0].nonzero()[:, 0]
     parts = [model(rows)[:, columns].argmax(-1) for rows in tokens_NT.split(batch)]
     model.train(was_training)
-    return torch.cat(parts) == targets_NT[:, columns]
+    return torch.cat(parts).cpu() == targets_NT[:, columns].cpu()
 
 
 def accuracy(model: nn.Module, tokens_NT: Tensor, targets_NT: Tensor, *, batch: int = 256) -> float:

@@ -14,6 +14,7 @@ the *left* with the prefix token: `left=True` gives them those, and scores as ma
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from polyformer.model import Transformer
+from polyformer.models import placed
 
 MAX_NEW = 256  # tokens, where a task does not say
 
@@ -43,6 +45,7 @@ class Harness:
         stop: ids that end a generation; `prefix` ends one as well.
         left: pad on the left with `prefix` up to the whole window, as our own models are trained.
         batch: windows a forward pass.
+        device: where the model is moved to, as `placed` has it.
 
     Raises:
         ValueError: the model is an encoder or has no head.
@@ -57,19 +60,20 @@ class Harness:
         stop: Sequence[int] = (),
         left: bool = False,
         batch: int = 8,
+        device: str = "auto",
     ) -> None:
         if not model.config.causal or model.config.head == "none":
             raise ValueError(
                 f"causal is {model.config.causal} and head is {model.config.head!r}; the harness scores next tokens: "
                 "give a causal language model"
             )
-        self.model, self.tokenizer, self.prefix = model.eval(), tokenizer, prefix
+        self.model, self.tokenizer, self.prefix = placed(model, device).eval(), tokenizer, prefix
         self.stop, self.left, self.batch = frozenset({prefix, *stop}), left, batch
         self.length = model.config.length
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), the log-probability of the continuation in nats and whether greedy
-        decoding would give it. A context longer than the window loses its beginning.
+        decoding would give it. What is longer than the window loses its beginning, the continuation itself with a warning.
         """
         return self._score([self._pair(*request.args) for request in requests])
 
@@ -99,8 +103,11 @@ class Harness:
         return [self._continue(*request.args) for request in requests]
 
     def _continue(self, context: str, settings: Mapping[str, Any]) -> str:
-        if settings.get("do_sample") or settings.get("temperature"):
-            raise ValueError(f"sampling was asked for ({dict(settings)}); this adapter decodes greedily: temperature 0")
+        sampling = settings.get("do_sample")  # said outright, it decides, whatever the temperature
+        if settings.get("temperature") if sampling is None else sampling:
+            raise ValueError(
+                f"sampling was asked for ({dict(settings)}); this adapter decodes greedily: do_sample False"
+            )
         until = settings.get("until") or []
         marks = [until] if isinstance(until, str) else [mark for mark in until if mark]
         ids = self._ids(context) or [self.prefix]
@@ -138,12 +145,13 @@ class Harness:
         """Return log-probability and greediness of the second part of each pair behind the first, longest first so that
         a batch holds windows of like length.
         """
-        for _, asked in pairs:
-            if len(asked) > self.length:
-                raise ValueError(
-                    f"a continuation has {len(asked)} tokens, the window {self.length}; load a longer window or use "
-                    "loglikelihood_rolling"
-                )
+        longest = max((len(asked) for _, asked in pairs), default=0)
+        if longest > self.length:
+            warnings.warn(
+                f"a continuation has {longest} tokens, the window {self.length}: of such ones only the last {self.length} are "
+                "scored; load a longer window or use loglikelihood_rolling",
+                stacklevel=3,
+            )
         scored = [i for i, (_, asked) in enumerate(pairs) if asked]
         order = sorted(scored, key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # what nothing asked for gets
@@ -151,7 +159,7 @@ class Harness:
             chosen = order[start : start + self.batch]
             inputs = [(pairs[i][0] + pairs[i][1])[:-1][-self.length :] for i in chosen]
             for i, row, logits_TV in zip(chosen, inputs, self._logits(inputs), strict=True):
-                asked_C = torch.tensor(pairs[i][1])
+                asked_C = torch.tensor(pairs[i][1][-self.length :], device=logits_TV.device)
                 scores_CV = logits_TV[: len(row)][-len(asked_C) :].float().log_softmax(-1)
                 total = scores_CV.gather(1, asked_C[:, None]).sum()
                 results[i] = (float(total), bool(torch.equal(scores_CV.argmax(-1), asked_C)))
@@ -181,7 +189,13 @@ def rolling_windows(ids: Sequence[int], prefix: int, length: int) -> Iterator[tu
 
 
 def harness_model(
-    model: Transformer, tokenizer: Tokenizer, *, prefix: int, stop: Sequence[int] = (), left: bool = False
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    prefix: int,
+    stop: Sequence[int] = (),
+    left: bool = False,
+    device: str = "auto",
 ) -> Any:
     """Return a `Harness` that is also an lm_eval LM, for `lm_eval.simple_evaluate(model=...)`.
 
@@ -197,6 +211,6 @@ def harness_model(
     class HarnessLM(Harness, base):  # Harness first: its methods are the ones asked for
         def __init__(self) -> None:
             base.__init__(self)
-            Harness.__init__(self, model=model, tokenizer=tokenizer, prefix=prefix, stop=stop, left=left)
+            Harness.__init__(self, model=model, tokenizer=tokenizer, prefix=prefix, stop=stop, left=left, device=device)
 
     return HarnessLM()

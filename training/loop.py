@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyformer.layers import beside
 from training.data import IGNORE
 from training.interrupt import held_interrupt
 from training.recipe import Progress
@@ -57,7 +58,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross entropy in nats over targets that are not -100: logits [B, T, V] of tokens and targets
     [B, T], or logits [B, C] of classes and targets [B].
     """
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(logits.flatten(0, -2), beside(targets.flatten(), logits), ignore_index=IGNORE)
 
 
 def run_stage(
@@ -140,7 +141,7 @@ def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
 def save_checkpoint(
     path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, sampler: Batches, step: int
 ) -> None:
-    """Write everything that the next step depends on, atomically."""
+    """Write everything that the next step depends on, atomically; a run goes on from it on any device."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for i, state in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{i}.{k}": v for k, v in state.items()})

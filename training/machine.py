@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
-from polyformer.models import Model, at_once, body, facts, from_facts, rebuilt
+from polyformer.models import Model, at_once, body, device_of, facts, from_facts, rebuilt
 from polyformer.ranges import Collector, measure, range_loss
 from training.distil import Fit, Watch, distil_layers
 from training.loop import Batches, Schedule, discard_checkpoint, run_stage
@@ -82,7 +82,8 @@ def run(
     reports: Path,
     progress: Progress | None = None,
 ) -> tuple[Model, list[dict[str, Any]]]:
-    """Run the stages from a checkpoint; return the last model and the reports. The start is left alone.
+    """Run the stages from a checkpoint; return the last model and the reports. The start is left alone, and its
+    device is that of all of them.
 
     Args: `place` is the folder of the states, which `finish` removes; `log` takes the lines of the training loop and
     `reports` one line a stage.
@@ -93,7 +94,7 @@ def run(
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names):
         raise ValueError(f"two stages share a name: {', '.join(names)}; logs and checkpoints go by it")
-    state = _resume(place, stages) or State(model=_copy(start))
+    state = _resume(place, stages, device_of(start)) or State(model=_copy(start))
     for index in range(len(state.reports), len(stages)):
         stage = stages[index]
         found = _apply(state, stage, material, place, log, progress)
@@ -252,7 +253,7 @@ def _save(place: Path, state: State, stages: Sequence[Stage]) -> None:
     (place / f"state-{done - 1}.safetensors").unlink(missing_ok=True)
 
 
-def _resume(place: Path, stages: Sequence[Stage]) -> State | None:
+def _resume(place: Path, stages: Sequence[Stage], device: torch.device) -> State | None:
     path = place / "state.json"
     if not path.exists():
         return None
@@ -268,7 +269,7 @@ def _resume(place: Path, stages: Sequence[Stage]) -> State | None:
     load_model(model, str(place / f"state-{done}.safetensors"))
     ranges = [stage for stage in stages[:done] if isinstance(stage, Ranges)]
     return State(
-        model=model.eval(),
+        model=model.to(device).eval(),
         targets={name: (lo, hi) for name, (lo, hi) in values["targets"].items()},
         weights=ranges[-1] if ranges else None,
         reports=values["reports"],

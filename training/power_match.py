@@ -59,7 +59,7 @@ def match_powers(original: Softmax, swapped: PowerSoftmax, x_NTD: Tensor, visibl
     free = free_channel(swapped, x_NTD, visible_NT)
     base_HKD, base_HK = (r.clone() for r in _rows(swapped.q, size))
     best_HKD, best_HK = base_HKD.clone(), base_HK.clone()
-    best_H = torch.full((original.heads,), math.inf)
+    best_H = torch.full((original.heads,), math.inf, device=x_NTD.device)
     energy_H = _mean_square(target, visible_NT)
     scale = (swapped.eps / SINK) ** (1 / p)
     for slope, shift in product(SLOPES, SHIFTS):
@@ -161,7 +161,7 @@ def _regress(x_NTD: Tensor, y_NHT: Tensor, visible_NT: Tensor | None) -> tuple[T
     x_mean, y_mean = x_ND.mean(0), y_NH.mean(0)
     a, b = (x_ND - x_mean).double(), (y_NH - y_mean).double()
     square = a.T @ a
-    ridge = 1e-3 * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
+    ridge = 1e-3 * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64, device=square.device)
     w_DH = torch.linalg.solve(square + ridge, a.T @ b).float()
     return w_DH.T, y_mean - x_mean @ w_DH
 

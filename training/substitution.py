@@ -78,7 +78,7 @@ def choose_targets(
     with torch.no_grad(), Collector(model) as collector:
         for inputs in calibration.split(at_once(model)):
             model(inputs)
-            for name, value in collector.values.items():
+            for name, value in collector.passed():
                 if collector.kind(name) == "variance":
                     logs.setdefault(name, []).append(value.log().flatten())
     for name in targets.keys() & logs.keys():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from polyformer.models import placed
 from polyformer.reading import Reading
 from training.classes import image_classes, text_classes
 from training.data import EOT_ID, encode_documents, read_documents, split_docs, train_bpe
@@ -23,11 +24,14 @@ from training.sources import Source
 from training.tasks import Task, next_tokens
 
 
-def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def train(
+    out: Path, recipe: Recipe, *, text: Path | None = None, device: str = "auto", progress: Progress | None = None
+) -> dict[str, Any]:
     """Train both exact models into folder `out` and return the metrics; an interrupted run goes on where it stopped.
 
     Args: `text` is what the recipe's task asks for: a file or a folder of .txt files (None: the State of the Union excerpt of
-    this package), a folder with a folder of texts for each class, or an .npz of images.
+    this package), a folder with a folder of texts for each class, or an .npz of images. `device`, as
+    `polyformer.models.placed` has it, is where it runs, no part of what the run is.
 
     Raises:
         FileExistsError: the folder holds a run of another recipe, or of other data.
@@ -42,7 +46,7 @@ def train(out: Path, recipe: Recipe, *, text: Path | None = None, progress: Prog
         raise FileExistsError(f"{folder.path} holds a run of another recipe; choose an empty folder")
     else:
         require_source(folder, Source.of(text, files=files))
-    return train_on(out, progress=progress)
+    return train_on(out, device=device, progress=progress)
 
 
 def require_source(folder: Folder, given: Source) -> None:
@@ -55,7 +59,7 @@ def require_source(folder: Folder, given: Source) -> None:
         )
 
 
-def train_on(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def train_on(out: Path, *, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
     """Train what the recipe of a started folder asks for and the folder lacks; return the metrics."""
     folder = Folder(out)
     recipe, task = folder.recipe(), folder.task()
@@ -70,7 +74,7 @@ def train_on(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
             torch.manual_seed(recipe.seed)
             model = folder.load_model("released") if folder.has("released") else task.model(config)
             run_stage(
-                model,
+                placed(model, device),
                 task.sampler(recipe, stage=0, noise=False),
                 stage=name,
                 schedule=schedule(recipe, steps, recipe.lr),
@@ -80,7 +84,7 @@ def train_on(out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
             )
             folder.save_model(name, model)
         discard_checkpoint(folder.checkpoints, name)
-        trained = folder.load_model(name)
+        trained = placed(folder.load_model(name), device)
         figures = {f"{key}_{name}": value for key, value in task.quality(trained).items()}
         folder.update_metrics(**figures, parameters=trained.parameter_count())
     return folder.update_metrics()

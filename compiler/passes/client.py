@@ -57,7 +57,8 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
     (gather,) = gathers
     assert gather.const is not None
     tokens, features = gather.shape[-2:]
-    end, positions, done = gather, np.zeros((tokens, features)), {gather.name}
+    end, done = gather, {gather.name}
+    positions: np.ndarray = np.zeros((tokens, features))
     users = graph.users()
     while len(users[end.name]) == 1 and users[end.name][0].op == "add_const":
         end = users[end.name][0]
@@ -69,6 +70,8 @@ def split_client(graph: Graph) -> tuple[Graph, Embedding | None]:
         done.add(end.name)
         assert end.const is not None
         positions = end.const.reshape(graph.steps, features).astype(np.float64)
+    if graph.steps:  # without positions of its own, or with one row for all
+        positions = np.broadcast_to(positions, (graph.steps, features))
     norm, readers = None, users[end.name]
     opening = next((n for n in readers if n.op == "client_norm"), None)
     if opening is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from polyformer.commands.console import Advance, Failure, bar, emit, must_exist, say
-from polyformer.commands.options import Json
+from polyformer.commands.options import AUTO, Device, Json
 
 Out = Annotated[Path, typer.Argument(help="Folder of the model.")]
 Text = Annotated[
@@ -51,6 +51,7 @@ def train(
     ] = None,
     quick: Annotated[bool, typer.Option(help="A tiny model in seconds, for tests.")] = False,
     changes: Changes = None,
+    device: Device = AUTO,
     json: Json = False,
 ) -> None:
     """Train a PowerSoftmax model and its softmax twin on text, or a classifier; in an adopted folder, the released model."""
@@ -60,7 +61,10 @@ def train(
         raise Failure("give one of --text, --classes and --images")
     task = asked[0] if asked else "next tokens"
     with resumable(), bar("train") as advance:
-        finish(train_model(out, given[task], quick, task=task, changes=changes or (), progress=advance), out, json)
+        metrics = train_model(
+            out, given[task], quick, task=task, changes=changes or (), device=device, progress=advance
+        )
+        finish(metrics, out, json)
 
 
 def adopt(
@@ -80,12 +84,13 @@ def adopt(
     end: Annotated[
         str | None, typer.Option(help="Token, or its id, that ends a document; default: the checkpoint's.")
     ] = None,
+    device: Device = AUTO,
     json: Json = False,
 ) -> None:
     """Take a released checkpoint into a folder, with its tokenizer, for train, convert, export and all after them."""
     from training import adopt as run
 
-    numbers = {"length": length, "steps": steps, "batch": batch, "changes": changes or ()}
+    numbers = {"length": length, "steps": steps, "batch": batch, "changes": changes or (), "device": device}
     finish(run(checkpoint, to, text=text, classes=classes, end=end, **numbers), to, json)  # type: ignore[arg-type]
 
 
@@ -94,11 +99,12 @@ def convert(
     recipe: Annotated[
         Conversion, typer.Option(help="powersoftmax: one bounded division; pointwise: none, trained from scratch.")
     ] = Conversion.powersoftmax,
+    device: Device = AUTO,
     json: Json = False,
 ) -> None:
     """Turn the trained model into polynomials, in stages; each stage is reported in stages.jsonl."""
     with resumable(), bar("convert") as advance:
-        finish(convert_model(out, recipe.value, progress=advance), out, json)
+        finish(convert_model(out, recipe.value, device=device, progress=advance), out, json)
 
 
 def train_model(
@@ -108,6 +114,7 @@ def train_model(
     *,
     task: str = "next tokens",
     changes: Sequence[str] = (),
+    device: str = AUTO,
     progress: Advance,
 ) -> dict[str, Any]:
     """Train into a folder; its metrics."""
@@ -117,18 +124,18 @@ def train_model(
     if (out / "released.safetensors").exists():
         if text is not None or quick or changes:
             raise Failure(f"{out} was adopted, with its own text and recipe: train it without further options")
-        return train_on(out, progress=staged(progress))
+        return train_on(out, device=device, progress=staged(progress))
     presets = {"texts": Recipe.texts, "images": Recipe.images}
     recipe = presets[task](quick=quick) if task in presets else Recipe.quick() if quick else Recipe.demo()
-    return run(out, recipe.changed(changes), text=text, progress=staged(progress))
+    return run(out, recipe.changed(changes), text=text, device=device, progress=staged(progress))
 
 
-def convert_model(out: Path, recipe: str = "powersoftmax", *, progress: Advance) -> dict[str, Any]:
+def convert_model(out: Path, recipe: str = "powersoftmax", *, device: str = AUTO, progress: Advance) -> dict[str, Any]:
     """Convert a trained folder by a recipe of stages; its metrics."""
     from training import convert as run
 
     must_exist(out / "config.json", f"polyformer train {out}")
-    return run(out, recipe=recipe, progress=staged(progress))
+    return run(out, recipe=recipe, device=device, progress=staged(progress))
 
 
 @contextmanager

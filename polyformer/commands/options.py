@@ -10,6 +10,7 @@ import typer
 BACKEND = "openfhe"
 THREADS = 2
 MAX_ERROR = 0.01  # the compiler's default
+AUTO = "auto"
 LOCAL = "http://127.0.0.1:8000"
 
 
@@ -27,6 +28,10 @@ Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout
 Backend = Annotated[str, typer.Option(callback=known_backend, help="openfhe or tenseal.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of the server.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow a test-size ring that protects nothing.")]
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+Device = Annotated[str, typer.Option(help="Where torch runs: cpu, cuda, cuda:1; auto is CUDA where there is any.")]
 
 # --- Compiling --------------------------------------------------------------------------------------------------------
 

@@ -4,17 +4,16 @@
 stable form and the length-agnostic form; the consistent eps and the row factors are ours (methods.md 1.2). Four forms
 of one map, f_i a factor of row i:
 
-    exact       w_ij = M_ij s_ij^p / (eps + sum_l M_il s_il^p)                     f_i = 1
-    stable      u = f_i s,  w_ij = u_ij^p / (eps f_i^p + sum_l u_il^p)             f_i = 1/max(||s_i||_inf, eps^(1/p)),
-    detached: training mean        the same with f_i = n_i^(-1/p), n_i visible keys (i + 1)            denominators are
-    eps/n_i + mean of powers rows        the same with public trained f_i (buffer `row_T`)                  all rows
-    share ONE narrow interval of denominators
+    exact    w_ij = M_ij s_ij^p / (eps + sum_l M_il s_il^p)           f_i = 1
+    stable   u = f_i s,  w_ij = u_ij^p / (eps f_i^p + sum_l u_il^p)   f_i = 1/max(||s_i||_inf, eps^(1/p)), detached: training
+    mean     the same with f_i = n_i^(-1/p), n_i visible keys         denominators are eps/n_i + the mean of powers
+    rows     the same with public trained f_i (buffer `row_T`)        all rows share ONE narrow interval of denominators
 
 Dividing a row by a positive number changes nothing as long as eps is rescaled with it; eps left unscaled changes
 weights by up to 0.29. The division is a `Tap` and then one of: exact, `goldschmidt` steps on an interval, or a
-polynomial (the `reciprocal`). `forward` runs in tiles (`power_sums.py`) but with LaS decay or a norm over scores. Row
-sums are S/(S + eps) < 1: eps is an attention sink with value 0. Masking multiplies:
-a masked score is 0 and 0^p = 0, never -inf.
+polynomial (the `reciprocal`); the stable form, whose factors are no polynomial, has the exact one alone. `forward` runs in
+tiles (`power_sums.py`) but with LaS decay or a norm over scores. Row sums are S/(S + eps) < 1: eps is an attention sink with
+value 0. Masking multiplies: a masked score is 0 and 0^p = 0, never -inf.
 """
 
 from __future__ import annotations
@@ -67,6 +66,11 @@ class PowerSoftmax(Attention):
                 f"unknown reciprocal {config.reciprocal!r}; known: exact, polynomial, "
                 "goldschmidt (whose reciprocal_degree is the number of steps, at least 1)"
             )
+        if self.form == "stable" and config.reciprocal != "exact":
+            raise ValueError(
+                f"form is 'stable' and reciprocal {config.reciprocal!r}: the largest score of a row scales what it is evaluated "
+                "on, which is no polynomial; use form 'rows' (a Rows stage before the substitution) or 'mean'"
+            )
 
     def visible_keys(self, t: int) -> Tensor:
         """Return n [T], the number of keys that each of t rows sees."""
@@ -89,6 +93,11 @@ class PowerSoftmax(Attention):
         if self.form == "mean":
             return self.visible_keys(t).to(self.mask_TT)[:, None] ** (-1 / self.power)
         return torch.ones(1, 1, dtype=self.mask_TT.dtype, device=self.mask_TT.device)
+
+    def public_factor(self) -> Tensor:
+        """Return f [T, 1], float64, of what is written elsewhere: the stable form, which divides exactly, as the exact one."""
+        f_T1 = torch.ones(1, 1) if self.form == "stable" else self.row_factor(self.length)
+        return f_T1.detach().double().expand(self.length, 1)
 
     def powers(self, q_BHTK: Tensor, k_BHTK: Tensor, visible_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return u^p [B, H, T, T] and the denominators eps f^p + sum u^p [B, H, T, 1]."""

@@ -41,6 +41,22 @@ CASES: dict[str, tuple[ModelConfig, int]] = {
     "no spare copies": (replace(AFFINE, blocks=1, norms=("affine",) * 3), 10),
     "LaS decay, 4 heads": (replace(AFFINE, blocks=1, norms=("affine",) * 3, las_decay=1.0, heads=4), 10),
     "polynomial norms": (replace(POLYNOMIAL, blocks=1, norms=("affine", "rms_poly", "rms_poly")), 11),
+    "Llama": (
+        replace(
+            AFFINE,
+            blocks=1,
+            norms=("affine",) * 3,
+            heads=4,
+            kv_heads=2,
+            rotary=4,
+            positions="none",
+            biases=False,
+            gated=True,
+            head="tied",
+            head_bias=False,
+        ),
+        10,
+    ),
     "parallel, p = 4, mean": (
         replace(AFFINE, blocks=1, parallel=True, norms=("affine",) * 2, power=4, form="mean", hidden=48),
         11,
@@ -54,7 +70,8 @@ def sane(config: ModelConfig) -> Transformer:
     for module in model.modules():
         if isinstance(module, PowerSoftmax):
             module.q.weight.data.mul_(0.2)
-            module.q.bias.data.mul_(0.2)
+            if module.q.bias is not None:
+                module.q.bias.data.mul_(0.2)
     return model
 
 

@@ -26,7 +26,7 @@ from polyformer.vision import VisionConfig, ViT
 SHAPE = (5, 8)
 BASE = ModelConfig(
     vocab=16, length=5, width=8, heads=2, hidden=12, blocks=1, norms=("affine",) * 3, power=2, eps=0.7, state=3,
-    reciprocal="polynomial", activation="polynomial",
+    form="rows", reciprocal="polynomial", activation="polynomial",
 )  # fmt: skip
 
 
@@ -95,6 +95,13 @@ def test_mixers_that_are_not_polynomial_name_the_operation(name, changes, operat
     found = certify(mixer(name, **changes), shape=SHAPE)
     assert found.kind == "neither" and found.degree is None
     assert any(operation in what for _, what in found.offending)
+
+
+@pytest.mark.parametrize("reciprocal", ["polynomial", "goldschmidt"])
+def test_factors_that_depend_on_the_scores_take_no_polynomial_reciprocal(reciprocal):
+    """R of a denominator over max|s|^p is no polynomial of x, and no export can write it with constants."""
+    with pytest.raises(ValueError, match=r"form is 'stable'.*use form 'rows'"):
+        mixer("power_softmax", reciprocal=reciprocal, form="stable")
 
 
 @pytest.mark.parametrize("form", ["exact", "stable", "rows"])
@@ -188,6 +195,23 @@ def test_certifying_changes_nothing():
     assert model.training and torch.equal(model(tokens), before)
     assert keys == set(vars(model)) | set(vars(model.blocks[0].mixer))
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_certifying_leaves_every_part_in_its_own_mode():
+    model = fitted(BASE).train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    certify(model)
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+def test_two_blocks_that_divide_say_how_many_points_were_too_few():
+    config = replace(
+        BASE, length=2, blocks=2, norms=("affine",) * 5, reciprocal="exact", activation="square", form="stable"
+    )
+    model = disturbed(Transformer(config))
+    assert "512 points of a ray do not decide (certify with more)" in str(certify(model, rays=1))
+    assert str(certify(model, rays=1, points=1024)).startswith("rational, degrees 484 / 480; divides in blocks.0.mixer")
 
 
 class Cancelling(nn.Module):

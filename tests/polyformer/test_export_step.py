@@ -15,6 +15,9 @@ from polyformer.export_step import export_step
 from polyformer.model import ModelConfig
 from tests.polyformer.test_export import BASE, OPS, POLYNOMIAL, make
 
+LLAMA: dict = {
+    "heads": 4, "kv_heads": 2, "rotary": 4, "positions": "none", "biases": False, "gated": True, "head_bias": False,
+}  # fmt: skip
 CASES: dict[str, ModelConfig] = {
     "rows, polynomial": POLYNOMIAL,
     "mean": replace(POLYNOMIAL, form="mean", power=4),
@@ -24,6 +27,12 @@ CASES: dict[str, ModelConfig] = {
     "goldschmidt, one step": replace(POLYNOMIAL, reciprocal="goldschmidt", reciprocal_degree=1),
     "LaS decay, 4 heads": replace(POLYNOMIAL, las_decay=1.0, heads=4, norms=("affine",) * 5),
     "LaS decay, p = 4, exact division": replace(BASE, las_decay=0.3, power=4),
+    "shared key heads": replace(BASE, heads=4, kv_heads=2),
+    "rotary": replace(BASE, rotary=8, positions="none"),
+    "rotary on some channels, LaS": replace(BASE, rotary=4, las_decay=0.5),
+    "GPT-2": replace(BASE, head="tied", head_bias=False, norms=("layer",) * 5, activation="gelu_tanh"),
+    "Llama": replace(BASE, **LLAMA, activation="silu"),
+    "Llama, polynomial": replace(POLYNOMIAL, **LLAMA, blocks=1, norms=("affine",) * 3),
     "parallel": replace(POLYNOMIAL, parallel=True, norms=("affine", "affine", "affine")),
 }
 
@@ -55,7 +64,12 @@ def test_a_polynomial_step_holds_only_polynomial_ops(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"causal": False}, "not causal"), ({"las_width": 3}, "las_width=3"), ({"mixer": "softmax"}, "Softmax")],
+    [
+        ({"causal": False}, "not causal"),
+        ({"las_width": 3}, "las_width=3"),
+        ({"mixer": "softmax"}, "Softmax"),
+        ({"order": "post"}, "order='post'"),
+    ],
 )
 def test_what_is_no_step_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):

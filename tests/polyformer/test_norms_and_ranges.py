@@ -104,7 +104,7 @@ def test_measure_finds_extremes_and_the_share_outside():
     tokens = torch.randint(0, 30, (20, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), Collector(model) as c:
         model(tokens)
-        value = c.values["blocks.0.mlp.act"]
+        value = c.values["blocks.0.mlp.act"][0]
     r = measure(model, tokens, intervals={"blocks.0.mlp.act": (-1.0, 1.0)}, batch=7)["blocks.0.mlp.act"]
     assert (r.low, r.high) == pytest.approx((float(value.min()), float(value.max())))
     assert r.below == pytest.approx(float((value < -1).double().mean()), abs=1e-6) and r.below > 0
@@ -160,7 +160,7 @@ def test_log_mean_rows_is_the_mean_over_windows_and_heads():
     tokens = torch.randint(0, 30, (10, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), Collector(model) as c:
         model(tokens)
-        expected = c.values["blocks.0.mixer"].double().log().mean((0, 1))[:, 0]
+        expected = c.values["blocks.0.mixer"][0].double().log().mean((0, 1))[:, 0]
     torch.testing.assert_close(log_mean_rows(model, tokens, batch=3)["blocks.0.mixer"], expected)
 
 

@@ -108,6 +108,50 @@ def test_each_stage_has_its_grid_width_and_windows():
     assert [len(m.windows) for m in mixers] == [4, 9, 1, 1]
 
 
+WIDE = replace(CONFIG, image=(16, 32), patch=4, body=replace(BODY, length=32, mixer="softmax"), window=4)
+
+
+def columns_seen(config: SwinConfig, blocks: int, *, reference: bool) -> list[int]:
+    """The places along the longer side that place 4 sees after so many blocks, by gradients."""
+    model = make(config).double().eval()
+    for block in model.stages[0]:
+        if reference:
+            block.mixer.forward = block.mixer.reference
+    x = torch.randn(1, config.body.length, config.body.width, dtype=torch.float64, requires_grad=True)
+    y = x
+    for block in model.stages[0][:blocks]:
+        y = block(y)
+    along = 0 if config.grid[0] == 8 else 1
+    y.unflatten(1, config.grid).select(1 + along, 4).square().sum().backward()
+    seen = x.grad.abs().sum(-1).view(config.grid).sum(1 - along) > 0
+    return seen.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("image", [(16, 32), (32, 16)], ids=["wide", "tall"])
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+def test_windows_shift_along_the_axis_that_they_do_not_cover(image, reference):
+    """A grid of 4 x 8: windows are columns 0-3 and 4-7, then 0-1, 2-5 and 6-7, all rows in each."""
+    config = replace(WIDE, image=image)
+    assert columns_seen(config, 1, reference=reference) == [4, 5, 6, 7]
+    assert columns_seen(config, 2, reference=reference) == list(range(8))
+
+
+def test_the_matrix_of_a_shifted_window_is_its_mask():
+    mixer = make(WIDE).stages[0][1].mixer
+    with torch.no_grad():
+        weights = mixer.matrix(torch.randn(1, 32, 8))[0, 0] > 0
+    at = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2]).repeat(4)  # the window of each token of the 4 x 8 grid
+    assert torch.equal(weights, at[:, None] == at)
+
+
+def test_windows_longer_than_one_axis_equal_their_reference_and_matrix():
+    mixer = make(replace(WIDE, body=replace(WIDE.body, mixer="power_softmax"))).stages[0][1].mixer.double()
+    assert mixer.inner.length == 16 and [len(w) for w in mixer.windows] == [8, 16, 8]
+    x = torch.randn(2, 32, 8, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), mixer.reference(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(mixer.project(mixer.matrix(x) @ mixer.value(x)), mixer(x), rtol=1e-10, atol=1e-10)
+
+
 def test_norms_and_mixers_go_to_their_blocks_in_order():
     norms = ("rms", "layer", "rms", "layer", "affine", "affine", "layer", "layer", "rms")
     names = ("softmax", "softmax", "softmax", "power_softmax")

@@ -123,11 +123,33 @@ def test_what_cannot_be_answered_is_refused(model, tokenizer):
     harness = Harness(model=model, tokenizer=tokenizer, prefix=0)
     with pytest.raises(ValueError, match=r"greedily"):
         harness.generate_until([Instance(("the", {"do_sample": True}))])
-    with pytest.raises(ValueError, match=r"the window 12"):
-        harness.loglikelihood([Instance(("a", TEXT))])
+    with pytest.raises(ValueError, match=r"greedily"):
+        harness.generate_until([Instance(("the", {"temperature": 0.7}))])
     encoder = Transformer(replace(model.config, causal=False))
     with pytest.raises(ValueError, match=r"causal language model"):
         Harness(model=encoder, tokenizer=tokenizer, prefix=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": False, "temperature": 1.0}, {"temperature": 0.0}, {"do_sample": None}]
+)
+def test_what_asks_for_no_sampling_is_decoded_greedily(model, tokenizer, settings):
+    harness = Harness(model=model, tokenizer=tokenizer, prefix=0)
+    plain = harness.generate_until([Instance(("the", {"max_gen_toks": 4}))])
+    assert harness.generate_until([Instance(("the", {"max_gen_toks": 4, **settings}))]) == plain
+
+
+@torch.no_grad()
+def test_a_continuation_longer_than_the_window_loses_its_beginning_with_one_warning(model, tokenizer):
+    harness = Harness(model=model, tokenizer=tokenizer, prefix=0)
+    ids = tokenizer.encode("a" + TEXT).ids
+    with pytest.warns(UserWarning, match=r"the window 12: .* only the last 12 are scored") as warned:
+        (long, _), (short, _), _ = harness.loglikelihood([Instance(("a", text)) for text in (TEXT, " cat", TEXT)])
+    assert len(warned) == 1
+    # each of the last 12 tokens behind those of the window before it
+    logits_TV = model(torch.tensor([ids[-13:-1]]))[0].log_softmax(-1)
+    assert long == pytest.approx(float(logits_TV.gather(1, torch.tensor(ids[-12:])[:, None]).sum()), rel=1e-5)
+    assert short == pytest.approx(harness.loglikelihood([Instance(("a", " cat"))])[0][0], rel=1e-5)
 
 
 def test_an_absent_lm_eval_is_named_and_a_present_one_is_the_base(model, tokenizer, monkeypatch):

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from polyformer import mixers
 from polyformer.layers import Tap
 from polyformer.model import Transformer
 from training import accounts, parallel, recipes, scale, trackers
 from training.loop import token_loss
-from training.one_step import fit_polynomials, text_windows, to_bfloat16
+from training.one_step import fit_polynomials, text_windows
+from training.parallel import to_bfloat16
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 RECIPE = recipes.load("tiny_cpu")
@@ -121,6 +123,46 @@ def test_sharding_in_bfloat16_keeps_decays_and_polynomials_exact(name, plan):
             n for n, p in model.named_parameters() if p.grad is None or not p.grad.full_tensor().isfinite().all()
         ]
         assert not missing
+
+
+CAUSAL = [{"mixer": name} for name in mixers.names() if name != "hyena_nd"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*CAUSAL, {"mixer": "hyena", "hyena_window": "learned"}, {"mixer": "hyena", "hyena_filter": "direct"}],
+    ids=lambda c: "-".join(c.values()),
+)
+def test_every_causal_mixer_runs_in_bfloat16_sharded_and_whole(changes):
+    config = replace(RECIPE.model, blocks=1, norms=("rms",) * 3, state=2, **changes)
+    torch.manual_seed(0)
+    source, sharded, whole = Transformer(config), accounts.on_meta(config), Transformer(config)
+    whole.load_state_dict(source.state_dict())
+    windows, plan = text_windows(2, 33), parallel.Plan(precision="bf16")
+    exact = source(windows[:, :-1])
+    with parallel.processes() as mesh:
+        parallel.apply(sharded, plan, mesh)
+        parallel.materialise(sharded, source, torch.device("cpu"))
+        parallel.to_bfloat16(whole)
+        for model in (sharded, parallel.apply(whole, plan, None)):
+            logits = model(windows[:, :-1]).float()
+            token_loss(logits, windows[:, 1:]).backward()
+            assert (logits - exact).abs().mean() < 0.02 * exact.std()
+            assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_a_hyena_filter_is_that_of_float32():
+    """Also of a sharded model: positions near the end of a window differ by less than bfloat16 can say."""
+    config = replace(RECIPE.model, mixer="hyena", hyena_window="learned", blocks=1, norms=("rms",) * 3)
+    torch.manual_seed(0)
+    source, sharded, whole = Transformer(config), accounts.on_meta(config), Transformer(config)
+    whole.load_state_dict(source.state_dict())
+    parallel.to_bfloat16(whole)
+    with parallel.processes() as mesh:
+        parallel.apply(sharded, parallel.Plan(precision="bf16"), mesh)
+        parallel.materialise(sharded, source, torch.device("cpu"))
+        for model in (sharded, whole):
+            assert torch.equal(model.blocks[0].mixer.filter(), source.blocks[0].mixer.filter())
 
 
 def test_polynomial_form_takes_the_same_treatment():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from polyformer.layers import PolynomialLayer
 from polyformer.mixers.base import Attention, ChannelMixer
 from polyformer.mixers.softmax import Softmax
 from polyformer.model import Transformer
-from polyformer.norms import Norm
+from polyformer.norms import BatchNorm, Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,21 @@ def apply(model: Transformer, plan: Plan, mesh: DeviceMesh | None) -> Transforme
     """Change a model in place as the plan says and shard it over the mesh (None: leave it whole); returns it.
 
     The model may lie on the meta device; `materialise` fills it afterwards.
+
+    Raises:
+        ValueError: a BatchNorm is to be trained by several processes, each of which would keep statistics of its own.
     """
+    if mesh is not None and mesh.size() > 1 and batch_norms(model):
+        raise ValueError(
+            f"the model has {len(batch_norms(model))} BatchNorms, whose running statistics are not reduced over the "
+            f"{mesh.size()} processes; use one process, or another norm"
+        )
     if plan.precision == "bf16":
         keep_powers_in_fp32(model)
     for block in model.blocks:
         if plan.checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            contexts = {"context_fn": functools.partial(_contexts, block)} if batch_norms(block) else {}
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
         if plan.compile is not None:
             block.forward = torch.compile(block.forward, backend=plan.compile)
     if mesh is not None:
@@ -85,6 +94,29 @@ def apply(model: Transformer, plan: Plan, mesh: DeviceMesh | None) -> Transforme
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return what surrounds the forward pass of a checkpointed block, and its recomputation."""
+    return nullcontext(), frozen_statistics(block)
+
+
+@contextmanager
+def frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of all BatchNorms as they are: a recomputed forward pass must not count twice."""
+    norms = batch_norms(block)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def shard_exact_parts(block: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:

@@ -63,6 +63,30 @@ def test_checkpointing_runs_each_block_twice():
         assert len(calls) == (3 if checkpointing else 1)
 
 
+@pytest.mark.parametrize("compiled", [None, "eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_recomputation_counts_no_batch_twice_in_running_statistics(compiled):
+    config = replace(RECIPE.model, norms=("batch",) * 5, mlp_norm=True)
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        plan = parallel.Plan(checkpointing=checkpointing, compile=compiled if checkpointing else None)
+        model = parallel.apply(Transformer(config), plan, None).train()
+        gradients(model)
+        found.append(dict(model.named_buffers()))
+        assert {norm.momentum for norm in parallel.batch_norms(model)} == {0.1}
+    assert not torch.equal(found[0]["blocks.0.norm1.mean"], torch.zeros(32))
+    for name, buffer in found[0].items():
+        torch.testing.assert_close(found[1][name], buffer, msg=name)
+
+
+def test_batch_norms_are_refused_where_processes_would_differ():
+    mesh = types.SimpleNamespace(size=lambda: 2)
+    model = accounts.on_meta(replace(RECIPE.model, norms=("batch",) * 5))
+    with pytest.raises(ValueError, match="5 BatchNorms, whose running statistics are not reduced over the 2 processes"):
+        parallel.apply(model, parallel.Plan(), mesh)
+
+
 def test_powers_and_variances_are_float32_in_a_bfloat16_model():
     """Taps see float32, linears do not, and the logits are nearer to the exact ones than in bfloat16 throughout."""
     tokens = text_windows(4, 32)

@@ -1,10 +1,15 @@
 """Recipes of runs at scale, by name: the shape of the model and all numbers of the optimisation.
 
-The Pythia names mean the shapes of Biderman et al. 2023 (arXiv 2304.01373, table 1): width, blocks, heads, an MLP of
-four times the width, parallel blocks, an untied head, 2048 tokens, vocabulary 50304, and their learning rates. What is
-ours is in the model: learned positions, and one norm a parallel block. `llama-7b-shape` has the width, depth, heads and
-vocabulary of LLaMA 7B (Touvron et al. 2023, arXiv 2302.13971, table 2); its two-matrix MLP of 3/2 x 11008 has as many
-weights as LLaMA's three matrices.
+Released weights load into these shapes (`polyformer.pretrained`); what is ours is PowerSoftmax in the place of softmax.
+
+    pythia-70m, 160m, 410m, 1.4b   Pythia (Biderman et al. 2023, arXiv 2304.01373, table 1, with their learning rates):
+                                   parallel blocks, rotary positions on a quarter of each head, LayerNorm, GELU, biases, an
+                                   untied head, 2048 tokens, a table of 50,304 rows (padded: the tokenizer has fewer)
+    llama-7b-shape                 LLaMA 7B (Touvron et al. 2023, arXiv 2302.13971, table 2): rotary positions, RMSNorm,
+                                   SwiGLU, no biases, an untied head, 2048 tokens, 32,000 rows
+
+Parameters are those published, but for one thing: a parallel block of Pythia has two LayerNorms on the same x, ours one
+(the gains fold into the linears, see `architectures/gpt_neox.py`), so it holds 2 D a block fewer.
 """
 
 from __future__ import annotations
@@ -88,7 +93,7 @@ class ScaleRecipe:
             reciprocal_degree=4,
             activation="polynomial",
             activation_degree=4,
-            norms=tuple("rms_poly" if kind == "rms" else kind for kind in self.model.norms),
+            norms=tuple(f"{kind}_poly" if kind in ("rms", "layer") else kind for kind in self.model.norms),
             norm_degree=4,
         )
 
@@ -180,8 +185,11 @@ def _pythia(name: str) -> ScaleRecipe:
             hidden=4 * width,
             blocks=blocks,
             parallel=True,
-            norms=("rms",) * (blocks + 1),
+            norms=("layer",) * (blocks + 1),
             power=4,
+            rotary=width // heads // 4,
+            positions="none",
+            head_bias=False,
         ),
         batch=1024,  # 2 million tokens a step
         micro_batch=micro_batch,
@@ -200,11 +208,17 @@ def _llama_7b_shape() -> ScaleRecipe:
             length=2048,
             width=4096,
             heads=32,
-            hidden=16_512,
+            hidden=11_008,
             blocks=32,
             norms=("rms",) * 65,
             activation="silu",
             power=4,
+            norm_eps=1e-6,
+            rotary=128,
+            positions="none",
+            biases=False,
+            gated=True,
+            head_bias=False,
         ),
         batch=2048,  # 4 million tokens a step, as LLaMA
         micro_batch=1,

@@ -11,28 +11,38 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyformer import mixers
+from polyformer.architectures import family
 from polyformer.model import Transformer
 from training import accounts, one_step, recipes
 from training.loop import token_loss
 from training.one_step import fit_polynomials
 
-# Parameters published for the models whose shapes these are; ours differ by learned positions and norms.
-PUBLISHED = {
-    "pythia-70m": 70_426_624,
-    "160m": 162_322_944,
-    "410m": 405_334_016,
-    "1.4b": 1_414_647_808,
-    "llama-7b-shape": 6_738_415_616,
+# Published parameters, and the config.json of the release, as far as it decides the shape.
+RELEASED = {
+    "pythia-70m": (70_426_624, 512, 6, 8, 2048),
+    "160m": (162_322_944, 768, 12, 12, 3072),
+    "410m": (405_334_016, 1024, 24, 16, 4096),
+    "1.4b": (1_414_647_808, 2048, 24, 16, 8192),
+    "llama-7b-shape": (6_738_415_616, 4096, 32, 32, 11_008),
 }
-# width, hidden, blocks, vocabulary, positions, weights of all norms
-SHAPES = {
-    "tiny_cpu": (32, 64, 2, 257, 32, 5 * 32),
-    "pythia-70m": (512, 2048, 6, 50_304, 2048, 7 * 512),
-    "160m": (768, 3072, 12, 50_304, 2048, 13 * 768),
-    "410m": (1024, 4096, 24, 50_304, 2048, 25 * 1024),
-    "1.4b": (2048, 8192, 24, 50_304, 2048, 25 * 2048),
-    "llama-7b-shape": (4096, 16_512, 32, 32_000, 2048, 65 * 4096),
-}
+PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50_304, "rotary_pct": 0.25, "rotary_emb_base": 10_000,
+          "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True, "tie_word_embeddings": False,
+          "max_position_embeddings": 2048}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": 32_000, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+         "tie_word_embeddings": False, "max_position_embeddings": 2048}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_recipes_have_the_shapes_of_released_models(name):
+    """So their weights load, by the code that translates their config.json; and as many as were published."""
+    published, width, blocks, heads, hidden = RELEASED[name]
+    shape = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads}
+    values = (LLAMA if name.startswith("llama") else PYTHIA) | shape | {"intermediate_size": hidden}
+    theirs = family(values["model_type"]).config(values, 2048)
+    config = recipes.load(name).model
+    assert config == replace(theirs, mixer="power_softmax")
+    folded = 2 * width * blocks if config.parallel else 0  # the second norm of a parallel block
+    assert accounts.on_meta(config).parameter_count() == published - folded
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -40,17 +50,15 @@ def test_recipe_builds_on_meta_with_accounts(name):
     recipe = recipes.load(name)
     model = accounts.on_meta(recipe.model)
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    d, h, blocks, v, t, norms = SHAPES[name]
-    closed = (v + t) * d + blocks * (4 * d * (d + 1) + h * (d + 1) + d * (h + 1)) + norms + v * (d + 1)
-    found = accounts.account(recipe)
-    assert found.parameters == model.parameter_count() == closed
-    if name in PUBLISHED:
-        assert found.parameters == pytest.approx(PUBLISHED[name], rel=0.016)
-    assert found.parameter_bytes == found.gradient_bytes == 4 * closed  # fp32 weights
-    assert found.optimiser_bytes == pytest.approx(8 * closed, rel=1e-3)
-    assert found.forward_flops == blocks * (8 * d * d + 4 * d * h + 4 * t * d) + 2 * d * v
+    d, h, blocks, v, t = (getattr(recipe.model, n) for n in ("width", "hidden", "blocks", "vocab", "length"))
+    found, count = accounts.account(recipe), model.parameter_count()
+    assert found.parameters == count
+    assert found.parameter_bytes == found.gradient_bytes == 4 * count  # fp32 weights
+    assert found.optimiser_bytes == pytest.approx(8 * count, rel=1e-3)
+    matrices = 3 if recipe.model.gated else 2
+    assert found.forward_flops == blocks * (8 * d * d + 2 * matrices * d * h + 4 * t * d) + 2 * d * v
     assert found.step_flops == 4 * found.forward_flops  # the forward is done twice
-    assert found.peak_bytes > 16 * closed
+    assert found.peak_bytes > 16 * count
     sharded = accounts.account(recipe, world=8)
     assert sharded.parameter_bytes == found.parameter_bytes // 8
     assert sharded.activation_bytes == found.activation_bytes > 0

@@ -193,6 +193,8 @@ def materialise(model: nn.Module, source: nn.Module | None, device: torch.device
     give None).
     """
     model.to_empty(device=device)
+    if isinstance(model, Transformer) and model.config.head == "tied":  # new memory has parted them
+        model.head.weight = model.token.weight
     values: Mapping[str, Any] = {} if source is None else source.state_dict()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, dict(values), options=options)

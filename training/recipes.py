@@ -25,7 +25,45 @@ from training.shards import BYTE_VOCAB
 
 PRECISIONS = ("fp32", "bf16")
 # How a run is called and carried out: a run may go on with others.
-NOT_MATHEMATICS = ("name", "checkpointing", "compile", "checkpoint_every")
+NOT_MATHEMATICS = ("name", "checkpointing", "compile", "checkpoint_every", "evaluate_every", "heldout_windows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeTargets:
+    """Range losses (methods.md 1.3) of a run: the interval in which the values of each kind are wanted, and the weight of
+    what leaves it (0 leaves the kind alone).
+    """
+
+    activation: tuple[float, float] = (-4.0, 4.0)
+    variance: tuple[float, float] = (0.25, 4.0)
+    denominator: tuple[float, float] = (0.5, 16.0)
+    activation_weight: float = 0.3
+    variance_weight: float = 0.3
+    denominator_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        for kind in ("activation", "variance", "denominator"):
+            lo, hi = getattr(self, kind)
+            if not lo < hi or (lo >= 0) == (kind == "activation") or lo == 0:
+                wanted = "below 0 to above it" if kind == "activation" else "above 0 upwards"
+                raise ValueError(f"the target of {kind} is {lo} to {hi}; give an interval from {wanted}")
+
+    @classmethod
+    def changed(cls, changes: Sequence[str]) -> RangeTargets:
+        """Return the defaults with some changed, each "kind=low,high" or "kind_weight=number"."""
+        values: dict[str, Any] = {}
+        for change in changes:
+            name, _, text = change.partition("=")
+            if name not in (known := [f.name for f in fields(cls)]):
+                raise ValueError(f"unknown range {change!r}; known: {', '.join(f'{n}=' for n in known)}")
+            try:
+                numbers = tuple(float(part) for part in text.split(","))
+            except ValueError:
+                numbers = ()
+            if len(numbers) != (wanted := 1 if name.endswith("_weight") else 2):
+                raise ValueError(f"{change!r} must hold {wanted} numbers after {name}=, parted by a comma")
+            values[name] = numbers[0] if wanted == 1 else numbers
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +87,23 @@ class ScaleRecipe:
     compile: bool = False
     checkpoint_every: int = 1000
     seed: int = 0
+    start: str | None = None  # checkpoint of the first weights, see `training.start`; None: random ones
+    ranges: RangeTargets | None = None  # None: no range losses
+    evaluate_every: int = 1000  # steps, where there are held-out shards
+    heldout_windows: int = 1024  # of them, the first
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        for name in ("batch", "micro_batch", "steps", "checkpoint_every", "evaluate_every", "heldout_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.ranges is not None and self.compile:
+            raise ValueError(
+                "range losses listen inside the blocks, where compiled code hears nobody; set compile=False"
+            )
         if self.batch % self.micro_batch:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; change one of them"

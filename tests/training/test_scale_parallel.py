@@ -14,7 +14,7 @@ import torch
 from polyformer import mixers
 from polyformer.layers import Tap
 from polyformer.model import Transformer
-from training import accounts, parallel, recipes, scale, trackers
+from training import accounts, parallel, recipes, scale, start, trackers
 from training.loop import token_loss
 from training.one_step import fit_polynomials, text_windows
 from training.parallel import to_bfloat16
@@ -207,7 +207,7 @@ def test_a_sharded_model_starts_with_the_values_of_the_whole_one():
     torch.manual_seed(RECIPE.seed)
     whole = Transformer(RECIPE.model)
     with parallel.processes() as mesh:
-        sharded = scale.sharded_model(RECIPE, mesh)
+        sharded = scale.sharded_model(*start.begin(RECIPE), mesh)
         values = {name: p.full_tensor() for name, p in sharded.named_parameters()}
         assert values.keys() == dict(whole.named_parameters()).keys()
         assert all(torch.equal(values[name], p) for name, p in whole.named_parameters())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polyformer.model import ModelConfig, Transformer
+from polyformer.model import Block, ModelConfig, Transformer
 from training import optimiser, parallel
 from training.loop import token_loss
 from training.recipes import ScaleRecipe
@@ -75,9 +75,10 @@ def forward_flops(config: ModelConfig, tokens: int | None = None) -> int:
 
 def _forward_flops(model: Transformer, t: int) -> int:
     linears = (m for m in model.modules() if isinstance(m, nn.Linear))
-    inside = {id(m) for block in model.blocks for m in block.mixer.modules()}
+    layers = [block.mixer for block in model.blocks if isinstance(block, Block)]
+    inside = {id(m) for mixer in layers for m in mixer.modules()}
     outside = sum(2 * linear.weight.numel() for linear in linears if id(linear) not in inside)
-    return outside + sum(block.mixer.flops(t) for block in model.blocks)
+    return outside + sum(mixer.flops(t) for mixer in layers)
 
 
 def model_flops(config: ModelConfig, tokens: int | None = None) -> int:

@@ -31,7 +31,8 @@ def begin(recipe: ScaleRecipe) -> tuple[ScaleRecipe, Transformer | None]:
     Raises:
         ValueError: on all processes alike, if rank 0 cannot read the checkpoint or it is no causal language model.
     """
-    source, said = None, [recipe.model.to_json(), ""]
+    source: Transformer | None = None
+    said = [recipe.model.to_json(), ""]  # config, and what went wrong
     if dist.get_rank() == 0:
         try:
             source = first_model(recipe)

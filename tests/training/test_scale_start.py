@@ -20,6 +20,7 @@ from tests.polyformer.originals import BERT, LLAMA, NEOX, VOCAB, random_weights,
 from training import accounts, distributed, parallel, recipes, scale, start
 from training.folder import Folder
 from training.loop import token_loss
+from training.one_step import fit_polynomials, text_windows
 from training.recipes import RangeTargets
 from training.shards import ShardReader, write_shards
 from training.swap import swap_attention
@@ -65,7 +66,7 @@ def test_two_processes_start_from_a_checkpoint_and_give_the_curve_of_one(release
     folders = ["--out", str(tmp_path / "two"), "--data", str(data / "train"), "--heldout", str(data / "heldout")]
     ranges = ["--ranges", "activation=-0.5,0.5", "variance=0.8,1.25", "denominator=1.5,3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*torchrun, *command, *folders, *ranges], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run([*torchrun, *command, *folders, *ranges], cwd=ROOT, env=environment, check=True, timeout=500)
     outcome = run(RECIPE.with_(start=str(released), ranges=RANGES), tmp_path / "one", data)
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [sorted(line) for line in one] == [sorted(line) for line in two]
@@ -180,8 +181,6 @@ def test_polynomial_forms_of_released_shapes_make_a_step(name):
     config = recipe.polynomial_config()
     assert not {"rms", "layer"} & set(config.norms) and accounts.on_meta(config).levels > 0
     model = Transformer(config)
-    from training.one_step import fit_polynomials, text_windows
-
     fit_polynomials(model, recipe.model.activation)
     parallel.to_bfloat16(model)
     parallel.apply(model, parallel.Plan(precision="bf16", checkpointing=True), None).train()

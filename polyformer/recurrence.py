@@ -123,6 +123,16 @@ def decayed_attention(q_BHTN: Tensor, k_BHTN: Tensor, v_BHTP: Tensor, log_a: Ten
     return y.flatten(2, 3)[:, :, :t]
 
 
+def decayed_flops(t: int, n: int, p: int, *, entries: bool) -> int:
+    """Operations of `decayed_attention` for one position and head, N = n and P = p, a multiply-add being 2; `entries`: each
+    key entry has its own decay.
+    """
+    c = min(t, ENTRY_CHUNK if entries else CHUNK)
+    inside = 2 * c * (n + p)
+    # states and what is read from them; carrying a state on is one multiply-add an entry and chunk
+    return inside if t <= c else inside + 4 * n * p + 2 * n * p // c
+
+
 def _chunks(x_BHTN: Tensor, size: int) -> Tensor:
     """[B, H, T, N] -> [B, H, n, C, N]; zeros at the end add no key and do not decay."""
     x = F.pad(x_BHTN, (0, 0, 0, -x_BHTN.shape[2] % size))

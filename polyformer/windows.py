@@ -91,6 +91,10 @@ class Windowed(Mixer):
     def project(self, y_BHTK: Tensor) -> Tensor:
         return self.inner.project(y_BHTK)
 
+    def mixing(self, t: int) -> int:
+        """Those of the inner mixer, its linears too, on windows of full size: shifted ones at an edge are smaller."""
+        return self.inner.flops(self.inner.length)
+
     @property
     def receptive_field(self) -> int | None:
         """From the first to the last token of the longest window, in raster order; None if one window holds them all."""

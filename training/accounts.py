@@ -1,20 +1,21 @@
 """What a recipe costs before anything is allocated: parameters, bytes and floating-point operations.
 
 The model is built on the meta device, where tensors have shapes and no data. Parameters are counted on it; what
-autograd would keep for the backward pass is measured by running one block on it and adding up the storages that are
-saved. FLOPs are closed form (a multiply-add is 2), and a test holds them against torch's own counter.
+autograd would keep for the backward pass is measured by running its blocks and adding up the storages that are saved.
+FLOPs are closed form (a multiply-add is 2), each mixer's its own, and a test holds them against torch's own counter.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from polyformer.model import ModelConfig, Transformer
-from training import optimiser
+from polyformer.model import Block, ModelConfig, Transformer
+from training import optimiser, parallel
 from training.loop import token_loss
 from training.recipes import ScaleRecipe
 
@@ -43,7 +44,7 @@ class Accounts:
 def account(recipe: ScaleRecipe, *, world: int = 1) -> Accounts:
     """Return the accounts of a recipe for one process of `world`, weights sharded evenly over all of them."""
     model = on_meta(recipe.model)
-    forward = forward_flops(recipe.model)
+    forward = _forward_flops(model, recipe.model.length)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Accounts(
         recipe=recipe.name,
@@ -64,34 +65,20 @@ def on_meta(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a model with exact functions, in closed form; refuses a config that has trained coefficients."""
-    if config.activation == "polynomial":
-        raise ValueError("a polynomial activation has coefficients of its own; count them on the model from on_meta")
-    d, v = config.width, config.vocab
-    norms = sum(d * (1 if kind.startswith("rms") else 2) for kind in config.norms)
-    block = sum((into + config.biases) * out for into, out in block_linears(config))
-    return v * d + config.length * d + config.blocks * block + norms + d * v + v
-
-
-def block_linears(config: ModelConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of each linear of a block with attention: q, k, v, o, then up, down and perhaps the gate."""
-    d, h = config.width, config.hidden
-    keys = d * config.kv_heads // config.heads if config.kv_heads else d
-    return [(d, d), (d, keys), (d, keys), (d, d), (d, h), (h, d), *([(d, h)] if config.gated else [])]
-
-
 def forward_flops(config: ModelConfig, tokens: int | None = None) -> int:
-    """FLOPs of a forward pass, a token, in windows of `tokens` (the full window if None): matrix products alone.
-
-    Linears 2 a weight (with as many key heads as heads and no gate 8 D^2 of attention, 4 D hidden of the MLP), head
-    2 D V; scores and values 2 T D each, over the whole square, as MFU is defined (Chowdhery et al. 2022, arXiv
-    2204.02311, appendix B): the tiles of `power_sums` leave out most of what a causal mask hides, so a long window makes
-    as little as half of that. Kaplan et al. 2020 (arXiv 2001.08361, table 1), with the head counted.
+    """FLOPs of a forward pass, a token, in windows of `tokens` (the full window if None): 2 a weight of every linear, the
+    head included (Kaplan et al. 2020, arXiv 2001.08361, table 1, with the head counted), and what each block's mixer
+    counts for itself.
     """
-    d, t = config.width, config.length if tokens is None else tokens
-    linears = sum(2 * into * out for into, out in block_linears(config))
-    return config.blocks * (linears + 4 * t * d) + 2 * d * config.vocab
+    return _forward_flops(on_meta(config), config.length if tokens is None else tokens)
+
+
+def _forward_flops(model: Transformer, t: int) -> int:
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    layers = [block.mixer for block in model.blocks if isinstance(block, Block)]
+    inside = {id(m) for mixer in layers for m in mixer.modules()}
+    outside = sum(2 * linear.weight.numel() for linear in linears if id(linear) not in inside)
+    return outside + sum(mixer.flops(t) for mixer in layers)
 
 
 def model_flops(config: ModelConfig, tokens: int | None = None) -> int:
@@ -101,22 +88,29 @@ def model_flops(config: ModelConfig, tokens: int | None = None) -> int:
 
 def activation_bytes(recipe: ScaleRecipe) -> int:
     """Bytes that autograd keeps for one micro-batch: all blocks and the head, or with checkpointing the inputs of all
-    blocks and the larger of one block and the head.
+    blocks and the largest of one block and the head.
     """
     config = recipe.model
     model = on_meta(config)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if recipe.precision == "bf16":
-        from training.parallel import keep_powers_in_fp32
-
-        model.to(dtype)
-        keep_powers_in_fp32(model)
+        parallel.to_bfloat16(model)
+        parallel.keep_powers_in_fp32(model)
     x_BTD = torch.empty(recipe.micro_batch, config.length, config.width, device="meta", dtype=dtype, requires_grad=True)
     targets_BT = torch.empty(recipe.micro_batch, config.length, device="meta", dtype=torch.int64)
-    block = saved_bytes(model.blocks[0], lambda: model.blocks[0](x_BTD))
+    kept: dict[tuple[str, ...], int] = {}  # of one block of each kind
+    kinds = [(name, *_norms(block)) for name, block in zip(config.layer_mixers, model.blocks, strict=True)]
+    for kind, block in zip(kinds, model.blocks, strict=True):
+        if kind not in kept:
+            kept[kind] = saved_bytes(block, functools.partial(block, x_BTD))
+    blocks = [kept[kind] for kind in kinds]
     head = saved_bytes(model, lambda: token_loss(model.head(model.norm(x_BTD)).float(), targets_BT))
     inputs = config.blocks * x_BTD.numel() * x_BTD.element_size()
-    return inputs + max(block, head) if recipe.checkpointing else config.blocks * block + head
+    return inputs + max(*blocks, head) if recipe.checkpointing else sum(blocks) + head
+
+
+def _norms(block: nn.Module) -> list[str]:
+    return [getattr(norm, "kind", type(norm).__name__) for norm in (block.norm1, block.norm2)]
 
 
 def saved_bytes(module: nn.Module, run: Callable[[], Tensor]) -> int:

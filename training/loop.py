@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyformer.layers import beside
+from training import optimiser as optimisers
 from training.data import IGNORE
 from training.interrupt import held_interrupt
 from training.recipe import Progress
@@ -82,7 +83,7 @@ def run_stage(
     The checkpoint holds parameters, buffers, Adam moments, the step and the states of both generators. It stays: once
     the trained model is kept somewhere, the caller removes it by `discard_checkpoint`.
     """
-    optimiser = _optimiser(model, schedule)
+    optimiser = optimisers.build("adamw", model, lr=schedule.lr, weight_decay=schedule.weight_decay)
     checkpoint = _checkpoint(folder, stage)
     first = load_checkpoint(checkpoint, model, optimiser, sampler) if checkpoint.exists() else 0
     _trim_log(log, stage, first)
@@ -127,15 +128,6 @@ def discard_checkpoint(folder: Path, stage: str) -> None:
 
 def _checkpoint(folder: Path, stage: str) -> Path:
     return folder / f"{stage}.safetensors"
-
-
-def _optimiser(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
-    """Weight decay on matrices alone; vectors, embeddings and polynomial coefficients go without."""
-    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith(("token", "position"))]
-    kept = {id(p) for p in decayed}
-    others = [p for p in model.parameters() if id(p) not in kept]
-    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98), fused=True)
 
 
 def save_checkpoint(

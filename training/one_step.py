@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from polyformer.activations import Activation, fit_activation
 from polyformer.approx import inverse_sqrt, reciprocal
@@ -84,7 +83,7 @@ def one_step(
     torch.manual_seed(recipe.seed)
     model = Transformer(recipe.polynomial_config())
     fit_polynomials(model, recipe.model.activation)
-    to_bfloat16(model)
+    parallel.to_bfloat16(model)
     parallel.apply(model, parallel.Plan(precision="bf16", checkpointing=True), None).train()
     # The first step of a run comes with a rate warmed up from nothing; the full rate on unseasoned weights leaves the
     # intervals of the polynomials at once.
@@ -139,15 +138,6 @@ def fit_polynomials(model: Transformer, activation: str) -> None:
             module.polynomial.set(fit_activation(activation, module.polynomial.degree, ACTIVATION_INTERVAL))
         elif isinstance(module, Norm) and module.inverse_sqrt is not None:
             module.inverse_sqrt.set(inverse_sqrt(module.inverse_sqrt.degree, VARIANCE_INTERVAL))
-
-
-def to_bfloat16(model: nn.Module) -> None:
-    """Turn weights into bfloat16 one by one, so that never two copies of all exist; buffers and polynomial
-    coefficients stay float32.
-    """
-    for name, p in model.named_parameters():
-        if not name.endswith("coefficients"):
-            p.data = p.data.to(torch.bfloat16)
 
 
 def text_windows(count: int, size: int) -> torch.Tensor:

@@ -30,11 +30,17 @@ def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, seed: 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Return two groups: matrices with weight decay; vectors, embeddings and polynomial coefficients without."""
+    """Return two groups: weights of `nn.Linear` with weight decay; all else without.
+
+    All else are biases, gains, positions, coefficients, convolutions, skips, rates of decay whatever their shape, and
+    tables of embeddings: of tokens, as ever, and so a head that is tied to one; of segments too.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - tables
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        (decayed if p.ndim == 2 and not name.startswith(("token", "position")) else others).append(p)
+    for p in model.parameters():
+        (decayed if id(p) in linears else others).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -1,10 +1,15 @@
 """Recipes of runs at scale, by name: the shape of the model and all numbers of the optimisation.
 
-The Pythia names mean the shapes of Biderman et al. 2023 (arXiv 2304.01373, table 1): width, blocks, heads, an MLP of
-four times the width, parallel blocks, an untied head, 2048 tokens, vocabulary 50304, and their learning rates. What is
-ours is in the model: learned positions, and one norm a parallel block. `llama-7b-shape` has the width, depth, heads and
-vocabulary of LLaMA 7B (Touvron et al. 2023, arXiv 2302.13971, table 2); its two-matrix MLP of 3/2 x 11008 has as many
-weights as LLaMA's three matrices.
+Released weights load into these shapes (`polyformer.pretrained`); what is ours is PowerSoftmax in the place of softmax.
+
+    pythia-70m, 160m, 410m, 1.4b   Pythia (Biderman et al. 2023, arXiv 2304.01373, table 1, with their learning rates):
+                                   parallel blocks, rotary positions on a quarter of each head, LayerNorm, GELU, biases, an
+                                   untied head, 2048 tokens, a table of 50,304 rows (padded: the tokenizer has fewer)
+    llama-7b-shape                 LLaMA 7B (Touvron et al. 2023, arXiv 2302.13971, table 2): rotary positions, RMSNorm,
+                                   SwiGLU, no biases, an untied head, 2048 tokens, 32,000 rows
+
+Parameters are those published, but for one thing: a parallel block of Pythia has two LayerNorms on the same x, ours one
+(the gains fold into the linears, see `architectures/gpt_neox.py`), so it holds 2 D a block fewer.
 """
 
 from __future__ import annotations
@@ -20,7 +25,45 @@ from training.shards import BYTE_VOCAB
 
 PRECISIONS = ("fp32", "bf16")
 # How a run is called and carried out: a run may go on with others.
-NOT_MATHEMATICS = ("name", "checkpointing", "compile", "checkpoint_every")
+NOT_MATHEMATICS = ("name", "checkpointing", "compile", "checkpoint_every", "evaluate_every", "heldout_windows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeTargets:
+    """Range losses (methods.md 1.3) of a run: the interval in which the values of each kind are wanted, and the weight of
+    what leaves it (0 leaves the kind alone).
+    """
+
+    activation: tuple[float, float] = (-4.0, 4.0)
+    variance: tuple[float, float] = (0.25, 4.0)
+    denominator: tuple[float, float] = (0.5, 16.0)
+    activation_weight: float = 0.3
+    variance_weight: float = 0.3
+    denominator_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        for kind in ("activation", "variance", "denominator"):
+            lo, hi = getattr(self, kind)
+            if not lo < hi or (lo >= 0) == (kind == "activation") or lo == 0:
+                wanted = "below 0 to above it" if kind == "activation" else "above 0 upwards"
+                raise ValueError(f"the target of {kind} is {lo} to {hi}; give an interval from {wanted}")
+
+    @classmethod
+    def changed(cls, changes: Sequence[str]) -> RangeTargets:
+        """Return the defaults with some changed, each "kind=low,high" or "kind_weight=number"."""
+        values: dict[str, Any] = {}
+        for change in changes:
+            name, _, text = change.partition("=")
+            if name not in (known := [f.name for f in fields(cls)]):
+                raise ValueError(f"unknown range {change!r}; known: {', '.join(f'{n}=' for n in known)}")
+            try:
+                numbers = tuple(float(part) for part in text.split(","))
+            except ValueError:
+                numbers = ()
+            if len(numbers) != (wanted := 1 if name.endswith("_weight") else 2):
+                raise ValueError(f"{change!r} must hold {wanted} numbers after {name}=, parted by a comma")
+            values[name] = numbers[0] if wanted == 1 else numbers
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +87,23 @@ class ScaleRecipe:
     compile: bool = False
     checkpoint_every: int = 1000
     seed: int = 0
+    start: str | None = None  # checkpoint of the first weights, see `training.start`; None: random ones
+    ranges: RangeTargets | None = None  # None: no range losses
+    evaluate_every: int = 1000  # steps, where there are held-out shards
+    heldout_windows: int = 1024  # of them, the first
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        for name in ("batch", "micro_batch", "steps", "checkpoint_every", "evaluate_every", "heldout_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.ranges is not None and self.compile:
+            raise ValueError(
+                "range losses listen inside the blocks, where compiled code hears nobody; set compile=False"
+            )
         if self.batch % self.micro_batch:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; change one of them"
@@ -88,7 +142,7 @@ class ScaleRecipe:
             reciprocal_degree=4,
             activation="polynomial",
             activation_degree=4,
-            norms=tuple("rms_poly" if kind == "rms" else kind for kind in self.model.norms),
+            norms=tuple(f"{kind}_poly" if kind in ("rms", "layer") else kind for kind in self.model.norms),
             norm_degree=4,
         )
 
@@ -180,8 +234,11 @@ def _pythia(name: str) -> ScaleRecipe:
             hidden=4 * width,
             blocks=blocks,
             parallel=True,
-            norms=("rms",) * (blocks + 1),
+            norms=("layer",) * (blocks + 1),
             power=4,
+            rotary=width // heads // 4,
+            positions="none",
+            head_bias=False,
         ),
         batch=1024,  # 2 million tokens a step
         micro_batch=micro_batch,
@@ -200,11 +257,17 @@ def _llama_7b_shape() -> ScaleRecipe:
             length=2048,
             width=4096,
             heads=32,
-            hidden=16_512,
+            hidden=11_008,
             blocks=32,
             norms=("rms",) * 65,
             activation="silu",
             power=4,
+            norm_eps=1e-6,
+            rotary=128,
+            positions="none",
+            biases=False,
+            gated=True,
+            head_bias=False,
         ),
         batch=2048,  # 4 million tokens a step, as LLaMA
         micro_batch=1,

@@ -1,7 +1,8 @@
 """Token shards on disk, mapped into memory, read in a shuffled order whose whole state is one number.
 
-shards.json       {"format": 1, "vocab": V, "dtype": "uint16" | "uint32", "tokens": [n0, n1, ...], "digest": hex}
-shard-00000.bin   n0 tokens, little-endian, documents one after the other with <|eot|> behind each
+shards.json       {"format": 1, "vocab": V, "dtype": "uint16" | "uint32", "end": id, "tokens": [n0, n1, ...],
+                  "digest": hex}
+shard-00000.bin   n0 tokens, little-endian, documents one after the other with the id `end` behind each
 
 A window has T + 1 tokens, inputs and targets in one; windows tile each shard without overlap of their inputs. The order
 of an epoch is a keyed permutation computed window by window (a Feistel network walked until it lands inside), so a
@@ -40,12 +41,15 @@ class Position:
 
 
 def write_shards(
-    folder: Path, documents: Iterable[np.ndarray], *, vocab: int, shard_tokens: int = 100_000_000
+    folder: Path, documents: Iterable[np.ndarray], *, vocab: int, shard_tokens: int = 100_000_000, end: int = EOT_ID
 ) -> list[int]:
-    """Write documents (int vectors of ids) as shards of at most `shard_tokens` tokens; return the tokens of each.
+    """Write documents (int vectors of ids), each with the id `end` behind it, as shards of at most `shard_tokens` tokens;
+    return the tokens of each.
 
     The index is written last and by a rename: a folder without it holds no shards.
     """
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
     digest, held = hashlib.blake2b(digest_size=16), 0
@@ -61,7 +65,7 @@ def write_shards(
         held, parts = 0, []
 
     for document in documents:
-        ids = np.append(np.asarray(document), EOT_ID)
+        ids = np.append(np.asarray(document), end)
         if ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(f"a document holds ids {ids.min()}..{ids.max()}; the vocabulary has {vocab}")
         for start in range(0, len(ids), shard_tokens):
@@ -78,6 +82,7 @@ def write_shards(
         "format": FORMAT,
         "vocab": vocab,
         "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+        "end": end,
         "tokens": counts,
         "digest": digest.hexdigest(),
     }

@@ -59,6 +59,17 @@ class Mixer(nn.Module, ABC):
         """Return the output projection of the merged heads, y_BTD."""
         raise NotImplementedError(f"{type(self).__name__} does not give its output; write its method `project`")
 
+    def flops(self, t: int) -> int:
+        """Floating-point operations of `forward` for each position of a window of t: linears, 2 a weight, and `mixing`."""
+        linears = (child for child in self.children() if isinstance(child, nn.Linear))
+        return sum(2 * linear.weight.numel() for linear in linears) + self.mixing(t)
+
+    @abstractmethod
+    def mixing(self, t: int) -> int:
+        """Those beside the linears: matrix products, convolutions and recurrences, where a multiply-add is 2. Functions
+        of single entries (softmax, gates, what makes a decay) count nothing, nor does what is made once for all windows.
+        """
+
     @property
     @abstractmethod
     def degree(self) -> int:
@@ -182,6 +193,13 @@ class Attention(Mixer):
     def project(self, y_BHTK: Tensor) -> Tensor:
         return self.o(self.merge(y_BHTK))
 
+    def mixing(self, t: int) -> int:
+        """Scores and values, 2 T D each, over the whole square, as MFU is defined (Chowdhery et al. 2022, arXiv 2204.02311,
+        appendix B): the tiles of `power_sums` leave out most of what a causal mask hides, so a long window makes as little
+        as half of that.
+        """
+        return 4 * t * self.heads * self.head_size
+
 
 class ChannelMixer(Mixer):
     """A mixer whose heads are its E channels; a subclass makes the output projection `o`, E -> D."""
@@ -222,6 +240,11 @@ class CausalConv(nn.Module):
             taps = range(min(i + 1, self.weight_EW.shape[1]))
             rows.append(sum((self.weight_EW[:, s] * x_BTE[:, i - s] for s in taps), self.bias_E))
         return torch.stack(rows, 1)
+
+    @property
+    def flops(self) -> int:
+        """Operations of one position."""
+        return 2 * self.weight_EW.numel()
 
     def matrix(self, t: int) -> Tensor:
         """Return the Toeplitz matrices M_ETT with M[e, i, j] = w[e, i - j]."""

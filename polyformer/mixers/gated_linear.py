@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyformer.mixers.base import Attention
-from polyformer.recurrence import decayed_attention, decayed_scores, wide
+from polyformer.recurrence import decayed_attention, decayed_flops, decayed_scores, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -109,6 +109,9 @@ class GatedLinear(Attention):
             y_BHK = (q[:, :, i, :, None] * state_BHKK).sum(2)
             rows.append(y_BHK * self.row_factor(y_BHK))
         return self.o(self.merge(torch.stack(rows, 2) * self.gate(x_BTD)))
+
+    def mixing(self, t: int) -> int:
+        return self.heads * decayed_flops(t, self.head_size, self.head_size, entries=self.a is not None)
 
     @property
     def degree(self) -> int:

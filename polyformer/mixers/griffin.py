@@ -77,6 +77,10 @@ class Griffin(ConvolvedMixer):
         log_a, into, g = (s.transpose(1, 2) for s in (*self.recurrence(self.conv(v_BTD)), g_BTD))
         return g[..., None] * decays(log_a[..., None])[..., 0] * into[:, :, None, :]
 
+    def mixing(self, t: int) -> int:
+        """The convolution, and the recurrence, 2 a channel."""
+        return self.conv.flops + 2 * len(self.lambda_D)
+
     @property
     def degree(self) -> int:
         raise ValueError("griffin holds sigmoids and exponentials and is not polynomial; use 'polynomial_s6'")

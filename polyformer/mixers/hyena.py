@@ -12,6 +12,7 @@ A = diag(x_0) prod_i (T_{h_i} + diag(b_i)) diag(x_i) S, on the projected values;
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +55,7 @@ class Hyena(Mixer):
         self.o = nn.Linear(d, d)
 
     filters = 1  # of each long convolution and channel
+    directions = 1  # in which each long convolution runs over a channel
 
     def sides(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the sides of the grid on which the tokens lie."""
@@ -131,6 +133,11 @@ class Hyena(Mixer):
         """Return the output projection of the channels, y_BTD."""
         return self.o(y_BDT1[..., 0].transpose(1, 2))
 
+    def mixing(self, t: int) -> int:
+        """The short convolution, and by FFT the long ones: there and back, and a product of spectra, a channel and step."""
+        sides = (t,) if len(self.grid) == 1 else self.grid
+        return 2 * self.short.numel() + (self.order - 1) * self.width * self.directions * fft_flops(sides)
+
     @property
     def degree(self) -> int:
         return self.order + 1
@@ -139,6 +146,14 @@ class Hyena(Mixer):
     def depth(self) -> int:
         """Projection 1, short convolution 1, gate and long convolution 2 each of o - 1 times, last gate 1, output 1."""
         return 2 + 2 * (self.order - 1) + 2
+
+
+def fft_flops(sides: tuple[int, ...]) -> int:
+    """Operations of `fft_convolve` for each point of a grid, the transform of h left out: 2.5 n log2 n for a real transform
+    of n points (Cooley and Tukey 1965), padded to twice each side, and 6 a product of complex numbers.
+    """
+    n = math.prod(2 * side for side in sides)
+    return round((5 * n * math.log2(n) + 6 * (n // 2 + 1)) / math.prod(sides))
 
 
 def fft_convolve(v: Tensor, h: Tensor, axes: int) -> Tensor:

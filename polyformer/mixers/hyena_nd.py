@@ -65,6 +65,7 @@ class HyenaNd(Hyena):
             [axis - n for axis, flip in enumerate(flips) if flip]
             for flips in itertools.product((False, True), repeat=n)
         ]
+        self.directions = len(self.flips) if self.direction.startswith("4dir") else 1
         self.mix_SKD = (
             nn.Parameter(torch.full((self.order - 1, 2**n, self.width), 2 ** (-n / 2)))
             if self.direction.startswith("4dir")

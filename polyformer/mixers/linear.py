@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polyformer.mixers.base import Attention
-from polyformer.recurrence import decayed_attention
+from polyformer.recurrence import decayed_attention, decayed_flops
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -72,6 +72,9 @@ class Linear(Attention):
                 y_BHK = y_BHK / (q[:, :, i] * keys_BHK).sum(-1, keepdim=True)
             rows.append(y_BHK)
         return self.project(torch.stack(rows, 2))
+
+    def mixing(self, t: int) -> int:
+        return self.heads * decayed_flops(t, self.head_size, self.head_size, entries=False)
 
     @property
     def degree(self) -> int:

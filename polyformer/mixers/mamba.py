@@ -113,6 +113,10 @@ class Mamba(ConvolvedMixer):
     def parts(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         return self.inner(x_BTD).chunk(2, -1)
 
+    def mixing(self, t: int) -> int:
+        """The convolution, then h = a h + b and C h, 2 each an entry of the state."""
+        return self.conv.flops + 4 * self.channels * self.state
+
     @property
     def degree(self) -> int:
         raise ValueError("mamba holds exponentials and sigmoids and is not polynomial; use 'polynomial_s6'")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from polyformer.mixers.base import CausalConv, ConvolvedMixer
 from polyformer.mixers.mamba import delta_bias
-from polyformer.recurrence import decayed_attention, decayed_scores, wide
+from polyformer.recurrence import decayed_attention, decayed_flops, decayed_scores, wide
 
 if TYPE_CHECKING:
     from polyformer.model import ModelConfig
@@ -103,6 +103,10 @@ class Mamba2(ConvolvedMixer):
         rows_BTE = self.row_factor(y_BTE) * self.gain_E * F.silu(z)
         alpha_BETT = alpha_BHTT.repeat_interleave(self.channels // self.heads, 1)
         return rows_BTE.transpose(1, 2)[..., None] * alpha_BETT * m_BTE.sigmoid().transpose(1, 2)[:, :, None, :]
+
+    def mixing(self, t: int) -> int:
+        attention = self.heads * decayed_flops(t, self.state, self.channels // self.heads, entries=False)
+        return attention + self.conv.flops + self.conv_select.flops
 
     @property
     def degree(self) -> int:

@@ -88,6 +88,10 @@ class PolynomialS6(ChannelMixer):
     def value(self, x_BTD: Tensor) -> Tensor:
         return self.split(self.u(x_BTD))
 
+    def mixing(self, t: int) -> int:
+        """h = a h + b and C h, 2 each an entry of the state."""
+        return 4 * self.c0_EN.numel()
+
     @property
     def degree(self) -> int:
         """C 1, u 1, B 1 and L - 1 decays, at the last of the L positions of the window."""

@@ -86,6 +86,10 @@ class Rwkv(ChannelMixer):
         """v of the mix of two positions: the mix is part of the value, as in methods.md 5.1."""
         return self.split(self.rkv(x_BTD)[2])
 
+    def mixing(self, t: int) -> int:
+        """Two sums a channel, numerator and denominator, each a recurrence of 2."""
+        return 4 * len(self.rate_D)
+
     @property
     def degree(self) -> int:
         raise ValueError("rwkv divides by a sum of exponentials and is not polynomial; use 'power_softmax' or 'linear'")

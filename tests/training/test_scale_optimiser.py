@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from polyformer import mixers
 from polyformer.model import Transformer
-from training import optimiser, recipes
+from training import accounts, optimiser, parallel, recipes
 from training.optimiser import Factored, round_stochastically
 
 
@@ -99,16 +102,28 @@ def test_state_takes_the_bytes_that_the_accounts_say(name):
     assert held == optimiser.state_bytes(name, model)
 
 
-def test_groups_hold_every_parameter_once_and_decay_matrices_alone():
-    model = Transformer(recipes.load("tiny_cpu").model)
+@pytest.mark.parametrize("name", [n for n in mixers.names() if n != "hyena_nd"])
+def test_groups_hold_every_parameter_once_and_decay_weights_of_linears_alone(name):
+    changes = {"hyena_window": "learned"} if name == "hyena" else {"head": "tied"} if name == "softmax" else {}
+    model = Transformer(replace(recipes.load("tiny_cpu").model, mixer=name, token_types=2, **changes))
     decayed, others = optimiser.parameter_groups(model, 0.1)
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed["params"]) + len(others["params"]) == len(names)
-    assert {n for n in names.values() if n.endswith(("q.weight", "up.weight"))} | {"head.weight"} <= {
-        names[id(p)] for p in decayed["params"]
-    }
-    assert {"token.weight", "position", "norm.gamma", "head.bias"} <= {names[id(p)] for p in others["params"]}
+    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {names[id(p)] for p in decayed["params"]}
+    assert found == (linears - {"head.weight"} if changes.get("head") == "tied" else linears)
+    assert {"token.weight", "position", "segment.weight", "norm.gamma"} <= {names[id(p)] for p in others["params"]}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_groups_of_a_sharded_model_are_those_of_the_whole_one():
+    whole = Transformer(recipes.load("tiny_cpu").model)
+    sharded = accounts.on_meta(whole.config)
+    with parallel.processes() as mesh:
+        parallel.apply(sharded, parallel.Plan(), mesh)
+        for ours, theirs in zip(*(optimiser.parameter_groups(m, 0.1) for m in (whole, sharded)), strict=True):
+            assert [p.shape for p in ours["params"]] == [p.shape for p in theirs["params"]]
 
 
 def test_unknown_names_list_the_known_ones():

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from polyformer import mixers
 from polyformer.layers import Tap
 from polyformer.model import Transformer
-from training import accounts, parallel, recipes, scale, trackers
+from training import accounts, parallel, recipes, scale, start, trackers
 from training.loop import token_loss
-from training.one_step import fit_polynomials, text_windows, to_bfloat16
+from training.one_step import fit_polynomials, text_windows
+from training.parallel import to_bfloat16
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 RECIPE = recipes.load("tiny_cpu")
@@ -59,6 +61,30 @@ def test_checkpointing_runs_each_block_twice():
         model.blocks[0].mlp.up.register_forward_hook(lambda *_: calls.append(1))
         gradients(parallel.apply(model, parallel.Plan(checkpointing=checkpointing), None))
         assert len(calls) == (3 if checkpointing else 1)
+
+
+@pytest.mark.parametrize("compiled", [None, "eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_recomputation_counts_no_batch_twice_in_running_statistics(compiled):
+    config = replace(RECIPE.model, norms=("batch",) * 5, mlp_norm=True)
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        plan = parallel.Plan(checkpointing=checkpointing, compile=compiled if checkpointing else None)
+        model = parallel.apply(Transformer(config), plan, None).train()
+        gradients(model)
+        found.append(dict(model.named_buffers()))
+        assert {norm.momentum for norm in parallel.batch_norms(model)} == {0.1}
+    assert not torch.equal(found[0]["blocks.0.norm1.mean"], torch.zeros(32))
+    for name, buffer in found[0].items():
+        torch.testing.assert_close(found[1][name], buffer, msg=name)
+
+
+def test_batch_norms_are_refused_where_processes_would_differ():
+    mesh = types.SimpleNamespace(size=lambda: 2)
+    model = accounts.on_meta(replace(RECIPE.model, norms=("batch",) * 5))
+    with pytest.raises(ValueError, match="5 BatchNorms, whose running statistics are not reduced over the 2 processes"):
+        parallel.apply(model, parallel.Plan(), mesh)
 
 
 def test_powers_and_variances_are_float32_in_a_bfloat16_model():
@@ -123,6 +149,46 @@ def test_sharding_in_bfloat16_keeps_decays_and_polynomials_exact(name, plan):
         assert not missing
 
 
+CAUSAL = [{"mixer": name} for name in mixers.names() if name != "hyena_nd"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*CAUSAL, {"mixer": "hyena", "hyena_window": "learned"}, {"mixer": "hyena", "hyena_filter": "direct"}],
+    ids=lambda c: "-".join(c.values()),
+)
+def test_every_causal_mixer_runs_in_bfloat16_sharded_and_whole(changes):
+    config = replace(RECIPE.model, blocks=1, norms=("rms",) * 3, state=2, **changes)
+    torch.manual_seed(0)
+    source, sharded, whole = Transformer(config), accounts.on_meta(config), Transformer(config)
+    whole.load_state_dict(source.state_dict())
+    windows, plan = text_windows(2, 33), parallel.Plan(precision="bf16")
+    exact = source(windows[:, :-1])
+    with parallel.processes() as mesh:
+        parallel.apply(sharded, plan, mesh)
+        parallel.materialise(sharded, source, torch.device("cpu"))
+        parallel.to_bfloat16(whole)
+        for model in (sharded, parallel.apply(whole, plan, None)):
+            logits = model(windows[:, :-1]).float()
+            token_loss(logits, windows[:, 1:]).backward()
+            assert (logits - exact).abs().mean() < 0.02 * exact.std()
+            assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_a_hyena_filter_is_that_of_float32():
+    """Also of a sharded model: positions near the end of a window differ by less than bfloat16 can say."""
+    config = replace(RECIPE.model, mixer="hyena", hyena_window="learned", blocks=1, norms=("rms",) * 3)
+    torch.manual_seed(0)
+    source, sharded, whole = Transformer(config), accounts.on_meta(config), Transformer(config)
+    whole.load_state_dict(source.state_dict())
+    parallel.to_bfloat16(whole)
+    with parallel.processes() as mesh:
+        parallel.apply(sharded, parallel.Plan(precision="bf16"), mesh)
+        parallel.materialise(sharded, source, torch.device("cpu"))
+        for model in (sharded, whole):
+            assert torch.equal(model.blocks[0].mixer.filter(), source.blocks[0].mixer.filter())
+
+
 def test_polynomial_form_takes_the_same_treatment():
     torch.manual_seed(0)
     exact = Transformer(RECIPE.polynomial_config())
@@ -141,7 +207,7 @@ def test_a_sharded_model_starts_with_the_values_of_the_whole_one():
     torch.manual_seed(RECIPE.seed)
     whole = Transformer(RECIPE.model)
     with parallel.processes() as mesh:
-        sharded = scale.sharded_model(RECIPE, mesh)
+        sharded = scale.sharded_model(*start.begin(RECIPE), mesh)
         values = {name: p.full_tensor() for name, p in sharded.named_parameters()}
         assert values.keys() == dict(whole.named_parameters()).keys()
         assert all(torch.equal(values[name], p) for name, p in whole.named_parameters())

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from training import prepare
 from training.data import EOT_ID, read_documents, train_bpe
@@ -136,7 +136,36 @@ def test_prepare_writes_a_text_with_a_tokenizer(tmp_path):
     assert parts == read_documents(text) and ids[-1] == EOT_ID and reader.vocab == 270
 
 
-def test_prepare_refuses_a_tokenizer_without_an_end_mark(tmp_path):
+@pytest.mark.parametrize(("mark", "end"), [("<|endoftext|>", 8), ("</s>", 8), (None, 3)])
+def test_prepare_ends_documents_as_the_tokenizer_does(tmp_path, mark, end):
+    """Released tokenizers have the mark at the end of the vocabulary (GPT-2) or somewhere (Llama); 0 is text."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(8)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if mark is not None:
+        tokenizer.add_special_tokens([mark])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("w0 w2 w0\fw5 w6 w7 w0")
+    options = [] if mark is not None else ["--end", "w3"]
+    given = tmp_path if mark == "</s>" else tmp_path / "tokenizer.json"
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    prepare.main(["--text", str(text), "--tokenizer", str(given), "--out", str(out), *options])
+    reader = ShardReader(out, length=4, seed=0)
+    assert np.concatenate(reader.shards).tolist() == [0, 2, 0, end, 5, 6, 7, 0, end]
+    assert json.loads((out / "shards.json").read_text())["end"] == end and reader.vocab == (8 if mark is None else 9)
+
+
+def test_prepare_refuses_in_a_sentence(tmp_path, capsys):
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="must have id 0"):
-        prepare.prepare(tmp_path / "out", text=None, tokenizer=tmp_path / "tokenizer.json")
+    (tmp_path / "none.json").write_text("{}")
+    out = ["--out", str(tmp_path / "out")]
+    for options, sentence in (
+        (["--tokenizer", str(tmp_path / "tokenizer.json")], "name one with --end"),
+        (["--tokenizer", str(tmp_path / "none.json")], "is no tokenizer that the tokenizers library reads"),
+        (["--tokenizer", str(tmp_path / "absent.json")], "no file"),
+        (["--text", str(tmp_path / "absent")], "no text at"),
+        (["--end", "3"], "bytes end a document with id 0"),
+        (["--shard-tokens", "0"], "shard_tokens is 0; it must be at least 1"),
+    ):
+        with pytest.raises(SystemExit, match=sentence) as refusal:
+            prepare.main([*out, *options])
+        assert isinstance(refusal.value.code, str)  # which Python prints, with exit status 1

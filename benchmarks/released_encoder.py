@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from polyformer.model import ModelConfig, Transformer
 from polyformer.pretrained import load_pretrained
-from polyformer.ranges import Range, measure, taps
+from polyformer.ranges import Collector, Range, measure, range_loss, taps
 from training.data import cut_windows, encode_documents, read_documents, train_bpe
 from training.datasets import bbc
 from training.distil import Fit, distil_layers, distil_states
@@ -50,6 +50,7 @@ PAIRS = (
     ("A cat sits on the mat.", "The stock market fell sharply.", 0.081),
 )
 BATCH = 32  # windows at once
+RANGES = 0.3  # weight of each kind of range loss
 THREADS = 1  # quality alone is measured, so that it may run beside others
 
 
@@ -149,7 +150,7 @@ def minilm_distil(settings: Settings) -> Record:
         made = substituted(model, ranges, size, degree)
         judged(name, made, time.perf_counter() - began, **excursions(made, subject.test_NT))
         fit = Fit(steps=size.tune_steps, batch=size.batch, lr=size.state_lr, seed=seed + 1)
-        distil_states(original, made, subject.train_NT, fit=fit)
+        tune(original, made, subject.train_NT, fit, size)
         judged(f"{name}, tuned", made, time.perf_counter() - began, **excursions(made, subject.test_NT))
     return record()
 
@@ -225,6 +226,19 @@ def substituted(model: Transformer, ranges: dict[str, Range], size: Size, degree
             low, high = intervals[name]
             intervals[name] = (max(low, high / size.division_ratio), high)
     return with_polynomials(model, config, intervals)
+
+
+def tune(original: Transformer, model: Transformer, tokens_NT: Tensor, fit: Fit, size: Size) -> None:
+    """Distil the states with the polynomials in place; range losses hold values to the unwidened intervals, without which
+    one document in ten thousand values leaves a fit and everything behind it is lost.
+    """
+    targets = {name: widened(interval, 1 / size.margin) for name, interval in fitted_intervals(model).items()}
+    with Collector(model) as collector:
+
+        def extra() -> Tensor:
+            return range_loss(collector, targets, activation=RANGES, variance=RANGES, denominator=RANGES)
+
+        distil_states(original, model, tokens_NT, fit=fit, extra=extra)
 
 
 def excursions(model: Transformer, tokens_NT: Tensor) -> dict[str, Any]:

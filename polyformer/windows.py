@@ -93,7 +93,7 @@ class Windowed(Mixer):
 
     def mixing(self, t: int) -> int:
         """Those of the inner mixer, its linears too, on windows of full size: shifted ones at an edge are smaller."""
-        return self.inner.flops(self.inner.length)
+        return self.inner.flops(int(self.inner.length))  # type: ignore[arg-type]
 
     @property
     def receptive_field(self) -> int | None:

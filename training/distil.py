@@ -84,7 +84,7 @@ def distil_layers(
         raise ValueError(f"{held} window given; at least 2 are needed, one of them to measure on")
     x_NTD, found = first_states(original, inputs), []
     visible_NT = None if visible_NT is None else beside(visible_NT, x_NTD)
-    for i, (theirs, ours) in enumerate(zip(original.blocks, swapped.blocks, strict=True)):
+    for i, (theirs, ours) in enumerate(zip(original.blocks, swapped.blocks, strict=True)):  # type: ignore[arg-type]
         read_NTD, answer_NTD, x_NTD = run_block(theirs, x_NTD, visible_NT)  # type: ignore[arg-type]
         if not isinstance(theirs.mixer, Softmax) or not isinstance(ours.mixer, PowerSoftmax):
             continue
@@ -169,11 +169,13 @@ def distil_states(
     visible_NT: Tensor | None = None,
     *,
     fit: Fit,
+    extra: Callable[[], Tensor] | None = None,
     watch: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train all of a swapped encoder in place towards the original's states after every block.
 
-    The loss is the mean over blocks of the relative error. `watch` gets steps done and the loss, after every step.
+    The loss is the mean over blocks of the relative error, and on top of it `extra`, called after the forward pass: range
+    losses, where the encoder holds polynomials. `watch` gets steps done and the loss, after every step.
     """
     parameters = list(swapped.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=fit.lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -190,6 +192,8 @@ def distil_states(
             for a, b in zip(_all_states(swapped, tokens, visible), theirs, strict=True)
         ]
         loss = torch.stack(errors).mean()
+        if extra is not None:
+            loss = loss + extra()
         for group in optimiser.param_groups:
             group["lr"] = fit.rate(step)
         optimiser.zero_grad(set_to_none=True)
@@ -202,12 +206,12 @@ def distil_states(
 
 
 def _all_states(model: Transformer, tokens_NT: Tensor, visible_NT: Tensor | None) -> list[Tensor]:
-    """Return the states after every block."""
-    states = []
-    x_NTD = model.embed(tokens_NT)
-    if model.config.order == "post":
-        x_NTD = model.norm(x_NTD)
-    for block in model.blocks:
-        x_NTD = block(x_NTD) if visible_NT is None else block(x_NTD, visible_NT)
-        states.append(x_NTD)
+    """Return the states after every block, of one forward pass, so that whoever watches the model sees it."""
+    states: list[Tensor] = []
+    handles = [b.register_forward_hook(lambda module, args, output: states.append(output)) for b in model.blocks]
+    try:
+        model(tokens_NT, visible_BT=visible_NT)
+    finally:
+        for handle in handles:
+            handle.remove()
     return states

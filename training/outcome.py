@@ -35,7 +35,7 @@ def require_trainable(recipe: Recipe, task: Task) -> None:
 def require_polynomial(start: Model, stages: Sequence[Stage]) -> None:
     """Raise ValueError, naming the block, unless these stages make a polynomial of a model."""
     made = outcome(start, stages)
-    for i, block in enumerate(made.blocks):
+    for i, block in enumerate(made.blocks):  # type: ignore[arg-type]
         try:
             block.depth  # noqa: B018  it raises where a part is no polynomial
         except ValueError as error:
@@ -47,7 +47,7 @@ def outcome(start: Model, stages: Sequence[Stage]) -> Model:
     """Return, on the meta device, the model that stages make of another one; training changes no form."""
     config = body(start)
     with torch.device("meta"):
-        made = rebuilt(start, config)
+        made: Model = type(start)(start.config)  # type: ignore[arg-type]
         for stage in stages:
             if isinstance(stage, Swap):
                 config = swapped_config(config, **stage.change())

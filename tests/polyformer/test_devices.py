@@ -115,16 +115,16 @@ def test_quality_comes_back_to_the_labels():
             return torch.zeros(len(x), 3).as_subclass(Elsewhere)
 
     x, y = torch.zeros(4, 1, 4, 8), torch.zeros(4, dtype=torch.int64)
-    task = Classes(train_x=x, train_y=y, heldout_x=x, heldout_y=y, reading=None, patch=2)  # type: ignore[arg-type]
+    task = Classes(train_x=x, train_y=y, heldout_x=x, heldout_y=y, reading=None, patch=2)
     model = Logits()
-    assert task.quality(model)["heldout_accuracy"] == 1.0 and model.brought  # type: ignore[arg-type]
+    assert task.quality(model)["heldout_accuracy"] == 1.0 and model.brought
 
 
 @pytest.fixture
 def moved(monkeypatch) -> list[str]:
     """Where models are asked to go; they stay."""
     found: list[str] = []
-    monkeypatch.setattr(nn.Module, "to", lambda self, name: found.append(name) or self)
+    monkeypatch.setattr(nn.Module, "to", lambda self, name: found.append(name) or self)  # type: ignore[func-returns-value]
     return found
 
 

@@ -114,15 +114,18 @@ WIDE = replace(CONFIG, image=(16, 32), patch=4, body=replace(BODY, length=32, mi
 def columns_seen(config: SwinConfig, blocks: int, *, reference: bool) -> list[int]:
     """The places along the longer side that place 4 sees after so many blocks, by gradients."""
     model = make(config).double().eval()
-    for block in model.stages[0]:
+    first = model.stages[0]
+    assert isinstance(first, nn.ModuleList)
+    for block in first:
         if reference:
-            block.mixer.forward = block.mixer.reference
+            block.mixer.forward = block.mixer.reference  # type: ignore[union-attr]
     x = torch.randn(1, config.body.length, config.body.width, dtype=torch.float64, requires_grad=True)
     y = x
-    for block in model.stages[0][:blocks]:
+    for block in first[:blocks]:
         y = block(y)
     along = 0 if config.grid[0] == 8 else 1
     y.unflatten(1, config.grid).select(1 + along, 4).square().sum().backward()
+    assert x.grad is not None
     seen = x.grad.abs().sum(-1).view(config.grid).sum(1 - along) > 0
     return seen.nonzero()[:, 0].tolist()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from polyformer.model import ModelConfig, Transformer
+from polyformer.ranges import Collector, range_loss, taps
 from training.distil import Fit, distil_layers, distil_states, first_states, run_block
 from training.power_match import free_channel, match_powers
 from training.swap import swap_attention
@@ -138,6 +139,22 @@ def test_states_approach_the_original():
     assert len(losses) == 40
     assert losses[-1] < 0.6 * losses[0]
     assert not swapped.training
+
+
+def test_range_losses_hold_while_states_are_distilled():
+    original, tokens = model_of("bert"), windows(64)
+    swapped = swap_attention(original, power=4, eps=1e-2)
+    aims = {name: (-0.1, 0.1) for name, tap in taps(swapped).items() if tap.kind == "activation"}
+    losses: list[torch.Tensor] = []
+    with Collector(swapped) as collector:
+
+        def extra() -> torch.Tensor:
+            assert all(len(values) == 1 for values in collector.values.values())  # of this step alone
+            losses.append(range_loss(collector, aims, activation=1.0, variance=0.0, denominator=0.0))
+            return losses[-1]
+
+        distil_states(original, swapped, tokens, fit=Fit(steps=30, lr=3e-3), extra=extra)
+    assert losses[-1].item() < 0.7 * losses[0].item()
 
 
 def test_a_schedule_of_layers_is_swapped_and_fitted_alone():

@@ -125,6 +125,6 @@ def test_rows_centre_all_windows_and_ranges_see_every_size():
 def test_what_a_run_cannot_hold_or_fit_is_said():
     assert isinstance(from_facts(facts(start())), Swin)
     with pytest.raises(TypeError, match="Classifier is no model that a run can hold; known: transformer, encoder, vit"):
-        facts(Classifier(replace(CONFIG, stages=(3,)), []))  # type: ignore[arg-type]
+        facts(Classifier(replace(CONFIG, stages=(3,)), []))
     with pytest.raises(ValueError, match="set matched=0"):
         distil_layers(start(), start(), IMAGES, fit=Fit(steps=0))

@@ -17,7 +17,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         name="minilm-distil",
-        version=2,
+        version=3,
         group="train",
         measures="embedding cosine and probe accuracy after each step: swap, layers, states, polynomials everywhere",
         conditions="all-MiniLM-L6-v2 (6 layers), p = 4 and 8, 600 + 400 BBC documents of 128 tokens, one thread",

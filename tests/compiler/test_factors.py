@@ -15,7 +15,7 @@ from he_backend.simulator import simulate
 
 from .test_refreshes import MODELS, PARAMS, lowered
 
-LIMIT = 0.8
+LIMIT = 0.7
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from .lower import Lowered
 
 SMALL = 4.0  # bits below the limit from which on a value's smallness counts STEEP times
 STEEP = 5.0
-TINY = 16.0  # bits below it from which on it costs as much as being above: a refresh leaves about 20 bits
+TINY = 8.0  # bits below it from which on it costs as much as to be above: a refresh leaves about 20
 ABOVE = 1e4  # cost of a bit above the limit, over that of a bit below it
 MOST = 200.0  # bits of a multiplier, far from where float64 ends
 

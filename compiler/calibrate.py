@@ -15,7 +15,11 @@ MARGIN = 1.25
 
 
 def calibrate(
-    graph: Graph, samples: Iterable[np.ndarray], *, margin: float = MARGIN, progress: Callable[[int], None] | None = None
+    graph: Graph,
+    samples: Iterable[np.ndarray],
+    *,
+    margin: float = MARGIN,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Range]:
     """The ranges of a graph that is run once.
 

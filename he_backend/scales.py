@@ -2,9 +2,11 @@
 
 What is added must have one scale, or one of the two is read a little wrong. Where one side of a sum still has a plaintext
 factor of its own, as every term of a linear map or of a series has, that factor is encoded at the scale that the other side
-asks for, and nothing is lost. So it is where one side of a product has one: the product's scale is then what it should be, and a
-deviation does not double from product to product through a whole deep circuit. (The cheap half of Kim, Papadimitriou and Polyakov, eprint 2020/1118, section 4.2, which multiply
+asks for, and nothing is lost. (The cheap half of Kim, Papadimitriou and Polyakov, eprint 2020/1118, section 4.2, which multiply
 other values by 1 for it, at a level.) Elsewhere a difference is left, and simulated.
+
+Where one side of a product has such a factor, it makes the product's scale what it should be: a deviation, which a square
+doubles, would else grow from norm to norm of a deep circuit, because a refresh keeps it.
 """
 
 from __future__ import annotations

@@ -85,19 +85,17 @@ def _series(p: Polynomial, interval: Interval, fitted: Interval) -> tuple[Interv
     """`domain` and coefficients of a Chebyshev series: on a wider interval if that makes its scale free, and no more than that."""
     (lo, hi), middle = interval, sum(fitted) / 2.0
 
-    def on(scale: float, centre: float) -> Array:
-        ends = [centre - 1.0 / scale, centre + 1.0 / scale]
-        return np.asarray(p.convert(kind=Chebyshev, domain=ends).coef, dtype=np.float64)
+    def on(lo: float, hi: float) -> Array:
+        return np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)
 
-    tight, centre = 2.0 / (hi - lo), (lo + hi) / 2.0
-    series = on(tight, centre)
+    tight, series = 2.0 / (hi - lo), on(lo, hi)
     for scale in sorted(FREE_SCALES, reverse=True):
         if scale <= tight * (1.0 + 1e-12):
             middle = min(max(middle, hi - 1.0 / scale), lo + 1.0 / scale)
-            wider = on(scale, middle)
+            wider = on(middle - 1.0 / scale, middle + 1.0 / scale)
             if np.max(np.abs(wider)) <= MOST_WIDER * np.max(np.abs(series)):
                 return (scale, -scale * middle), wider
-    return (tight, -tight * centre), series
+    return (tight, -(hi + lo) / (hi - lo)), series
 
 
 def monic_factors(p: Polynomial) -> list[list[float | None]]:

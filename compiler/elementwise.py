@@ -37,8 +37,9 @@ def lower_add(low: Lowering, node: Node) -> Placed:
     index = broadcast_index(_smaller(low, node), node.shape)
     if low.graph.shape(node.inputs[0]) != low.graph.shape(node.inputs[1]) or not np.array_equal(a.layout, b.layout):
         b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
-    if not np.isclose(a.factor, b.factor, rtol=1e-9):
-        # One side is scaled by a product: the one where that lengthens no path, if there is such a one.
+    if not np.isclose(
+        a.factor, b.factor, rtol=1e-9
+    ):  # by a product where that lengthens no path, if there is such a place
         if max(map(low.depth, a.ops)) < max(map(low.depth, b.ops)):
             a = _scaled(low, a, b.factor, node.source)
         else:

@@ -11,15 +11,10 @@ from he_backend.base import Array
 from .ir import Graph, evaluate
 
 Range = tuple[float, float]
-MARGIN = 1.25
 
 
 def calibrate(
-    graph: Graph,
-    samples: Iterable[np.ndarray],
-    *,
-    margin: float = MARGIN,
-    progress: Callable[[int], None] | None = None,
+    graph: Graph, samples: Iterable[np.ndarray], *, margin: float = 1.25, progress: Callable[[int], None] | None = None
 ) -> dict[str, Range]:
     """The ranges of a graph that is run once.
 
@@ -36,7 +31,7 @@ def calibrate(
     return ranges_of(every(), margin=margin)
 
 
-def ranges_of(runs: Iterable[Mapping[str, Array]], *, margin: float = MARGIN) -> dict[str, Range]:
+def ranges_of(runs: Iterable[Mapping[str, Array]], *, margin: float = 1.25) -> dict[str, Range]:
     """Smallest and largest element of every tensor over runs, each moved outwards by (margin - 1) of the larger magnitude.
 
     Args:

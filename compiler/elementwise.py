@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,11 @@ import numpy as np
 
 from he_backend.base import UnsupportedOpError
 
-from .calibrate import MARGIN
 from .general import move
 from .ir import Node
 from .layout import broadcast_index, constant_slots
 from .placed import Placed
-from .polynomials import MOST_PEAK, Interval, prepare
+from .polynomials import MOST_PEAK, prepare
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -37,13 +35,8 @@ def lower_add(low: Lowering, node: Node) -> Placed:
     index = broadcast_index(_smaller(low, node), node.shape)
     if low.graph.shape(node.inputs[0]) != low.graph.shape(node.inputs[1]) or not np.array_equal(a.layout, b.layout):
         b = move(low, node, b, index, a.layout, int(np.prod(_smaller(low, node))))
-    if not np.isclose(
-        a.factor, b.factor, rtol=1e-9
-    ):  # by a product where that lengthens no path, if there is such a place
-        if max(map(low.depth, a.ops)) < max(map(low.depth, b.ops)):
-            a = _scaled(low, a, b.factor, node.source)
-        else:
-            b = _scaled(low, b, a.factor, node.source)
+    if not np.isclose(a.factor, b.factor, rtol=1e-9):
+        b = _scaled(low, b, a.factor, node.source)
     ops = tuple(low.emit("add", pair, node.source, factor=a.factor) for pair in zip(a.ops, b.ops, strict=True))
     return replace(a, ops=ops, clean=a.clean and b.clean)
 
@@ -181,35 +174,19 @@ def _largest(low: Lowering, name: str) -> float:
     return max([low.bound(name), *(_largest(low, user) for user in sums)])
 
 
-def _intervals(low: Lowering, node: Node, factor: float) -> tuple[Interval, Interval | None]:
-    """Stored intervals of a polynomial's argument: where its result must be right, and where the polynomial was fitted, if that is
-    known: there the calibrated range's margin ends.
-    """
-    lo, hi = low.ranges[node.inputs[0]]
-    own = node.attrs.get("interval")
-    if own is not None:
-        margin = (1.0 - 1.0 / MARGIN) * max(abs(lo), abs(hi))
-        lo, hi = min(max(lo, own[0]), lo + margin), max(min(hi, own[1]), hi - margin)
-    return _stored((lo, hi), factor), None if own is None else _stored(own, factor)
-
-
-def _stored(interval: Sequence[float], factor: float) -> Interval:
-    lo, hi = sorted(x / factor for x in interval)
-    return lo, hi
-
-
 def lower_polynomial(low: Lowering, node: Node) -> Placed:
     x = _paused(low, node, low.placed[node.inputs[0]])
     if "unit" in node.attrs:
         x = _in_units(low, node, x)
-    interval, fitted = _intervals(low, node, x.factor)
+    lo, hi = low.ranges[node.inputs[0]]
+    interval = tuple(sorted((lo / x.factor, hi / x.factor)))
     peak, largest = low.bound(node.name), _largest(low, node.name)
     dwarfed = largest > MOST_AT_LEVEL_0 * peak and not node.attrs.get("kept")
     if dwarfed:  # by a constant: products of such sums would grow and grow, unless a form knows how far
         peak = largest
     left = leaving(low, node.name)
     peak, most = max(peak, left), MOST_AT_LEVEL_0 if dwarfed or left else MOST_PEAK
-    attrs, factor = prepare(node.attrs["coefficients"], x.factor, interval, peak, most=most, fitted=fitted)
+    attrs, factor = prepare(node.attrs["coefficients"], x.factor, (interval[0], interval[1]), peak, most=most)
     ops = tuple(low.emit("polynomial", (op,), node.source, factor=factor, **attrs) for op in x.ops)
     if "peak" in node.attrs:
         return _scaled(low, replace(x, ops=ops, factor=factor), low.bound(node.name) / node.attrs["peak"], node.source)

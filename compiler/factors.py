@@ -27,13 +27,11 @@ from scipy import optimize, sparse
 
 from he_backend.circuit import Op, Signature
 from he_backend.container import Arrays
-from he_backend.kernels import FREE_SCALES, depth
 
 from .lower import Lowered
 
 SMALL = 4.0  # bits below the limit from which on a value's smallness counts STEEP times
 STEEP = 5.0
-TINY = 8.0  # bits below it from which on it costs as much as to be above: a refresh leaves about 20
 ABOVE = 1e4  # cost of a bit above the limit, over that of a bit below it
 MOST = 200.0  # bits of a multiplier, far from where float64 ends
 
@@ -47,8 +45,7 @@ def fold_factors(build: Lowered, peaks: Sequence[float] | np.ndarray, limit: flo
     Returns:
         The program, and the multiplier of each op's stored slots.
     """
-    known = np.where(np.asarray(peaks) > 0.0, peaks, limit)  # what was 0 on all samples has no size
-    logs = _solve(build, np.log2(known) - math.log2(limit))
+    logs = _solve(build, np.log2(np.maximum(peaks, 1e-30)) - math.log2(limit))
     m = np.exp2(logs)
     arrays: Arrays = dict(build.arrays)
     ops = tuple(_scaled(op, m, build, arrays) for op in build.ops)
@@ -73,9 +70,8 @@ def fold_factors(build: Lowered, peaks: Sequence[float] | np.ndarray, limit: flo
 def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
     """log2 of the multipliers, given how many bits each value lies above its limit.
 
-    Unknowns [5, ops]: log2 m; how far below the limit the value then is, how far above, and how far below beyond SMALL and beyond
-    TINY. A value that no multiplier can help (what it is tied to fixes it) may stay above its limit: that costs most, as much as to
-    let a value drown.
+    Unknowns [4, ops]: log2 m; how far below the limit the value then is, how far above, and how far below beyond SMALL. A value
+    that no multiplier can help (what it is tied to fixes it) may stay above its limit: that costs most.
     """
     n = len(build.ops)
     above = np.array([1.0 if op.id in build.free else ABOVE for op in build.ops])
@@ -109,9 +105,9 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
             tie(v, [(op.args[0], float(degree))])
         elif op.kind == "polynomial":
             # A factor where there was none would be a product, and cost a level.
-            if op.attrs["domain"][0] in FREE_SCALES:
+            if op.attrs["domain"][0] == 1.0:
                 equal({op.args[0]: 1.0})
-            if _deepens(op, build):
+            if 1.0 in op.attrs["chebyshev"][1:]:
                 equal({v: 1.0})
         elif op.kind not in ("input", "linear", "mul_step"):
             tie(v, [(op.args[0], 1.0)])
@@ -120,28 +116,17 @@ def _solve(build: Lowered, excess: np.ndarray) -> np.ndarray:
     eye, none = sparse.identity(n, format="csr"), sparse.csr_matrix((n, n))
     ties = sparse.csr_matrix((c, (i, j)), shape=(len(rows), n))
     solved: Any = optimize.linprog(
-        np.concatenate([np.zeros(n), np.ones(n), above, np.full(n, STEEP - 1.0), np.full(n, ABOVE - STEEP)]),
+        np.concatenate([np.zeros(n), np.ones(n), above, np.full(n, STEEP - 1.0)]),
         A_eq=sparse.vstack(
-            [sparse.hstack([ties, sparse.csr_matrix((len(rows), 4 * n))]), sparse.hstack([eye, eye, -eye, none, none])]
+            [sparse.hstack([ties, sparse.csr_matrix((len(rows), 3 * n))]), sparse.hstack([eye, eye, -eye, none])]
         ),
         b_eq=np.concatenate([np.array(right), -excess]),
-        A_ub=sparse.vstack(
-            [sparse.hstack([none, eye, none, -eye, none]), sparse.hstack([none, eye, none, none, -eye])]
-        ),
-        b_ub=np.repeat([SMALL, TINY], n),
-        bounds=[(-MOST, MOST)] * n + [(0, None)] * (4 * n),
+        A_ub=sparse.hstack([none, eye, none, -eye]),
+        b_ub=np.full(n, SMALL),
+        bounds=[(-MOST, MOST)] * n + [(0, None)] * (3 * n),
         method="highs",
     )
     return np.asarray(solved.x[:n]) if solved.x is not None else np.zeros(n)
-
-
-def _deepens(op: Op, build: Lowered) -> bool:
-    """Whether a series costs a level more once no coefficient is 1: the last product on its longest path was none."""
-    c = op.attrs["chebyshev"]
-    if 1.0 not in c[1:]:
-        return False
-    scaled = replace(op, attrs={**op.attrs, "chebyshev": [0.5 * x if x == 1.0 else x for x in c]})
-    return depth(scaled, build.arrays, 1) > depth(op, build.arrays, 1)
 
 
 def _scaled(op: Op, m: np.ndarray, build: Lowered, arrays: Arrays) -> Op:

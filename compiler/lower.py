@@ -17,7 +17,6 @@ import numpy as np
 from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Op, Signature
 from he_backend.container import Arrays
-from he_backend.kernels import depth
 
 from .attention import choose, heads_of, lower_product
 from .elementwise import (
@@ -81,7 +80,6 @@ class Lowering:
         self.free: set[int] = set()
         self.pauses: set[int] = set()
         self.memo: dict[Any, Any] = {}  # of handlers: what equal shapes share
-        self.depths: list[int] = []  # of the first ops, see `depth`
         self.streams = self._streams()
 
     # Shared by handlers
@@ -98,13 +96,6 @@ class Lowering:
             known = self.ops[op]
             self.memo[op, k] = self.emit("rotate", (op,), known.source, factor=known.factor, k=k)
         return self.memo[op, k] if k else op
-
-    def depth(self, op: int) -> int:
-        """Levels from the input to an op's result, if nothing is refreshed."""
-        for one in self.ops[len(self.depths) : op + 1]:
-            before = max((self.depths[a] for a in one.args), default=0)
-            self.depths.append(before + depth(one, self.arrays, self.slots))
-        return self.depths[op]
 
     def array(self, name: str, values: np.ndarray) -> str:
         """Store a constant array [.., slots], shortened where it repeats within each position and where float32 is exact.
@@ -133,8 +124,8 @@ class Lowering:
     def _streams(self) -> dict[str, float]:
         """Factor of each tensor that takes part in a sum: all operands of sums that touch each other share one.
 
-        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1, unless one element is
-        nearly all of it, which is to be at most 1 with margin; where it leaves by a sum, it leaves that room in the first modulus.
+        Where powers of a stream are summed (squares for a norm), the factor brings the largest such sum to 1; where it leaves by a
+        sum, it leaves that room in the first modulus.
         """
         parent: dict[str, str] = {}
 
@@ -165,7 +156,7 @@ class Lowering:
         for name in parent:
             peaks[root(name)] = max(peaks.get(root(name), 0.0), self.bound(name))
             left[root(name)] = max(left.get(root(name), 0.0), leaving(self, name) / MOST_AT_LEVEL_0)
-        return {name: max(norms.get(root(name), 0.0), peaks[root(name)], left[root(name)]) for name in parent}
+        return {name: max(norms.get(root(name), peaks[root(name)]), left[root(name)]) for name in parent}
 
     def wanted(self, name: str) -> float:
         """The factor that a tensor should have, judged by what reads it."""

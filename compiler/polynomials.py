@@ -14,27 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
-from he_backend.base import Array, UnsupportedOpError
-from he_backend.kernels import FREE_SCALES
-
-Interval = tuple[float, float]
+from he_backend.base import UnsupportedOpError
 
 MAX_FACTORED_DEGREE = 8  # beyond it the spread of the factors costs digits
 TOLERANCE = 1e-9  # relative to the largest value on the interval
 # A monic product has no factor of its own: its largest value is what the interval makes of it. Beyond these it drowns in the noise,
 # or wraps the modulus, and the series, whose size is 1, is worth its level.
 LEAST_PEAK, MOST_PEAK = 1e-5, 1e3
-MOST_WIDER = 16.0  # of a series on an interval that saves a level over the same on its own
 MOST_EXCESS = 4.0  # of a series on its interval over the largest value that calibration saw, or the other way round
 
 
 def prepare(
-    coefficients: Sequence[float],
-    factor: float,
-    interval: Interval,
-    peak: float,
-    most: float = MOST_PEAK,
-    fitted: Interval | None = None,
+    coefficients: Sequence[float], factor: float, interval: tuple[float, float], peak: float, most: float = MOST_PEAK
 ) -> tuple[dict[str, Any], float]:
     """Attributes of a `polynomial` op and the factor of its result.
 
@@ -43,7 +34,6 @@ def prepare(
         factor: of the stored argument.
         interval: of the stored argument, where the result must be right.
         most: largest stored result of a monic form; an output has less room than a value that a product follows.
-        fitted: stored interval, wider, on which the polynomial is what it was fitted to; None if it is not known.
         peak: largest value that is expected under the result's factor; on the interval, which is wider, it may be far larger.
 
     Returns:
@@ -72,30 +62,15 @@ def prepare(
             and error_of(factors, monic, interval) < TOLERANCE
         ):
             return {"factors": factors}, lead
-    domain, series = _series(p, interval, fitted or interval)
+    lo, hi = interval
+    series = np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)
     size = float(np.max(np.abs(series)))
     if (
         not peak / MOST_EXCESS <= size <= MOST_EXCESS * peak
     ):  # else stored values would wrap, or their powers drown in noise
         size = peak
-    return {"chebyshev": [float(c) for c in series / size], "domain": list(domain)}, size
-
-
-def _series(p: Polynomial, interval: Interval, fitted: Interval) -> tuple[Interval, Array]:
-    """`domain` and coefficients of a Chebyshev series: on a wider interval if that makes its scale free, and no more than that."""
-    (lo, hi), middle = interval, sum(fitted) / 2.0
-
-    def on(lo: float, hi: float) -> Array:
-        return np.asarray(p.convert(kind=Chebyshev, domain=[lo, hi]).coef, dtype=np.float64)
-
-    tight, series = 2.0 / (hi - lo), on(lo, hi)
-    for scale in sorted(FREE_SCALES, reverse=True):
-        if scale <= tight * (1.0 + 1e-12):
-            middle = min(max(middle, hi - 1.0 / scale), lo + 1.0 / scale)
-            wider = on(middle - 1.0 / scale, middle + 1.0 / scale)
-            if np.max(np.abs(wider)) <= MOST_WIDER * np.max(np.abs(series)):
-                return (scale, -scale * middle), wider
-    return (tight, -(hi + lo) / (hi - lo)), series
+    domain = [2.0 / (hi - lo), -(hi + lo) / (hi - lo)]
+    return {"chebyshev": [float(c) for c in series / size], "domain": domain}, size
 
 
 def monic_factors(p: Polynomial) -> list[list[float | None]]:

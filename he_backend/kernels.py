@@ -97,21 +97,17 @@ def doubled_sum(ops: SlotOps[C], x: C, steps: Sequence[int]) -> C:
     return rotate_sum(ops, x, steps)
 
 
-FREE_SCALES = (1.0, 2.0)  # of the domain of a Chebyshev series: none, and a sum
-
-
 def polynomial(ops: SlotOps[C], x: C, attrs: Mapping[str, Any]) -> C:
     """A polynomial of one variable, slot by slot, in one of two forms.
 
     factors    [[alpha, beta], ...]: the monic product of (x + alpha)^2 + beta, or of x + alpha where beta is None. No
                product by a constant, so degree n costs ceil(log2 n) levels.
-    chebyshev  coefficients c_k of sum c_k T_k(u), u = scale * x + shift, `domain` = [scale, shift]; a scale in `FREE_SCALES` costs
-               no level.
+    chebyshev  coefficients c_k of sum c_k T_k(u), u = scale * x + shift, `domain` = [scale, shift]; scale 1 costs nothing.
     """
     if "factors" in attrs:
         return _product(ops, [_factor(ops, x, alpha, beta) for alpha, beta in attrs["factors"]])
     scale, shift = attrs["domain"]
-    u = x if scale == 1.0 else ops.add(x, x) if scale == 2.0 else ops.mul(x, float(scale))
+    u = x if scale == 1.0 else ops.mul(x, float(scale))
     return chebyshev(ops, ops.add(u, float(shift)) if shift else u, [float(c) for c in attrs["chebyshev"]])
 
 

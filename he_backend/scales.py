@@ -4,9 +4,6 @@ What is added must have one scale, or one of the two is read a little wrong. Whe
 factor of its own, as every term of a linear map or of a series has, that factor is encoded at the scale that the other side
 asks for, and nothing is lost. (The cheap half of Kim, Papadimitriou and Polyakov, eprint 2020/1118, section 4.2, which multiply
 other values by 1 for it, at a level.) Elsewhere a difference is left, and simulated.
-
-Where one side of a product has such a factor, it makes the product's scale what it should be: a deviation, which a square
-doubles, would else grow from norm to norm of a deep circuit, because a refresh keeps it.
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
     """Follow exact scales through a trace.
 
     A plaintext factor is encoded at the scale that brings the product to exactly `scale` after its rescale, or to that of what it
-    is added to, or to what makes a product with it exactly `scale`.
+    is added to.
 
     Args:
         moduli: moduli[i] is the prime that a rescale at level i divides by.
@@ -67,15 +64,6 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
     result: list[float] = []
     plain: list[float] = []
     worst = 0.0
-
-    def adapted(n: Node, i: int, ratio: float) -> bool:
-        """Whether argument i could be brought to `ratio` times its scale."""
-        own = _own(trace.nodes, readers, n.args[i], n.id)
-        for a in own:
-            result[a] *= ratio
-            plain[a] *= ratio
-        return bool(own)
-
     for n in trace.nodes:
         s = [result[a] for a in n.args]
         p = 0.0
@@ -84,7 +72,11 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
                 out = scale
             case "add" | "sub":
                 for i in (1, 0) if s[0] != s[1] else ():
-                    if adapted(n, i, s[1 - i] / s[i]):
+                    if own := _own(trace.nodes, readers, n.args[i], n.id):
+                        ratio = s[1 - i] / s[i]
+                        for a in own:
+                            result[a] *= ratio
+                            plain[a] *= ratio
                         result[n.args[i]] = s[i] = s[1 - i]
                         break
                 gap = abs(s[0] / s[1] - 1.0)
@@ -96,9 +88,7 @@ def assign_scales(trace: Trace, moduli: Sequence[int], scale: float, *, toleranc
                     )
                 out = s[0]
             case "mul":
-                out, wanted = s[0] * s[1], scale * moduli[n.level]
-                if out != wanted and any(adapted(n, i, wanted / out) for i in (1, 0)):
-                    out = wanted
+                out = s[0] * s[1]
             case "square":
                 out = s[0] * s[0]
             case "twice_real" | "twice_imaginary":

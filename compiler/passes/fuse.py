@@ -64,12 +64,12 @@ def _product(node: Node, view: View) -> list[Node] | None:
         return None
     (x, p), (y, q) = (polynomial_of(name, view) for name in node.inputs)
     if node.inputs[0] == node.inputs[1]:
-        return [_node(node, x, p * p, _fitted(node, x, view))] if p.degree() * 2 <= MAX_DEGREE else None
+        return [_node(node, x, p * p)] if p.degree() * 2 <= MAX_DEGREE else None
     if x != y:  # mul(x, q(x)): the identity of one side may be the variable of the other
         return None
     r = p * q
     fits = r.degree() <= MAX_DEGREE and levels(r) <= max(levels(p), levels(q)) + 1
-    return [_node(node, x, r, _fitted(node, x, view))] if fits else None
+    return [_node(node, x, r)] if fits else None
 
 
 def _sum(node: Node, view: View) -> list[Node] | None:
@@ -77,16 +77,7 @@ def _sum(node: Node, view: View) -> list[Node] | None:
     if node.op != "add":
         return None
     (x, p), (y, q) = (polynomial_of(name, view) for name in node.inputs)
-    return [_node(node, x, p + q, _fitted(node, x, view))] if x == y and max(p.degree(), q.degree()) > 1 else None
-
-
-def _fitted(node: Node, x: str, view: View) -> dict[str, Any]:
-    """The interval of x on which the polynomials that a node reads were fitted, if one says where it was."""
-    makers = [view.maker(name, "polynomial") for name in node.inputs]
-    intervals = [maker.attrs["interval"] for maker in makers if maker is not None and maker.inputs[0] == x]
-    known = [i for i in intervals if i is not None]
-    lo, hi = max((i[0] for i in known), default=0.0), min((i[1] for i in known), default=0.0)
-    return {"interval": [lo, hi] if lo < hi else None}
+    return [_node(node, x, p + q)] if x == y and max(p.degree(), q.degree()) > 1 else None
 
 
 def _after(node: Node, view: View) -> list[Node] | None:

@@ -20,7 +20,6 @@ from compiler.samples import Requests, requests
 from compiler.search import plan_cost
 from he_backend.simulator import simulate
 
-from .models import Builder
 from .test_refreshes import deep_mlp, transformer
 from .test_three_ways import encrypted
 
@@ -89,27 +88,6 @@ def test_three_ways(deep):
     assert verify.against_graph(circuit, found.lowered, graph, requests(samples[:1])) < 1e-7
     error = np.max(np.abs(encrypted(circuit, x) - clear))
     assert error <= circuit.error_bound < 0.05
-
-
-def test_series_higher_than_1_and_as_deep_as_a_refresh_allows(tmp_path):
-    """Activations of degree 12, larger than the largest coefficient of their series."""
-    b = Builder((1, 16))
-    x = "x"
-    for i in range(3):
-        h = b.linear(x, 16, 16, name=f"{i}.up")
-        h2 = b.op("Mul", h, h)
-        h4 = b.op("Mul", h2, h2)
-        h12 = b.op("Mul", b.op("Mul", h4, h4), h4)
-        h = b.op(
-            "Add", b.op("Add", h, b.op("Mul", h2, np.array(0.6))), b.op("Mul", h12, np.array(1e-3)), name=f"{i}.act"
-        )
-        x = b.op("Add", x, b.linear(h, 16, 16, name=f"{i}.down"), name=f"{i}.residual")
-        x = b.op("Mul", x, np.array(0.3), name=f"{i}.scaled")
-    samples = list(np.random.default_rng(1).uniform(-0.5, 0.5, (4, 16)))
-    graph, found, circuit = deepened(b.save(tmp_path / "m.onnx", x, (1, 16)), samples)
-    clear = evaluate(graph, samples[1][None])[graph.output][0]
-    np.testing.assert_allclose(simulate(circuit, {"x": samples[1]}).outputs["y"], clear, rtol=1e-9, atol=1e-12)
-    assert circuit.refreshes and found.error < 1e-2
 
 
 def test_pairs_three_ways(tmp_path):

@@ -40,16 +40,6 @@ def test_a_head_on_one_token_takes_a_diagonal_an_output(tmp_path):
     assert [sum(len(terms) for _, terms in op.attrs["plan"]) for op in maps] == [3, 3]
 
 
-def test_a_sum_of_two_sizes_scales_its_shallower_side(tmp_path):
-    """u v and u v w have no weights in which a factor could hide: one of them is multiplied by a number."""
-    b = Builder((1, 4, 16))
-    u, v, w = (b.linear("x", 16, 16, name=name) for name in "uvw")
-    uv = b.op("Mul", u, v)
-    path = b.save(tmp_path / "m.onnx", b.op("Add", uv, b.op("Mul", uv, w)), (1, 4, 16))
-    build, _, _ = lowered(path, 512, merge=None)
-    assert assign_levels(build.ops, build.arrays, 512)[0].level == 3
-
-
 def test_a_norm_over_two_ciphertexts_costs_no_level_more(tmp_path):
     path = models.norm_mlp(tmp_path / "m.onnx", layer_norm=False, tokens=16, width=64)
     two, _, _ = lowered(path, 512, merge=None)

@@ -26,7 +26,7 @@ from compiler.polynomials import monic_factors, prepare
 from compiler.verify import VerificationError, same_meaning
 from he_backend.base import UnsupportedOpError
 from he_backend.circuit import Op
-from he_backend.kernels import NumpySlots, apply, depth
+from he_backend.kernels import NumpySlots, apply
 
 from .models import Builder, attention, mlp, norm_mlp
 from .op_cases import Model
@@ -187,29 +187,6 @@ def test_prepared_polynomials_are_the_polynomial(coefficients, factor):
     wanted = Polynomial(coefficients)(factor * x)
     got = scale * _evaluate(attrs, x)
     assert np.max(np.abs(got - wanted)) <= 1e-7 * max(1.0, np.max(np.abs(wanted)))
-
-
-@pytest.mark.parametrize(
-    ("interval", "fitted", "domain"),
-    [
-        pytest.param((-0.7, 1.0), (-0.9, 1.5), [1.0, -0.3], id="as wide as the fit allows"),
-        pytest.param((-0.7, 1.0), None, [1.0, -0.15], id="around the middle"),
-        pytest.param((0.02, 1.0), (0.02, 2.0), [2.0, -1.04], id="on one side: a sum"),
-        pytest.param((-1.0, 1.1), None, [2.0 / 2.1, -0.1 / 2.1], id="too wide"),
-    ],
-)
-def test_a_series_takes_an_interval_that_costs_no_level(interval, fitted, domain):
-    c = np.polynomial.chebyshev.cheb2poly([0.3, 0.5, 0.2, 0.1, 0.1, 0.0, 0.05, 0.0, 0.02, 0.01, 0.01])
-    attrs, scale = prepare(c, 1.0, interval, 1.0, fitted=fitted)
-    np.testing.assert_allclose(attrs["domain"], domain, rtol=1e-12)
-    assert depth(Op(id=1, kind="polynomial", args=(0,), attrs=attrs), {}, 8) == 4 + (domain[0] not in (1.0, 2.0))
-    x = np.linspace(*interval, 33)
-    np.testing.assert_allclose(scale * _evaluate(attrs, x), np.polynomial.polynomial.polyval(x, c), atol=1e-9)
-
-
-def test_a_series_that_grows_on_a_wider_interval_keeps_its_own():
-    attrs, _ = prepare(np.eye(15)[14], 1.0, (-0.06, 0.05), 0.06**14)
-    assert attrs["domain"][0] == pytest.approx(2.0 / 0.11)
 
 
 SIZES = {

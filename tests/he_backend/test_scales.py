@@ -43,12 +43,6 @@ def test_ciphertext_products_carry_their_real_scale():
     assert scales.result[found.outputs["y", 0]] == SCALE * SCALE / MODULI[6]
 
 
-def test_a_product_with_a_plaintext_factor_below_it_comes_out_at_the_exact_scale():
-    """(W x) x^2: else x^2 would bring its deviation, twice that of x, into the next x, and so on from block to block."""
-    found = trace(circuit(LINEAR, ("mul", (0, 0), {}, 5), ("mul", (1, 2), {}, 4)))
-    assert assign_scales(found, MODULI, SCALE).result[found.outputs["y", 0]] == pytest.approx(SCALE, rel=1e-15)
-
-
 @pytest.mark.parametrize(
     "rows",
     [

@@ -64,9 +64,13 @@ def _swap(ax: Any, record: Record) -> None:
 
 
 def _encoder(ax: Any, record: Record) -> None:
-    known = [v for v in record["metrics"]["variants"] if v["accuracy"] is not None]
-    colours = [COLOURS[0] if v.get("levels") is None else COLOURS[1] for v in known]
-    ax.barh([v["variant"] for v in known], [v["accuracy"] for v in known], color=colours, alpha=0.75)
+    variants = record["metrics"]["variants"]
+    for i, v in enumerate(variants):
+        if v["accuracy"] is None:
+            ax.text(0.02, i, "not finite", va="center", color=COLOURS[1], fontsize=SMALL)
+        else:
+            ax.barh(i, v["accuracy"], color=COLOURS[0 if v.get("levels") is None else 1], alpha=0.75)
+    ax.set_yticks(range(len(variants)), [v["variant"] for v in variants])
     ax.invert_yaxis()
     ax.set_xlabel("probe accuracy on test documents")
 

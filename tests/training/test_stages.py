@@ -177,8 +177,10 @@ def test_a_range_stage_ends_at_its_target(tmp_path, share, steps, met):
 def test_stages_that_cannot_run_say_why(whole, tmp_path):
     with pytest.raises(ValueError, match="share a name"):
         go(tmp_path, (*STAGES, Rows(name="rows")))
+    with pytest.raises(ValueError, match="use form 'rows' \\(a Rows stage before the substitution\\)"):
+        go(tmp_path / "no rows", (STAGES[0], SUBSTITUTE))
     with pytest.raises(ValueError, match="has no target; put a Ranges stage"):
-        go(tmp_path, (STAGES[0], SUBSTITUTE))
+        go(tmp_path / "no ranges", (STAGES[0], STAGES[2], SUBSTITUTE))
     other = (STAGES[0], replace(STAGES[1], steps=30), *STAGES[2:])
     with pytest.raises(ValueError, match="stage 2 is another; remove"):
         go(whole[2], other)

@@ -21,6 +21,7 @@ from training import Recipe, machine
 from training.distil import Fit, distil_layers
 from training.folder import Folder
 from training.loop import Schedule
+from training.sources import Source
 from training.stages import Continue, Ranges, Rows, Stage, Substitute, Swap, Tune
 from training.tasks import NextTokens
 
@@ -95,7 +96,7 @@ def test_a_swin_becomes_a_polynomial_and_is_kept(tmp_path):
     assert [degree for _, degree in found.growth] == sorted({degree for _, degree in found.growth})
 
     folder = Folder(tmp_path / "run")
-    folder.start(Recipe.quick(), NextTokens(train=(), docs=(), length=8, vocab=2), None)
+    folder.start(Recipe.quick(), NextTokens(train=(), docs=(), length=8, vocab=2), None, Source.of(None))
     folder.save_model("polynomial", model)
     again = folder.load_model("polynomial")
     assert isinstance(again, Swin) and torch.equal(again(IMAGES), model(IMAGES))

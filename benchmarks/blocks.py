@@ -136,11 +136,16 @@ def panels(count: int = 1, *, height: float = 3.0) -> tuple[Drawing, list[Any]]:
     drawing = Figure(figsize=(WIDTH_IN, count * height), layout="constrained")
     axes = list(drawing.subplots(count, 1, squeeze=False)[:, 0])
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-        ax.set_axisbelow(True)
-        ax.tick_params(which="both", labelsize=SMALL)
+        bare(ax)
     return drawing, axes
+
+
+def bare(ax: Any) -> None:
+    """Give axes the page's look, in place: two sides, a faint grid behind what is drawn, small ticks."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+    ax.tick_params(which="both", labelsize=SMALL)
 
 
 def logarithmic(ax: Any, which: str, places: Sequence[float] = ()) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import records
-from .blocks import COLOURS, SMALL, legend, logarithmic, look
+from .blocks import COLOURS, SMALL, bare
+from .released_show import swap_curves
 from .train_figures import bars, by_name, lines
 
 if TYPE_CHECKING:
@@ -30,10 +31,7 @@ def drawn(found: Mapping[str, Record]) -> Figure:
 
     drawing = Figure(figsize=(9.6, 7.6), layout="constrained")
     for (name, (title, draw)), ax in zip(PANELS.items(), drawing.subplots(2, 2).flat, strict=True):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(which="both", labelsize=SMALL)
-        ax.grid(alpha=0.25)
-        ax.set_axisbelow(True)
+        bare(ax)
         ax.set_title(title, fontsize=10, loc="left", pad=34)  # above a legend of two lines
         if name in found:
             draw(ax, found[name])
@@ -53,16 +51,6 @@ def _depth(ax: Any, record: Record) -> None:
     lines(ax, losses, x_label=f"layers, learning rate {RATE:g}", y_label="held-out loss, nats a token", doubling=True)
 
 
-def _swap(ax: Any, record: Record) -> None:
-    for i, arm in enumerate(record["metrics"]["arms"]):
-        curve = [p for p in arm["curve"] if p["perplexity"] is not None]
-        ax.plot([p["tokens"] for p in curve], [p["perplexity"] for p in curve], label=arm["arm"], **look(i))
-    logarithmic(ax, "y")
-    ax.set_xlabel("tokens of continued training")
-    ax.set_ylabel("held-out perplexity")
-    legend(ax)
-
-
 def _encoder(ax: Any, record: Record) -> None:
     variants = record["metrics"]["variants"]
     for i, v in enumerate(variants):
@@ -78,6 +66,6 @@ def _encoder(ax: Any, record: Record) -> None:
 PANELS: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "equal-budget": ("Mixers at an equal budget", _budget),
     "depth-stress": ("Depth", _depth),
-    "smollm2-swap": ("SmolLM2-135M, attention swapped", _swap),
+    "smollm2-swap": ("SmolLM2-135M, attention swapped", swap_curves),
     "minilm-distil": ("MiniLM-L6, made a polynomial (orange)", _encoder),
 }

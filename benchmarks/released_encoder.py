@@ -148,10 +148,10 @@ def minilm_distil(settings: Settings) -> Record:
         name = f"polynomials, GELU of degree {degree}"
         began = time.perf_counter()
         made = substituted(model, ranges, size, degree)
-        judged(name, made, time.perf_counter() - began, **excursions(made, subject.test_NT))
+        judged(name, made, time.perf_counter() - began, **fit_figures(made, subject.test_NT))
         fit = Fit(steps=size.tune_steps, batch=size.batch, lr=size.state_lr, seed=seed + 1)
         tune(original, made, subject.train_NT, fit, size)
-        judged(f"{name}, tuned", made, time.perf_counter() - began, **excursions(made, subject.test_NT))
+        judged(f"{name}, tuned", made, time.perf_counter() - began, **fit_figures(made, subject.test_NT))
     return record()
 
 
@@ -229,9 +229,7 @@ def substituted(model: Transformer, ranges: dict[str, Range], size: Size, degree
 
 
 def tune(original: Transformer, model: Transformer, tokens_NT: Tensor, fit: Fit, size: Size) -> None:
-    """Distil the states with the polynomials in place; range losses hold values to the unwidened intervals, without which
-    one document in ten thousand values leaves a fit and everything behind it is lost.
-    """
+    """Distil the states of a polynomial model, in place; range losses pull values into the unwidened intervals."""
     targets = {name: widened(interval, 1 / size.margin) for name, interval in fitted_intervals(model).items()}
     with Collector(model) as collector:
 
@@ -241,7 +239,7 @@ def tune(original: Transformer, model: Transformer, tokens_NT: Tensor, fit: Fit,
         distil_states(original, model, tokens_NT, fit=fit, extra=extra)
 
 
-def excursions(model: Transformer, tokens_NT: Tensor) -> dict[str, Any]:
+def fit_figures(model: Transformer, tokens_NT: Tensor) -> dict[str, Any]:
     """Return levels and the largest share of one polynomial's inputs outside its interval: on either side, denominators
     above it alone.
     """

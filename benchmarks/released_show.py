@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .blocks import COLOURS, Block, Table, legend, logarithmic, look, panels, picture
 from .registry import Record
@@ -12,19 +13,7 @@ def smollm2_swap(record: Record) -> Sequence[Block]:
     """Held-out perplexity against tokens seen, the arms at their ends, and what each layer's fit left."""
     metrics = record["metrics"]
     drawing, (ax,) = panels()
-    for i, row in enumerate(metrics["arms"]):
-        curve = [p for p in row["curve"] if p["perplexity"] is not None]
-        ax.plot(
-            [p["tokens"] for p in curve],
-            [p["perplexity"] for p in curve],
-            label=row["arm"],
-            markersize=4,
-            **look(i),
-        )
-    logarithmic(ax, "y")
-    ax.set_xlabel("tokens of continued training")
-    ax.set_ylabel("held-out perplexity")
-    legend(ax)
+    swap_curves(ax, record)
     blocks: list[Block] = [
         picture(drawing, f"{metrics['model']}: perplexity on held-out text as training goes on after the swap.")
     ]
@@ -57,6 +46,18 @@ def smollm2_swap(record: Record) -> Sequence[Block]:
             )
         )
     return blocks
+
+
+def swap_curves(ax: Any, record: Record) -> None:
+    """Draw the held-out perplexity of every arm against tokens of continued training."""
+    for i, row in enumerate(record["metrics"]["arms"]):
+        curve = [p for p in row["curve"] if p["perplexity"] is not None]
+        tokens, perplexities = [p["tokens"] for p in curve], [p["perplexity"] for p in curve]
+        ax.plot(tokens, perplexities, label=row["arm"], markersize=4, **look(i))
+    logarithmic(ax, "y")
+    ax.set_xlabel("tokens of continued training")
+    ax.set_ylabel("held-out perplexity")
+    legend(ax)
 
 
 def minilm_distil(record: Record) -> Sequence[Block]:

@@ -85,7 +85,9 @@ class Range:
 def measure(
     model: nn.Module, inputs: Tensor, *, intervals: Targets | None = None, batch: int = 256
 ) -> dict[str, Range]:
-    """Run a model over inputs [N, ...] and return the range of every tap and the share of values outside `intervals`."""
+    """Run a model over inputs [N, ...] and return the range of every tap and the share of values outside `intervals`; what is
+    no number lies above.
+    """
     found: dict[str, Range] = {}
     with Collector(model) as collector:
         for rows in inputs.split(batch):
@@ -97,7 +99,7 @@ def measure(
                     high=float(value.max()),
                     count=value.numel(),
                     below=float((value < lo).double().mean()),
-                    above=float((value > hi).double().mean()),
+                    above=float((~(value <= hi)).double().mean()),
                 )
                 found[name] = found[name].join(r) if name in found else r
     return found

@@ -1,7 +1,7 @@
 """A series sum_k c_k B_k(a x + b) whose backward pass keeps its input and nothing else.
 
-Autograd keeps four tensors of the size of x for every degree of Horner's or Clenshaw's recurrence: at degree 31 that is 120
-times what an exact activation keeps, and most of the time of the step. Here the backward pass runs two recurrences
+Autograd keeps a tensor of the size of x for every degree of Clenshaw's recurrence, 32 of them at degree 31, where an exact
+activation keeps one. Here the backward pass runs two recurrences
 anew: that of the derivative, which is a series of one degree less in the same basis, and that of the basis itself,
 against which the gradient is summed for the coefficients. Both are built of differentiable parts, so gradients of gradients
 exist as well.

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from training.data import read_documents
 from training.shards import write_byte_shards, write_shards
@@ -39,8 +38,7 @@ def prepare(
         if end is not None:
             raise ValueError(f"--end is {end!r}, but bytes end a document with id 0; leave it out, or give --tokenizer")
         return write_byte_shards(out, text, shard_tokens=shard_tokens)
-    of_checkpoint = tokenizer.is_dir() or tokenizer.suffix == ".gguf"
-    loaded = checkpoint_tokenizer(tokenizer) if of_checkpoint else _of_file(tokenizer)
+    loaded = checkpoint_tokenizer(tokenizer)
     config = (tokenizer if tokenizer.is_dir() else tokenizer.parent) / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     mark = document_end(loaded, values, end)
@@ -51,18 +49,6 @@ def prepare(
             yield np.array(loaded.encode(document, add_special_tokens=False).ids, dtype=np.int64)
 
     return write_shards(out, encoded(), vocab=vocab, shard_tokens=shard_tokens, end=mark)
-
-
-def _of_file(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give a tokenizer.json, a folder that has one, or a .gguf file")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer that the tokenizers library reads: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

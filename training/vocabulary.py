@@ -24,16 +24,16 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer that belongs to a checkpoint, without truncation and padding.
 
     Args:
-        path: what `load_pretrained` takes: a folder with tokenizer.json, or a .gguf file.
+        path: what `load_pretrained` takes, a folder with tokenizer.json or a .gguf file; or a tokenizer.json itself.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer.json.
+        FileNotFoundError: there is no such file, or the folder has no tokenizer.json.
         ValueError: the file is damaged, or the GGUF file holds another kind of tokenizer.
     """
     path = Path(path)
     if path.suffix == ".gguf":
         return _of_gguf(path)
-    file = path / "tokenizer.json"
+    file = path if path.suffix == ".json" else path / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}: fetch it with the checkpoint, vocab.txt alone is not enough")
     try:

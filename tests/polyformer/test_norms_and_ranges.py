@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from polyformer.activations import ACTIVATIONS, Activation, fit_activation
@@ -195,3 +196,10 @@ def test_exact_layer_norm_is_the_same_with_and_without_a_listener_at_its_tap():
         results.append((y, *torch.autograd.grad((y * y.detach().cos()).sum(), [x, norm.gamma, norm.beta])))
     for fused, formula in zip(*results, strict=True):
         torch.testing.assert_close(fused, formula, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_no_number_lies_outside():
+    model = nn.Sequential(Activation("square"))
+    x = torch.tensor([[0.0, float("nan"), 2.0, -2.0]])
+    (found,) = measure(model, x, intervals={"0": (-1.0, 1.0)}).values()
+    assert (found.below, found.above) == (0.25, 0.5)

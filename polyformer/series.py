@@ -70,7 +70,7 @@ def _evaluate(x: Tensor, coefficients_K: Tensor, a: Tensor, b: Tensor, basis: Ba
     def clenshaw(x: Tensor) -> Tensor:
         u = x * a + b
         two_u = u + u
-        b1, b2 = two_u * c[-1] + c[-2], torch.full_like(u, 1.0) * c[-1]
+        b1, b2 = two_u * c[-1] + c[-2], c[-1]
         for k in range(len(c) - 3, 0, -1):
             b1, b2 = (two_u * b1).sub_(b2).add_(c[k]), b1
         return (u * b1).sub_(b2).add_(c[0])
